@@ -1,0 +1,100 @@
+"""The vision-language model: embed, see, decode, unembed. Methods are pure through `apply`."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxrl_vlm.models.config import ModelConfig
+from jaxrl_vlm.models.decoder import Cache, Decoder, Prefix
+from jaxrl_vlm.models.vision import VisionTower
+from jaxrl_vlm.types import Array, Params, Prompt
+
+
+class VLM(nn.Module):
+  """Qwen2.5-VL. `VLM(config).apply({"params": params}, ..., method="prefill")` and so on."""
+
+  config: ModelConfig
+
+  def setup(self):
+    config = self.config
+    self.vision = VisionTower(config)
+    self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype)
+    self.decoder = Decoder(config)
+    if not config.tied:
+      self.head = self.param(
+          "head", nn.initializers.lecun_normal(), (config.hidden_size, config.vocab_size))
+
+  def __call__(self, prompt: Prompt) -> Array:
+    """Logits f32[P, Lp, V] of the whole prompt. For initialisation, checks and small inputs."""
+    hidden, _ = self.prefill(prompt)
+    return self.unembed(hidden)
+
+  def features(self, prompt: Prompt) -> Array:
+    """Visual tokens [P, F, D]."""
+    return self.vision(
+        prompt.patches, prompt.patch_positions, prompt.patch_segments, prompt.patch_windows)
+
+  def prefill(self, prompt: Prompt) -> tuple[Array, Prefix]:
+    """Runs the prompts once. Returns hidden [P, Lp, D] and the prefix that responses stand on.
+
+    The prefix stops before the last prompt token: that one opens every response stream.
+    """
+    x = self.embed(prompt.tokens)
+    if prompt.patches.shape[1]:
+      features = self.features(prompt)
+      index = prompt.feature_index
+      placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+      x = jnp.where((index >= 0)[..., None], placed.astype(x.dtype), x)
+    hidden, (k, v), _ = self.decoder(x[:, None], prompt.positions[:, None])
+    return hidden[:, 0], Prefix(k=k[:, :, 0], v=v[:, :, 0], length=prompt.length - 1)
+
+  def respond(self, prompt: Prompt, prefix: Prefix, tokens: Array) -> Array:
+    """Hidden states whose position t predicts tokens[..., t]. tokens: i32[P, G, T] -> [P, G, T, D].
+
+    The stream is fed the last prompt token and then the responses shifted by one, so that G
+    separate sequences and one shared prompt are the same mathematics.
+    """
+    last = jnp.take_along_axis(prompt.tokens, prompt.length[:, None] - 1, axis=1)  # [P, 1]
+    first = jnp.broadcast_to(last[:, :, None], (*tokens.shape[:2], 1))
+    inputs = jnp.concatenate([first, tokens[..., :-1]], axis=-1)
+    at = prompt.next_position[:, None, None] - 1 + jnp.arange(tokens.shape[-1])
+    positions = jnp.broadcast_to(at[..., None], (*tokens.shape, 3))
+    hidden, _, _ = self.decoder(self.embed(inputs), positions, prefix)
+    return hidden
+
+  def decode(self, token: Array, position: Array, prefix: Prefix, cache: Cache):
+    """One step: token i32[P, G] at position i32[P] -> hidden [P, G, D] and the cache."""
+    positions = jnp.broadcast_to(position[:, None, None, None], (*token.shape, 1, 3))
+    hidden, _, cache = self.decoder(self.embed(token)[:, :, None], positions, prefix, cache)
+    return hidden[:, :, 0], cache
+
+  def unembed(self, hidden: Array) -> Array:
+    """Logits f32[..., V] of hidden [..., D]."""
+    head = self.embed.embedding.T if self.config.tied else self.head
+    return jnp.matmul(
+        hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+  def response_logits(self, hidden: Array, temperature: Array | float = 1.0) -> Array:
+    """Logits f32[..., V] of the policy: at a temperature, and never a vision special token.
+
+    Sampling and scoring both use this, so their log-probabilities are of one distribution. The
+    image placeholder must be impossible: generated, it would ask for a feature that is not there.
+    """
+    logits = self.unembed(hidden) / temperature
+    if self.config.suppressed_tokens:
+      banned = jnp.zeros(self.config.vocab_size, bool)
+      banned = banned.at[jnp.array(self.config.suppressed_tokens)].set(True)
+      logits = jnp.where(banned, -1e30, logits)
+    return logits
+
+
+def empty_cache(config: ModelConfig, num_prompts: int, group: int, length: int) -> Cache:
+  """A Cache for `length` tokens of each of [num_prompts, group] samples."""
+  shape = (config.num_layers, num_prompts, group, length, config.num_kv_heads, config.head_dim)
+  return Cache(
+      k=jnp.zeros(shape, config.dtype), v=jnp.zeros(shape, config.dtype),
+      used=jnp.zeros((), jnp.int32))
+
+
+def logits(model: VLM, params: Params, prompt: Prompt) -> Array:
+  """Logits f32[P, Lp, V] of the prompts, every position. For checking, on small inputs."""
+  return model.apply({"params": params}, prompt)
