@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
 __all__ = ["VLM", "ModelConfig", "VisionConfig", "abstract_params", "dummy_prompt", "empty_cache",
-           "from_hf", "init_params", "load_pretrained", "logits", "save_pretrained"]
+           "from_directory", "from_hf", "init_params", "load_pretrained", "logits", "save_pretrained"]
 
 
 def dummy_prompt(config: ModelConfig, num_prompts: int = 1, length: int = 8,
@@ -48,9 +48,24 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
   return jax.jit(lambda k: VLM(config).init(k, dummy_prompt(config))["params"])(key)
 
 
+def from_directory(path: str | pathlib.Path, dtype: str | None = None, remat: bool = False
+                   ) -> ModelConfig:
+  """The architecture of a Hugging Face directory. `dtype` None: as in `load_pretrained`."""
+  path = pathlib.Path(path)
+  if not (path / "config.json").is_file():
+    raise FileNotFoundError(
+        f"{path / 'config.json'}: no such file; expected a Hugging Face model directory")
+  generation = path / "generation_config.json"
+  stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+  if dtype is None:
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return from_hf(json.loads((path / "config.json").read_text()), dtype=dtype, remat=remat,
+                 stop_tokens=stops)
+
+
 def load_pretrained(
     path: str | pathlib.Path, *, dtype: str | None = None, param_dtype: str = "float32",
-    remat: bool = False, put=None) -> "tuple[VLM, Params, Processor]":
+    remat: bool = False, put=None, **processor_options) -> "tuple[VLM, Params, Processor]":
   """Loads a Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor.
 
   Args:
@@ -59,6 +74,7 @@ def load_pretrained(
     param_dtype: of the parameters.
     remat: recompute layers in the backward pass.
     put: (path in the pytree, host array) -> device array; None puts all on the default device.
+    **processor_options: of `Processor.from_pretrained`: buckets, pixel limits.
 
   Returns:
     model, params, processor.
@@ -68,16 +84,10 @@ def load_pretrained(
   """
   from jaxrl_vlm.data.processor import Processor
 
-  path = pathlib.Path(path)
-  if not (path / "config.json").is_file():
-    raise FileNotFoundError(
-        f"{path / 'config.json'}: no such file; expected a Hugging Face model directory")
-  if dtype is None:
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  config = from_hf(json.loads((path / "config.json").read_text()), dtype=dtype, remat=remat)
+  config = from_directory(path, dtype=dtype, remat=remat)
   put = put or (lambda _, x: jax.device_put(x))
   params = weights.load_params(path, config, abstract_params(config, param_dtype), put)
-  return VLM(config), params, Processor.from_pretrained(path)
+  return VLM(config), params, Processor.from_pretrained(path, **processor_options)
 
 
 def save_pretrained(path: str | pathlib.Path, model: VLM, params: Params,

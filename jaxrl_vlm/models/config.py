@@ -36,6 +36,8 @@ class ModelConfig:
     mrope_section: how many rotary frequencies follow time, height and width.
     suppressed_tokens: ids that the policy never produces (image and vision special tokens); its
       distribution over responses is renormalised without them.
+    stop_tokens: ids that end a response.
+    pad_token: id after the end.
     dtype: of activations; "float32" or "bfloat16".
     remat: recompute each layer in the backward pass instead of keeping its activations.
     hf: the `config.json` this came from, as text; `save_pretrained` writes it back.
@@ -54,6 +56,8 @@ class ModelConfig:
   tied: bool
   vision: VisionConfig
   suppressed_tokens: tuple[int, ...] = ()
+  stop_tokens: tuple[int, ...] = ()
+  pad_token: int = 0
   dtype: str = "float32"
   remat: bool = False
   hf: str = dataclasses.field(default="{}", repr=False)
@@ -95,6 +99,9 @@ def from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
       "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
       "vision_token_id")]
   overrides.setdefault("suppressed_tokens", tuple(sorted({i for i in special if i is not None})))
+  stops = overrides.pop("stop_tokens", None) or text.get("eos_token_id") or ()
+  stops = tuple(stops) if isinstance(stops, list | tuple) else (stops,)
+  pad = text.get("pad_token_id")
   head_dim = text.get("head_dim") or text["hidden_size"] // heads
   section = tuple(rope.get("mrope_section", (16, 24, 24)))
   if len(section) != 3 or sum(section) * 2 != head_dim:
@@ -128,6 +135,8 @@ def from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
           in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
           rope_theta=(vision.get("rope_parameters") or {}).get("rope_theta", 10000.0),
       ),
+      stop_tokens=stops,
+      pad_token=pad if pad is not None else (stops[0] if stops else 0),
       hf=json.dumps(config, sort_keys=True),
       **overrides,
   )

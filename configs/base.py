@@ -1,0 +1,119 @@
+"""Every field of a run, with its default. Recipes in this folder change a few of them.
+
+A stage is one entry of `config.stages`; `sft()` and `rl()` below give entries with all fields
+set. On the command line: --config.seed=1 --config.stages[1].objective.name=vppo
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def model() -> ConfigDict:
+  c = ConfigDict()
+  # Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor_config.json.
+  c.path = ""
+  # An untrained model made on the spot instead of `path` (see jaxrl_vlm/scratch.py); {} for none.
+  c.scratch = ConfigDict()
+  # Of activations: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+  c.dtype = "auto"
+  # Of parameters and optimizer state.
+  c.param_dtype = "float32"
+  # Recompute each layer in the backward pass: less memory, a third more compute.
+  c.remat = False
+  return c
+
+
+def data() -> ConfigDict:
+  c = ConfigDict()
+  # "digit_boards", another TFDS dataset, or the path of a JSON-lines file.
+  c.name = ""
+  # Further settings of the source (for digit_boards: tasks, style, size ...).
+  c.options = ConfigDict()
+  # Where prepared datasets are kept; "" is ~/.cache/jaxrl_vlm (or $JAXRL_VLM_CACHE).
+  c.dir = ""
+  return c
+
+
+def optimizer() -> ConfigDict:
+  c = ConfigDict()
+  c.learning_rate = 1e-6  # the peak
+  c.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" (to zero)
+  c.warmup_steps = 0  # updates from 0 to the peak
+  c.b1 = 0.9
+  c.b2 = 0.999
+  c.weight_decay = 0.01
+  c.clip_norm = 1.0  # global gradient norm
+  return c
+
+
+def evaluation() -> ConfigDict:
+  c = ConfigDict()
+  c.examples = 0  # held-out questions of an evaluation; 0 evaluates nothing
+  c.every = 0  # steps between evaluations; 0 is only before the first and after the last step
+  c.batch = 128  # questions at a time
+  return c
+
+
+def _common(kind: str) -> ConfigDict:
+  c = ConfigDict()
+  c.kind = kind  # "sft" or "rl"
+  c.steps = 0
+  c.prompts_per_step = 0  # P; a multiple of mesh.fsdp x microbatches
+  c.max_tokens = 256  # T, the most tokens of a response
+  c.data = data()
+  c.optimizer = optimizer()
+  c.microbatches = 1  # gradient accumulation: parts in which a minibatch passes through the model
+  c.objective = ConfigDict()
+  c.eval = evaluation()
+  # Verifiers and their weights in the reward; a sample may bring its own. Evaluations use them.
+  # Names: math, exact, number, choice, format, or a function: "package.module:function",
+  # "path/to/file.py:function".
+  c.rewards = ConfigDict(allow_dotted_keys=True)
+  c.accuracy = ""  # the verifier whose value is called accuracy; "" is the first of `rewards`
+  return c
+
+
+def sft() -> ConfigDict:
+  """A supervised stage: imitates each example's `target`."""
+  c = _common("sft")
+  c.objective.name = "sft"
+  c.optimizer.learning_rate = 1e-5
+  return c
+
+
+def rl() -> ConfigDict:
+  """A reinforcement-learning stage: P prompts x G samples a step, graded, then updated."""
+  c = _common("rl")
+  # "grpo", "dapo", "papo", "vppo"; further fields of this dictionary override the objective's own
+  # (objective.clip_high=0.28). Their names and meanings: jaxrl_vlm/objectives.
+  c.objective.name = "grpo"
+  c.num_samples = 8  # G
+  c.temperature = 1.0
+  c.top_p = 1.0
+  c.top_k = 0  # 0 keeps all
+  c.minibatches = 1  # updates per rollout; P must be a multiple
+  return c
+
+
+def get_config() -> ConfigDict:
+  c = ConfigDict()
+  c.seed = 0
+  c.model = model()
+  # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor;
+  # -1 is whatever is left.
+  c.mesh = ConfigDict({"fsdp": -1, "tensor": 1})
+  # Padded sizes, one compilation each: prompt tokens and image patches of a row.
+  c.prompt_buckets = (256, 512, 1024, 2048, 4096)
+  c.patch_buckets = (256, 1024, 4096, 16384)
+  c.system_prompt = ""
+  c.stages = config_dict.placeholder(tuple)
+  c.stages = ()
+  c.checkpoint = ConfigDict()
+  c.checkpoint.every = 50  # steps
+  c.checkpoint.keep = 2  # the last k; the best by held-out accuracy is kept besides
+  c.reward_workers = 2  # processes that grade
+  c.reward_timeout = 2.0  # seconds for one answer; then its reward is 0
+  c.max_bad_steps = 5  # updates with a NaN or infinite loss in a row before the run stops
+  c.log_every = 1  # steps between lines of metrics
+  c.rollouts_every = 10  # steps between samples kept for the report
+  c.rollouts_kept = 4  # prompts kept each time
+  return c

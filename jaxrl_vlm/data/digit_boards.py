@@ -1,0 +1,521 @@
+"""Boards of real handwritten digits, with questions that need seeing and then reasoning.
+
+A board is a small grid; every cell holds one coloured digit of `sklearn.datasets.load_digits()`.
+Every fifth digit of each class is held out: `train` boards never draw it, `test` boards draw
+nothing else. A sample is a function of (split, seed, index), so a dataset needs no storage;
+`builder()` writes one as TFDS all the same, for whoever wants files.
+
+    example = make_example("train", seed=0, index=7, style="local")
+    example.question   # What is the sum of row 2?
+    example.target     # <think>row 2: 3 8 1; 3+8=11; 11+1=12</think>\\boxed{12}
+
+Every question can be answered in three styles, the shorter the harder:
+  direct: a guess, no reading and no steps.
+  local:  reads the cells that the question is about, then one step of work at a time.
+  board:  reads the whole board (digits, initials of the colours), then goes on as `local`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jaxrl_vlm.example import Example
+
+CELL = 16  # pixels
+ROWS = (2, 3)
+COLUMNS = (2, 3)
+GLYPH = (12, 16)  # pixels, the sides of a drawn digit
+SPLITS = ("train", "test")
+STYLES = ("direct", "local", "board")
+TRAIN, TEST = 6_000, 1_000  # questions of the dataset on disk
+COLOURS = ("red", "green", "blue", "yellow")
+
+PERCEPTION = ("read", "colour", "where")
+REASONING = ("sum_row", "sum_column", "count", "largest_colour", "compare")
+QUESTION_TASKS = PERCEPTION + REASONING
+# For supervised training of a base model only: these have one way of answering.
+BASE_TASKS = ("transcribe", "arithmetic")
+
+_QUESTIONS = {
+    "read": "What digit is in row {row}, column {column}?",
+    "colour": "What colour is the digit in row {row}, column {column}?",
+    "where": "Where is the {digit}? Answer as row,column.",
+    "sum_row": "What is the sum of row {row}?",
+    "sum_column": "What is the sum of column {column}?",
+    "count": "How many times does the digit {digit} appear?",
+    "largest_colour": "What is the largest {colour} digit?",
+    "compare": "Which row has the larger sum, {row} or {other}?",
+    "transcribe": "Read the board.",
+}
+# On a light ground the same names are darker, so that yellow still stands out.
+_INK_ON_DARK = np.array([[240, 70, 60], [70, 205, 80], [80, 135, 255], [245, 215, 60]], np.float32)
+_INK_ON_LIGHT = np.array([[205, 25, 30], [15, 130, 40], [30, 60, 215], [205, 150, 0]], np.float32)
+
+# A choice: one name, several equally likely names, or names with weights.
+Choice = str | Sequence[str] | Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One drawn digit. `source` is its index in load_digits(); x, y its top left corner, pixels."""
+
+  digit: int
+  colour: str
+  source: int
+  x: int
+  y: int
+  size: int
+  brightness: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Board:
+  """cells[row][column], and the colour of the ground."""
+
+  cells: tuple[tuple[Cell, ...], ...]
+  background: tuple[int, int, int]
+
+  @property
+  def digits(self) -> list[list[int]]:
+    return [[cell.digit for cell in row] for row in self.cells]
+
+  @property
+  def colours(self) -> list[list[str]]:
+    return [[cell.colour for cell in row] for row in self.cells]
+
+
+# ------------------------------------------------------------------------------------------------
+# Handwritten digits
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _handwritten() -> tuple[np.ndarray, np.ndarray]:
+  """images uint8[1797, 8, 8] scaled to 0..255, labels int[1797]."""
+  from sklearn.datasets import load_digits  # half a second: only whoever draws pays it
+
+  data: Any = load_digits()
+  return np.round(data.images * (255 / 16)).astype(np.uint8), data.target.astype(int)
+
+
+@functools.cache
+def sources(split: str) -> tuple[np.ndarray, ...]:
+  """For each digit 0..9 the indices into load_digits() that boards of this split may draw."""
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+  _, labels = _handwritten()
+  indices = []
+  for digit in range(10):
+    of_class = np.flatnonzero(labels == digit)
+    held_out = np.arange(len(of_class)) % 5 == 4
+    indices.append(of_class[held_out if split == "test" else ~held_out])
+  return tuple(indices)
+
+
+@functools.cache
+def _glyph(source: int, size: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+  """Ink float32[size, size, 1] in 0..1 and the box of what is visible of it, x0, y0, x1, y1."""
+  small = Image.fromarray(_handwritten()[0][source])
+  ink = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
+  visible = ink > 0.25
+  ys, xs = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+  return ink[:, :, None], (int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Boards
+# ------------------------------------------------------------------------------------------------
+
+
+def _draw_board(rng: np.random.Generator, split: str, digits: np.ndarray) -> Board:
+  """Draws everything but the digits int[rows, cols] themselves."""
+  rows, cols = digits.shape
+  pool = sources(split)
+  light = rng.random() < 0.5
+  ground = rng.integers(205, 256) if light else rng.integers(0, 51)
+  background = np.clip(ground + rng.integers(-14, 15, 3), 0, 255)
+  shape = (rows, cols)
+  colours = rng.integers(0, len(COLOURS), shape).tolist()
+  picks = rng.random(shape).tolist()
+  sizes = rng.integers(GLYPH[0], GLYPH[1] + 1, shape).tolist()
+  jitter = rng.random((*shape, 2)).tolist()
+  brightness = rng.uniform(0.85, 1.1, shape).round(3).tolist()
+  cells = []
+  for r, row in enumerate(digits.tolist()):
+    line = []
+    for c, digit in enumerate(row):
+      size = sizes[r][c]
+      room = CELL - size + 1
+      line.append(Cell(
+          digit=digit, colour=COLOURS[colours[r][c]],
+          source=int(pool[digit][int(picks[r][c] * len(pool[digit]))]),
+          x=CELL * c + int(jitter[r][c][0] * room), y=CELL * r + int(jitter[r][c][1] * room),
+          size=size, brightness=brightness[r][c]))
+    cells.append(tuple(line))
+  red, green, blue = background.tolist()
+  return Board(tuple(cells), (red, green, blue))
+
+
+def render(board: Board) -> np.ndarray:
+  """Paints a board: uint8[16 * rows, 16 * cols, 3]."""
+  shape = CELL * len(board.cells), CELL * len(board.cells[0]), 3
+  canvas = np.empty(shape, np.float32)
+  canvas[:] = board.background
+  palette = _INK_ON_LIGHT if sum(board.background) > 3 * 127 else _INK_ON_DARK
+  for row in board.cells:
+    for cell in row:
+      ink, _ = _glyph(cell.source, cell.size)
+      window = canvas[cell.y:cell.y + cell.size, cell.x:cell.x + cell.size]
+      window += ink * (palette[COLOURS.index(cell.colour)] * cell.brightness - window)
+  return np.clip(canvas, 0, 255).astype(np.uint8)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+  """uint8[H, W, 3] as a PNG file."""
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "png", compress_level=1)
+  return buffer.getvalue()
+
+
+def _cells(board: Board) -> list[list[dict[str, Any]]]:
+  """The ground truth of a board, JSON-like; boxes are x0, y0, x1, y1 in pixels."""
+  truth = []
+  for row in board.cells:
+    line = []
+    for cell in row:
+      x0, y0, x1, y1 = _glyph(cell.source, cell.size)[1]
+      line.append({
+          "digit": cell.digit, "colour": cell.colour, "source": cell.source,
+          "box": [cell.x + x0, cell.y + y0, cell.x + x1, cell.y + y1]})
+    truth.append(line)
+  return truth
+
+
+# ------------------------------------------------------------------------------------------------
+# Questions
+# ------------------------------------------------------------------------------------------------
+
+
+def _draw_question(rng: np.random.Generator, split: str, task: str) -> tuple[Board, dict[str, Any]]:
+  """A board, and what the task asks about it. Rows and columns count from 1."""
+  rows = int(rng.integers(ROWS[0], ROWS[1] + 1))
+  cols = int(rng.integers(COLUMNS[0], COLUMNS[1] + 1))
+  digits = rng.integers(0, 10, (rows, cols))
+  row, column = int(rng.integers(rows)) + 1, int(rng.integers(cols)) + 1
+  asked: dict[str, Any] = {}
+  if task in ("read", "colour"):
+    asked = {"row": row, "column": column}
+  elif task == "sum_row":
+    asked = {"row": row}
+  elif task == "sum_column":
+    asked = {"column": column}
+  elif task in ("where", "count"):
+    # Uniform digits would rarely repeat: plant the wanted number of them among nine others.
+    digit = int(rng.integers(10))
+    digits = (digit + rng.integers(1, 10, (rows, cols))) % 10
+    times = 1 if task == "where" or rng.random() < 0.1 else int(rng.integers(1, 5))
+    if task == "count" and rng.random() < 0.1:
+      times = 0
+    digits.flat[rng.permutation(rows * cols)[:times]] = digit
+    asked = {"digit": digit}
+  elif task == "compare":
+    row, other = sorted(int(r) + 1 for r in rng.permutation(rows)[:2])
+    while digits[row - 1].sum() == digits[other - 1].sum():
+      digits = rng.integers(0, 10, (rows, cols))
+    asked = {"row": row, "other": other}
+  board = _draw_board(rng, split, digits)
+  if task == "largest_colour":
+    asked = {"colour": board.colours[row - 1][column - 1]}  # one that is there
+  return board, asked
+
+
+def _spaced(items: Sequence[Any]) -> str:
+  return " ".join(map(str, items))
+
+
+def _running_sum(numbers: Sequence[int]) -> list[str]:
+  """[3, 8, 1] -> ["3+8=11", "11+1=12"]: one addition a step."""
+  steps, total = [], numbers[0]
+  for number in numbers[1:]:
+    steps.append(f"{total}+{number}={total + number}")
+    total += number
+  return steps
+
+
+def board_text(board: Board) -> str:
+  """The whole board in words: "1: 3r 8b; 2: 0g 5y"."""
+  return "; ".join(
+      f"{r}: " + _spaced([f"{cell.digit}{cell.colour[0]}" for cell in row])
+      for r, row in enumerate(board.cells, 1))
+
+
+def solve(board: Board, task: str, asked: Mapping[str, Any]) -> tuple[list[str], str]:
+  """The steps of the `local` style and the answer."""
+  digits, colours = board.digits, board.colours
+  numbered = list(enumerate(digits, 1))
+  if task in ("read", "colour"):
+    grid = digits if task == "read" else colours
+    row = grid[asked["row"] - 1]
+    answer = str(row[asked["column"] - 1])
+    return [f"row {asked['row']}: {_spaced(row)}", f"column {asked['column']}: {answer}"], answer
+  if task == "where":
+    steps = []
+    for r, row in numbered:
+      steps.append(f"row {r}: {_spaced(row)}")
+      if asked["digit"] in row:
+        column = row.index(asked["digit"]) + 1
+        return [*steps, f"{asked['digit']} in column {column}"], f"{r},{column}"
+    raise ValueError(f"the board has no {asked['digit']}")
+  if task == "sum_row":
+    row = digits[asked["row"] - 1]
+    return [f"row {asked['row']}: {_spaced(row)}", *_running_sum(row)], str(sum(row))
+  if task == "sum_column":
+    column = [row[asked["column"] - 1] for row in digits]
+    return [f"column {asked['column']}: {_spaced(column)}", *_running_sum(column)], str(sum(column))
+  if task == "count":
+    steps, total = [], 0
+    for r, row in numbered:
+      total += row.count(asked["digit"])
+      steps.append(f"row {r}: {_spaced(row)}; count {total}")
+    return steps, str(total)
+  if task == "largest_colour":
+    steps, found = [], []
+    for r, row in numbered:
+      names = colours[r - 1]
+      of_colour = [row[c] for c in range(len(row)) if names[c] == asked["colour"]]
+      steps.append(f"row {r}: {_spaced(of_colour) or 'none'}")
+      found += of_colour
+    return [*steps, f"largest {max(found)}"], str(max(found))
+  if task == "compare":
+    steps, sums = [], []
+    for r in (asked["row"], asked["other"]):
+      row = digits[r - 1]
+      steps += [f"row {r}: {_spaced(row)}", *_running_sum(row)]
+      sums.append(sum(row))
+    steps.append(f"{sums[0]}{'<' if sums[0] < sums[1] else '>'}{sums[1]}")
+    return steps, str(asked["row"] if sums[0] > sums[1] else asked["other"])
+  raise ValueError(f"task={task!r}: expected one of {', '.join(QUESTION_TASKS)}")
+
+
+def _response(thought: str, answer: str) -> str:
+  return f"<think>{thought}</think>\\boxed{{{answer}}}"
+
+
+# ------------------------------------------------------------------------------------------------
+# Samples
+# ------------------------------------------------------------------------------------------------
+
+
+def _choose(rng: np.random.Generator, field: str, choice: Choice, known: Sequence[str]) -> str:
+  weighted = choice if isinstance(choice, Mapping) else None
+  names = [choice] if isinstance(choice, str) else list(choice)
+  for name in names:
+    if name not in known:
+      raise ValueError(f"{field}={name!r}: expected one of {', '.join(known)}")
+  weights = [float(weighted[name]) for name in names] if weighted else [1.0] * len(names)
+  # One uniform number however many names: cheap, and the later draws do not shift.
+  at = rng.random() * sum(weights)
+  for name, weight in zip(names, weights, strict=True):
+    at -= weight
+    if at < 0:
+      return name
+  raise ValueError(f"{field}={choice!r}: expected at least one name with a positive weight")
+
+
+def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
+           style: Choice | None = None) -> tuple[Board | None, Example]:
+  """As `make_example`, but gives the board itself (None for arithmetic) and no images."""
+  if split not in SPLITS:
+    raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+  rng = np.random.default_rng((SPLITS.index(split), seed, index))
+  task = _choose(rng, "tasks", QUESTION_TASKS if tasks is None else tasks,
+                 QUESTION_TASKS + BASE_TASKS)
+  name = f"{split}-{seed}-{index}"
+  meta: dict[str, Any] = {"skill": "reasoning" if task in (*REASONING, "arithmetic") else
+                          "perception", "task": task}
+  if task == "arithmetic":
+    # The additions that occur in running sums of at most four digits.
+    more = int(rng.integers(1, 4))
+    numbers = [int(rng.integers(0, 37 - 9 * more)), *rng.integers(0, 10, more).tolist()]
+    answer = str(sum(numbers))
+    return None, Example(
+        id=name, question="+".join(map(str, numbers)) + "=", answer=answer,
+        target=_response("; ".join(_running_sum(numbers)), answer), meta=meta)
+
+  board, asked = _draw_question(rng, split, task)
+  target = None
+  if task == "transcribe":
+    target = answer = board_text(board)
+  else:
+    steps, answer = solve(board, task, asked)
+    if style is not None:  # drawn last: the same board and question in every style
+      meta["style"] = _choose(rng, "style", style, STYLES)
+      thought = {"direct": ["guess"], "local": steps, "board": [board_text(board), *steps]}
+      target = _response("; ".join(thought[meta["style"]]), answer)
+  meta |= {"asked": asked, "rows": len(board.cells), "cols": len(board.cells[0]),
+           "cells": _cells(board)}
+  return board, Example(id=name, question=_QUESTIONS[task].format(**asked), answer=answer,
+                        target=target, meta=meta)
+
+
+def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
+                 style: Choice | None = None) -> Example:
+  """The sample number `index`: one PNG image of [16 * rows, 16 * cols], none for arithmetic.
+
+  Args:
+    split: "train" or "test"; decides which handwritten digits may be drawn.
+    seed, index: non-negative; the same numbers give the same sample.
+    tasks: of QUESTION_TASKS (all of them when None) and BASE_TASKS; with weights when a mapping.
+    style: of STYLES, with weights when a mapping; None leaves `target` None for the questions.
+
+  Returns:
+    An Example whose meta holds skill, task, style, asked (the numbers in the question), rows,
+    cols, and cells[row][column] = {digit, colour, source, box}.
+  """
+  board, example = sample(split, seed, index, tasks, style)
+  return example if board is None else example.replace(images=(encode_png(render(board)),))
+
+
+# ------------------------------------------------------------------------------------------------
+# As a dataset
+# ------------------------------------------------------------------------------------------------
+
+
+class LiveBoards:
+  """Samples drawn as they are read: random access to `size` of them, and nothing on disk."""
+
+  def __init__(self, split: str, size: int = 1_000_000, seed: int = 0,
+               tasks: Choice | None = None, style: Choice | None = None):
+    if size < 1:
+      raise ValueError(f"{split}={size}: expected at least 1 question")
+    self._split, self._size, self._seed = split, size, seed
+    self._tasks, self._style = tasks, style
+    sample(split, seed, 0, tasks, style)  # a wrong name is an error now, not in a worker
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, index: int) -> Example:
+    if not 0 <= index < self._size:
+      raise IndexError(index)
+    return make_example(self._split, self._seed, int(index), self._tasks, self._style)
+
+
+def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
+  """The TFDS builder of these settings, prepared or not."""
+  import tensorflow_datasets as tfds  # a second: only whoever builds or opens the dataset pays
+
+  # A configuration of its own for all settings: none is ever read in place of another.
+  digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:10]
+
+  class DigitBoards(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Boards of handwritten digits with questions, written as TFDS without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")  # a change of the boards or questions needs another
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(
+        name="default" if settings == check_settings() else digest,
+        description=json.dumps(settings))]
+
+    def _info(self):
+      return tfds.core.DatasetInfo(
+          builder=self,
+          description=__doc__,
+          features=tfds.features.FeaturesDict({
+              "id": tfds.features.Text(),
+              "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+              "question": tfds.features.Text(),
+              "answer": tfds.features.Text(),
+              "target": tfds.features.Text(),
+              "meta": tfds.features.Text(doc="JSON"),
+          }),
+          homepage="https://scikit-learn.org/stable/modules/generated/"
+                   "sklearn.datasets.load_digits.html",
+          disable_shuffling=True,  # readers shuffle
+      )
+
+    def _split_generators(self, dl_manager):
+      del dl_manager  # nothing to download
+      return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+      boards = LiveBoards(split, settings[split], settings["seed"], settings["tasks"],
+                          settings["style"])
+      for index in range(len(boards)):
+        example = boards[index]
+        yield index, {
+            "id": example.id, "image": io.BytesIO(example.images[0]),
+            "question": example.question, "answer": example.answer,
+            "target": example.target or "", "meta": json.dumps(example.meta)}
+
+  return DigitBoards(data_dir=data_dir)
+
+
+def check_settings(train: int = TRAIN, test: int = TEST, seed: int = 0,
+                   tasks: Choice | None = None,
+                   style: Choice | None = ("local", "board")) -> dict[str, Any]:
+  """The settings of `builder` in JSON's types; a ValueError names the first wrong one."""
+  if tasks is not None and "arithmetic" in ([tasks] if isinstance(tasks, str) else tasks):
+    raise ValueError("tasks='arithmetic': has no image to store; set live=True")
+  LiveBoards("train", train, seed, tasks, style)
+  LiveBoards("test", test, seed, tasks, style)
+  return {"train": train, "test": test, "seed": seed, "tasks": _plain(tasks),
+          "style": _plain(style)}
+
+
+def builder(data_dir: str | os.PathLike, **settings: Any) -> Any:
+  """The prepared TFDS builder, written under `data_dir` by the first call (some ten seconds).
+
+  Safe to call from several processes at once, and again after a build that was killed: a dataset
+  appears whole or not at all. Other settings are another dataset.
+
+  Args:
+    data_dir: the TFDS directory.
+    **settings: train, test: numbers of questions; seed, tasks, style: as in `make_example`.
+
+  Returns:
+    A tfds.core.DatasetBuilder with the splits train and test; features id, image (PNG),
+    question, answer, target, meta (JSON text).
+
+  Raises:
+    ValueError: an unknown task or style, or arithmetic, which has no image.
+  """
+  settings = check_settings(**settings)
+  root = pathlib.Path(data_dir).expanduser()
+  made = _make_builder(root, settings)
+  path = pathlib.Path(made.data_path)
+  if path.exists():
+    return made
+  import tensorflow_datasets as tfds
+
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with open(path.parent / ".lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    for leftover in path.parent.glob("incomplete*"):  # of a killed build: nobody else is building
+      shutil.rmtree(leftover)
+    made = _make_builder(root, settings)  # whoever held the lock may have written it
+    tfds.disable_progress_bar()
+    try:
+      with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+        made.download_and_prepare(file_format="array_record")
+    finally:
+      tfds.enable_progress_bar()
+  return made
+
+
+def _plain(choice: Choice | None) -> Any:
+  """The same choice in types that JSON keeps apart and orders."""
+  if choice is None or isinstance(choice, str):
+    return choice
+  return dict(choice) if isinstance(choice, Mapping) else list(choice)

@@ -1,0 +1,364 @@
+"""Metrics of a run: a file of JSON lines, TensorBoard events, and a live display.
+
+Keys: `train/reward`, `train/reward/<component>`, `train/accuracy`, `train/response_length`,
+`time/tokens_per_second`, `objective/<name>`, `eval/accuracy`, `eval/accuracy/<skill>`. Every record
+has `step`, counted over all stages, and `stage`, such as "sft" or "rl".
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from jaxrl_vlm.config import write_atomically
+from jaxrl_vlm.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+DROPPED_FILE = "metrics.dropped.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+  """Appends records to `metrics.jsonl` and to TensorBoard events; each is on disk on return.
+
+  One process of a run writes. A resumed run starts at a step that its earlier life may have passed:
+  records from there on move to `metrics.dropped.jsonl`, so that no step stands twice.
+
+  Args:
+    workdir: made if it does not exist.
+    start: the first step that this writer will write, 0 for a new run.
+
+  Raises:
+    UserError: a file cannot be written (full disk, permissions); names it.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, start: int = 0):
+    self._path = pathlib.Path(workdir) / METRICS_FILE
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      _drop_from(self._path, start)
+      self._events = _EventFile(self._path.parent / TENSORBOARD_DIR, start)
+    except OSError as error:
+      raise _cannot_write(error, self._path) from error
+
+  def write(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
+    """Writes one record.
+
+    Args:
+      step: steps finished so far, over all stages.
+      stage: name of the running stage.
+      values: numbers by key; anything that float() takes. NaN and infinities become null.
+
+    Raises:
+      UserError: a file cannot be written; names it.
+    """
+    numbers = {key: int(value) if isinstance(value, int) else float(value)
+               for key, value in values.items()}
+    record = {"step": int(step), "stage": stage}
+    record.update({key: value if math.isfinite(value) else None for key, value in numbers.items()})
+    try:
+      with open(self._path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+      self._events.write(int(step), numbers)
+    except OSError as error:
+      raise _cannot_write(error, self._path) from error
+
+  def close(self) -> None:
+    self._events.close()
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self.close()
+
+
+class _EventFile:
+  """A TensorBoard event file, written in the calling thread.
+
+  tensorboardX.SummaryWriter writes in a thread of its own, which a full disk kills; the next flush
+  then waits for it forever.
+  """
+
+  def __init__(self, folder: pathlib.Path, start: int):
+    from tensorboardX.event_file_writer import EventsWriter  # slow to import
+    from tensorboardX.proto import event_pb2, summary_pb2
+
+    events: Any = event_pb2  # generated at import, unknown to type checkers
+    summaries: Any = summary_pb2
+    self._event, self._summary = events.Event, summaries.Summary
+    folder.mkdir(exist_ok=True)
+    # The process id keeps two lives within a second from sharing a file.
+    self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.time_ns()}")
+    # TensorBoard hides what earlier files hold from this step on.
+    log = events.SessionLog(status=events.SessionLog.START)
+    self._writer.write_event(events.Event(wall_time=time.time(), step=start, session_log=log))
+    self._writer.flush()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    summary = self._summary(
+        value=[self._summary.Value(tag=key, simple_value=value) for key, value in values.items()])
+    self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+    self._writer.flush()
+
+  def close(self) -> None:
+    self._writer.close()
+
+
+def _cannot_write(error: OSError, path: pathlib.Path) -> UserError:
+  return UserError(
+      f"{error.filename or path}: cannot write metrics: {error.strerror}; once that is mended, the"
+      " same command resumes the run")
+
+
+def _drop_from(path: pathlib.Path, start: int) -> None:
+  """Moves records of step >= start, and a line that a kill cut short, to `DROPPED_FILE`."""
+  if not path.exists():
+    return
+  kept, dropped = [], []
+  text = path.read_text(encoding="utf-8", errors="replace")
+  for line in text.splitlines():
+    record = _parse(line)
+    (kept if record is not None and record["step"] < start else dropped).append(line + "\n")
+  if not dropped and text.endswith("\n"):
+    return
+  # First the copy, then the removal: a kill in between leaves a line in both files, never in none.
+  with open(path.with_name(DROPPED_FILE), "a", encoding="utf-8") as file:
+    file.writelines(dropped)
+    file.flush()
+    os.fsync(file.fileno())
+  write_atomically(path, "".join(kept))
+
+
+def _parse(line: str) -> Record | None:
+  try:
+    record = json.loads(line)
+  except ValueError:
+    return None
+  return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def read(workdir: str | os.PathLike) -> list[Record]:
+  """The records of a run, in the order written; none if it has written none.
+
+  A last line that is still being written is left out.
+
+  Raises:
+    UserError: a line before the last is not a record.
+  """
+  path = pathlib.Path(workdir) / METRICS_FILE
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+  records = []
+  for number, line in enumerate(lines, 1):
+    record = _parse(line)
+    if record is not None:
+      records.append(record)
+    elif number < len(lines):
+      raise UserError(f"{path}:{number}: not a metrics record: {line[:60]!r}")
+  return records
+
+
+class Change(NamedTuple):
+  """A held-out accuracy (0 to 1) before the last stage and after it; after is None until then."""
+
+  name: str
+  before: float
+  after: float | None
+
+
+def before_and_after(records: Sequence[Record]) -> list[Change]:
+  """Held-out accuracies, overall first, around the last stage that was evaluated.
+
+  Before is the last evaluation ahead of that stage's first training step; where there is none, the
+  first evaluation of the run.
+  """
+  evals = [i for i, record in enumerate(records) if record.get("eval/accuracy") is not None]
+  if not evals:
+    return []
+  last = evals[-1]
+  trained = [
+      i for i, record in enumerate(records[:last])
+      if record["stage"] == records[last]["stage"] and any(k.startswith("train/") for k in record)
+  ]
+  ahead = [i for i in evals if trained and i < trained[0]]
+  first = ahead[-1] if ahead else evals[0]
+  changes = []
+  for key, before in records[first].items():
+    if (key + "/").startswith("eval/accuracy/") and before is not None:
+      name = key.removeprefix("eval/accuracy").strip("/") or "overall"
+      changes.append(Change(name, before, records[last].get(key) if last != first else None))
+  return sorted(changes, key=lambda change: (change.name != "overall", change.name))
+
+
+class Progress:
+  """Live display of a run: a bar and a line on a terminal, a line every few steps elsewhere.
+
+  with Progress(total=120) as progress:
+    progress.update(12, "rl", {"train/reward": 0.62, ...})
+
+  Args:
+    total: steps of all stages together.
+    every: where the output is not a terminal, steps between two lines; the first and the last step
+      of a stage have a line too.
+    stream: where to print; stdout by default.
+  """
+
+  def __init__(self, total: int, every: int = 10, stream: TextIO | None = None):
+    self._total, self._every = total, every
+    self._console = Console(file=stream or sys.stdout, highlight=False)
+    self._stage = ""
+    self._line = ""
+    self._step = self._printed = -1
+    self._clock: collections.deque[tuple[int, float]] = collections.deque(maxlen=50)
+    self._bar = RichProgress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[left]}", markup=False),
+        console=self._console, expand=True)
+    self._task = self._bar.add_task("", total=total, left="")
+    self._live: Live | None = None
+
+  def __enter__(self) -> "Progress":
+    if self._console.is_terminal:
+      self._live = Live(self._bar, console=self._console, refresh_per_second=4)
+      self._live.start()
+    return self
+
+  def __exit__(self, *exception) -> None:
+    if self._live:
+      self._live.stop()
+    elif self._printed != self._step:
+      self.log(self._line)
+
+  def update(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
+    """Shows one training step.
+
+    Args:
+      step: steps finished so far, over all stages.
+      stage: name of the running stage.
+      metrics: by the keys of this module; those that are absent are not shown.
+    """
+    new_stage = stage != self._stage
+    if new_stage:
+      if self._stage and not self._live and self._printed != self._step:
+        self.log(self._line)
+      self._clock.clear()  # another stage has another speed
+    self._stage, self._step = stage, step
+    self._clock.append((step, time.monotonic()))
+    seconds = self._seconds_left()
+    left = "" if seconds is None else f"{duration(seconds)} left"
+    summary = describe(metrics)
+    self._line = "  ".join(filter(None, (stage, f"{step}/{self._total}", summary, left)))
+    if self._live:
+      if seconds is not None:
+        left += time.strftime(", ends %H:%M", time.localtime(time.time() + seconds))
+      self._bar.update(self._task, completed=step, description=stage, left=left)
+      self._live.update(Group(self._bar, Text(summary)))
+    elif new_stage or step % self._every == 0:
+      self.log(self._line)
+
+  def log(self, text: str) -> None:
+    """Prints a line of its own, above the bar where there is one."""
+    if self._console.is_terminal:
+      self._console.print(text, markup=False)
+    else:
+      # Not through rich, which would wrap at 80 columns.
+      print(text, file=self._console.file, flush=True)
+      if text == self._line:
+        self._printed = self._step
+
+  def _seconds_left(self) -> float | None:
+    """At the mean speed of the last steps; None until two are known (the first one compiles)."""
+    (first_step, first), (step, now) = self._clock[0], self._clock[-1]
+    if step <= first_step:
+      return None
+    return (now - first) / (step - first_step) * (self._total - step)
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+  """The metrics that matter, such as `reward 0.62 (math 0.58 format 1.00)  acc 0.58  len 21`."""
+  parts = []
+  if "train/reward" in metrics:
+    prefix = "train/reward/"
+    components = " ".join(f"{key.removeprefix(prefix)} {_number(value)}"
+                          for key, value in metrics.items() if key.startswith(prefix))
+    parts.append(f"reward {_number(metrics['train/reward'])}"
+                 + (f" ({components})" if components else ""))
+  elif "train/loss" in metrics:
+    parts.append(f"loss {_number(metrics['train/loss'])}")
+  if "train/accuracy" in metrics:
+    parts.append(f"acc {_number(metrics['train/accuracy'])}")
+  if "train/response_length" in metrics:
+    parts.append(f"len {float(metrics['train/response_length']):.0f}")
+  if "time/tokens_per_second" in metrics:
+    parts.append(f"{_compact(float(metrics['time/tokens_per_second']))} tok/s")
+  return "  ".join(parts)
+
+
+def _number(value: Any) -> str:
+  return f"{float(value):.2f}"
+
+
+def _compact(value: float) -> str:
+  """3120 as 3.1k."""
+  for unit, size in (("M", 1e6), ("k", 1e3)):
+    if value >= size:
+      return f"{value / size:.1f}{unit}"
+  return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+  """Seconds as 1:40 (minutes) or 2:05:09 (hours)."""
+  minutes, rest = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def results_table(
+    changes: Sequence[Change], title: str = "held-out accuracy", stream: TextIO | None = None
+) -> None:
+  """Prints accuracies before and after in percent, and the gain in points.
+
+  Args:
+    changes: from `before_and_after`.
+    title: heading of the first column.
+    stream: where to print; stdout by default. Plain text where that is not a terminal.
+  """
+  rows = [[title, "before", "after", "gain"]]
+  for change in changes:
+    after, gain = "-", "-"
+    if change.after is not None:
+      after, gain = f"{change.after:.1%}", f"{100 * (change.after - change.before):+.1f} points"
+    rows.append([change.name, f"{change.before:.1%}", after, gain])
+  stream = stream or sys.stdout
+  console = Console(file=stream)
+  if console.is_terminal:
+    table = Table()
+    for index, name in enumerate(rows[0]):
+      table.add_column(Text(name), justify="right" if index else "left")
+    for row in rows[1:]:
+      style = "green" if row[-1].startswith("+") else "red" if len(row[-1]) > 1 else ""
+      table.add_row(*[Text(cell) for cell in row[:-1]], Text(row[-1], style=style))
+    console.print(table)
+    return
+  widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+  for row in rows:
+    cells = [row[0].ljust(widths[0])]
+    cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    print("  ".join(cells), file=stream, flush=True)

@@ -1,0 +1,136 @@
+"""What every objective is: a hashable record of numbers with pure functions on [P, G, T] arrays."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_vlm.objectives import fields, masked
+from jaxrl_vlm.types import Array, Experience, TokenStats
+
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """Interface and token weights; no loss.
+
+  One minibatch goes through it like this (experience: everything about the minibatch that needs no
+  gradient; stats: the current policy's log-probabilities of its tokens):
+
+      experience = objective.prepare(experience)              # once, the whole minibatch
+      metrics = objective.prepare_metrics(experience)         # once, the whole minibatch
+      for part, stats in microbatches:                        # any split along P
+        loss, sums = objective.loss(stats, part)              # losses, gradients, sums add up
+
+  Fields:
+    aggregation: how token losses become one number, see `masked.aggregation_weights`.
+    loss_length: the constant that seq-mean-token-sum-norm divides by (Dr.GRPO: the longest response
+      allowed); required there, unused elsewhere. verl's default is the padded length of the batch,
+      which would make the loss depend on padding.
+    filter_groups: DAPO's dynamic sampling: the loop samples until it has enough groups of which
+      `kept` is true.
+    filter_low, filter_high: a group is kept if its mean accuracy lies strictly between.
+    max_tries: how many times the loop samples before it goes on with the groups it has.
+  """
+
+  aggregation: str = fields.choice("token-mean", masked.AGGREGATIONS)
+  loss_length: int | None = fields.count(None, optional=True)
+  filter_groups: bool = fields.flag(False)
+  filter_low: float = fields.number(0.01, least=0, most=1)
+  filter_high: float = fields.number(0.99, least=0, most=1)
+  max_tries: int = fields.count(20)
+
+  def __post_init__(self):
+    fields.check(self)
+    if self.aggregation == "seq-mean-token-sum-norm" and self.loss_length is None:
+      raise ValueError(
+        "config.objective.loss_length=None: expected a whole number >= 1, because "
+        "aggregation='seq-mean-token-sum-norm' divides by it"
+      )
+    if self.filter_low >= self.filter_high:
+      raise ValueError(
+        f"config.objective.filter_low={self.filter_low!r}: expected less than "
+        f"filter_high={self.filter_high!r}"
+      )
+
+  @property
+  def views(self) -> tuple[str, ...]:
+    """Views to score without gradient, into `experience.views`."""
+    return ()
+
+  @property
+  def grad_views(self) -> tuple[str, ...]:
+    """Views that the current policy scores with gradient: keyword arguments of `loss`."""
+    return ()
+
+  def kept(self, accuracy: Array) -> Array:
+    """Which groups are worth training on: numpy bool[P] from accuracy [P, G]; host work.
+
+    filter_low < mean over the group < filter_high; all groups if not `filter_groups`. Yu et al.
+    2025 (DAPO), arXiv 2503.14476, with the bounds of EasyR1's online filtering.
+    """
+    mean = np.asarray(accuracy).mean(axis=1)
+    if not self.filter_groups:
+      return np.ones(mean.shape, bool)
+    return (mean > self.filter_low) & (mean < self.filter_high)
+
+  def advantages(self, rewards: Array, mask: Array | None = None) -> Array:
+    """f32 array that broadcasts to [P, G, T], from rewards [P, G] and the mask [P, G, T]."""
+    del mask
+    return jnp.asarray(rewards).astype(jnp.float32)[..., None]
+
+  def prepare(self, experience: Experience) -> Experience:
+    """Work on the whole minibatch that needs no gradient; fills `weights` and `token_weights`.
+
+    Raises ValueError if the experience is prepared already.
+    """
+    if experience.weights is not None:
+      raise ValueError("experience.weights is set: this experience has been prepared already")
+    mask = jnp.asarray(experience.mask).astype(bool)
+    return dataclasses.replace(
+      experience,
+      mask=mask,
+      weights=masked.aggregation_weights(mask, self.aggregation, self.loss_length),
+      token_weights=masked.aggregation_weights(mask, "token-mean"),
+    )
+
+  def prepare_metrics(self, experience: Experience) -> Metrics:
+    """Scalars of a prepared whole minibatch; means, minima and maxima that no split adds up to."""
+    del experience
+    return {}
+
+  def loss(
+    self, stats: TokenStats, experience: Experience, **grad_views: TokenStats
+  ) -> tuple[Array, Metrics]:
+    """The loss of one microbatch, a scalar, and its metrics, a dict of scalars.
+
+    Loss and metrics are sums of contributions that `prepare` has divided by the minibatch's
+    totals: added over microbatches they are the minibatch's. An experience that is not prepared
+    is taken for a whole minibatch.
+    """
+    raise NotImplementedError
+
+  def _prepared(self, experience: Experience) -> Experience:
+    return self.prepare(experience) if experience.weights is None else experience
+
+  def _view(self, experience: Experience, name: str) -> TokenStats:
+    if name not in experience.views:
+      raise ValueError(
+        f"experience.views={sorted(experience.views)}: this objective needs the view {name!r}"
+      )
+    return experience.views[name]
+
+  def _check_grad_views(self, grad_views: dict[str, Any]) -> None:
+    if set(grad_views) != set(self.grad_views):
+      raise ValueError(
+        f"objective.loss: expected stats with gradient of the views {list(self.grad_views)}, "
+        f"got {sorted(grad_views)}"
+      )
+
+
+def minibatch_weights(experience: Experience) -> tuple[Array, Array]:
+  """weights and token_weights of a prepared experience."""
+  assert experience.weights is not None and experience.token_weights is not None
+  return experience.weights, experience.token_weights

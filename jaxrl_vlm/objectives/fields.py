@@ -1,0 +1,71 @@
+"""Dataclass fields that know which values are possible: a wrong config gets one clear line."""
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+def _field(default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
+  return dataclasses.field(default=default, metadata={"valid": valid, "expected": expected})
+
+
+def number(
+  default: float | None,
+  *,
+  least: float = -math.inf,
+  above: float = -math.inf,
+  most: float = math.inf,
+  optional: bool = False,
+) -> Any:
+  """A finite number x with least ≤ x ≤ most and x > above; None too if optional."""
+
+  def valid(x: Any) -> bool:
+    if x is None:
+      return optional
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+      return False
+    return math.isfinite(x) and least <= float(x) <= most and float(x) > above
+
+  bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", least), (">", above), ("<=", most))
+            if math.isfinite(bound)]  # fmt: skip
+  expected = " ".join(["a number", " and ".join(bounds)]).strip()
+  return _field(default, valid, expected + (" or None" if optional else ""))
+
+
+def count(default: int | None, *, least: int = 1, optional: bool = False) -> Any:
+  """A whole number of at least `least`; None too if optional."""
+
+  def valid(x: Any) -> bool:
+    if x is None:
+      return optional
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool) and int(x) >= least
+
+  return _field(default, valid, f"a whole number >= {least}" + (" or None" if optional else ""))
+
+
+def flag(default: bool) -> Any:
+  return _field(default, lambda x: isinstance(x, bool), "True or False")
+
+
+def choice(default: str, names: Iterable[str]) -> Any:
+  names = tuple(names)
+  return _field(default, lambda x: x in names, f"one of {', '.join(map(repr, names))}")
+
+
+def check(instance: Any) -> None:
+  """Raises ValueError for the first field of the dataclass whose value is impossible."""
+  for field in dataclasses.fields(instance):
+    value = getattr(instance, field.name)
+    if not field.metadata["valid"](value):
+      raise ValueError(
+        f"config.objective.{field.name}={value!r}: expected {field.metadata['expected']}"
+      )
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+  """'; did you mean 'x'?' for the known name closest to this one, or nothing."""
+  close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+  return f"; did you mean {close[0]!r}?" if close else ""

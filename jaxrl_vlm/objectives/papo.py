@@ -1,0 +1,85 @@
+"""PAPO: a policy gradient that also pushes clean-image and masked-image policies apart."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_vlm.objectives import fields, kl, masked
+from jaxrl_vlm.objectives.base import Metrics, minibatch_weights
+from jaxrl_vlm.objectives.policy_gradient import PolicyGradient, penalty_weights
+from jaxrl_vlm.types import Array, Experience, TokenStats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PAPO(PolicyGradient):
+  """Perception-Aware Policy Optimization, on top of any policy loss and advantage.
+
+      L = L_pg + β KL_ref − γ Σ w_t K_t + η₁ (−mean l) + η₂ (−mean l′)
+      K = exp(d) − d − 1,  d = clamp(l′ − l, ±20),  K clamped to ±10          (k3)
+
+  l, l′: log-probability of the sampled token given the clean and the masked image. K estimates
+  KL(π(·|I) ‖ π(·|I′)), with the inverse of the ratio that the paper writes: right for tokens
+  sampled from π(·|I).
+
+  Where paper and code differ: the paper's l′ is the current policy's. The released code (fb63bf4)
+  scores l′ once per rollout with the sampling policy and holds it constant, so that the η₂ term is
+  logged but has no gradient; that is the default here. `masked_gradient=True` is the paper.
+
+  Source: arXiv 2507.06448. `create("papo")` is PAPO_G 7B (GRPO base: γ 0.02, η 0.05, β 0.01, clip
+  0.2/0.3), the run of the paper's first table; `create("papo_d")` is PAPO_D (DAPO base: γ 0.01,
+  η 0.03, no reference, clip 0.2/0.28, dynamic sampling). PAPO_G 3B is PAPO_G with both η at 0. The
+  code's annealing of γ and its supervised loss on correct responses, off in every published run,
+  are left out.
+
+  Fields:
+    perception_coef: γ.
+    perception_kl: estimator of K.
+    perception_clip: K ≤ this, without gradient above; None: off. The code offers 0.2.
+    perception_share: only the tokens of a response with the largest K, this share of them rounded
+      up, count in Σ w K (w as before); None: all. The code offers 0.2, from a quantile.
+    entropy_penalty, masked_entropy_penalty: η₁, η₂.
+    masked_gradient: l′ is the current policy's, with gradient.
+
+  Metrics: `perception_kl` (Σ w K, aggregated like the loss) and `masked_nll` (mean of −l′).
+  """
+
+  perception_coef: float = fields.number(0.02, least=0)
+  perception_kl: str = fields.choice("k3", kl.ESTIMATORS)
+  perception_clip: float | None = fields.number(None, above=0, optional=True)
+  perception_share: float | None = fields.number(None, above=0, most=1, optional=True)
+  masked_entropy_penalty: float = fields.number(0.0, least=0)
+  masked_gradient: bool = fields.flag(False)
+
+  @property
+  def views(self) -> tuple[str, ...]:
+    return super().views + (() if self.masked_gradient else ("masked",))
+
+  @property
+  def grad_views(self) -> tuple[str, ...]:
+    return super().grad_views + (("masked",) if self.masked_gradient else ())
+
+  def loss(
+    self, stats: TokenStats, experience: Experience, **grad_views: TokenStats
+  ) -> tuple[Array, Metrics]:
+    experience = self._prepared(experience)
+    loss, metrics = super().loss(stats, experience, **grad_views)
+    mask = experience.mask
+    logp = masked.masked_fill(stats.logp, mask)
+    if self.masked_gradient:
+      masked_logp = masked.masked_fill(grad_views["masked"].logp, mask)
+    else:
+      masked_logp = masked.masked_fill(self._view(experience, "masked").logp, mask)
+      masked_logp = jax.lax.stop_gradient(masked_logp)
+
+    token_kl = kl.ESTIMATORS[self.perception_kl](logp, masked_logp)
+    if self.perception_share is not None:
+      top = masked.top_share(jax.lax.stop_gradient(token_kl), mask, self.perception_share)
+      token_kl = jnp.where(top, token_kl, 0.0)
+    if self.perception_clip is not None:
+      token_kl = jnp.minimum(token_kl, self.perception_clip)
+    perception_kl = jnp.sum(penalty_weights(experience) * token_kl)
+    masked_nll = -jnp.sum(minibatch_weights(experience)[1] * masked_logp)
+    loss = loss - self.perception_coef * perception_kl + self.masked_entropy_penalty * masked_nll
+    added = {"perception_kl": perception_kl, "masked_nll": masked_nll}
+    return loss, metrics | jax.lax.stop_gradient(added)

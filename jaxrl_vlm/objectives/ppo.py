@@ -1,0 +1,111 @@
+"""Token losses of the PPO family, all in the log-ratio of the current to the sampling policy.
+
+A policy loss is `f(logp, old_logp, advantages, mask, *, ...) -> (token loss, token metrics)`, every
+array f32[P, G, T] and 0 where masked. Its keyword arguments are fields of the objective.
+
+Notation: l, o log-probability of the token under the current and the sampling policy,
+Δ = clamp(l − o, ±20), r = exp Δ, A advantage, sg stop-gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_vlm.types import Array
+
+TokenLoss = tuple[Array, dict[str, Array]]
+
+
+def log_ratio(logp: Array, old_logp: Array) -> Array:
+  """Δ = clamp(l − o, ±20); exp(20) · A still is far from float32's largest number."""
+  return jnp.clip(logp - old_logp, -20.0, 20.0)
+
+
+def clipped_surrogate(
+  log_ratio: Array,
+  advantages: Array,
+  clip_low: float,
+  clip_high: float,
+  clip_dual: float | None,
+) -> TokenLoss:
+  """L = max(−A r, −A clip(r, 1−ε_l, 1+ε_h)); for A < 0 also L ≤ −A c. See `dual_clip`."""
+  ratio = jnp.exp(log_ratio)
+  plain = -advantages * ratio
+  clipped = -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
+  loss = jnp.maximum(plain, clipped)
+  metrics = {
+    "clip_high": (clipped > plain) & (advantages > 0),
+    "clip_low": (clipped > plain) & (advantages < 0),
+  }
+  if clip_dual is not None:
+    bound = -advantages * clip_dual
+    metrics["clip_dual"] = (loss > bound) & (advantages < 0)
+    loss = jnp.where(advantages < 0, jnp.minimum(loss, bound), loss)
+  return loss, metrics
+
+
+def dual_clip(
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+  clip_dual: float | None,
+) -> TokenLoss:
+  """PPO's clipped surrogate with the dual clip: A < 0 ? min(L, −A c) : L.
+
+      L = max(−A r, −A clip(r, 1−ε_l, 1+ε_h))
+
+  EasyR1 clips Δ to [log(1−ε_l), log(1+ε_h)], verl clips r: the same values and gradients.
+
+  Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2019, arXiv 1912.09729
+  (dual clip, c = `clip_dual`, None: without); separate ε_l, ε_h: DAPO, arXiv 2503.14476.
+  """
+  del mask
+  return clipped_surrogate(log_ratio(logp, old_logp), advantages, clip_low, clip_high, clip_dual)
+
+
+def cispo(
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+) -> TokenLoss:
+  """L = −sg[clip(r, 1−ε_l, 1+ε_h)] · A · l: a clipped token keeps its gradient.
+
+  Source: MiniMax-M1, arXiv 2506.13585, which leaves the lower side open: ε_l = 1.
+  """
+  del mask
+  ratio = jnp.exp(log_ratio(logp, old_logp))
+  clipped = jax.lax.stop_gradient(jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high))
+  metrics = {"clip_high": ratio > 1.0 + clip_high, "clip_low": ratio < 1.0 - clip_low}
+  return -clipped * advantages * logp, metrics
+
+
+def sapo(
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  tau_positive: float,
+  tau_negative: float,
+) -> TokenLoss:
+  """L = −A · (4/τ) σ(τ (r − 1)), τ by the sign of A: a smooth gate where PPO clips.
+
+  Source: Gao et al. 2025 (SAPO), arXiv 2511.20347, as in verl and EasyR1.
+  """
+  del mask
+  tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+  gate = jax.nn.sigmoid(tau * (jnp.exp(log_ratio(logp, old_logp)) - 1.0)) * 4.0 / tau
+  return -advantages * gate, {}
+
+
+def policy_gradient(logp: Array, old_logp: Array, advantages: Array, mask: Array) -> TokenLoss:
+  """L = −A · l, no ratio. Chu et al. 2025 (GPG), arXiv 2504.02546."""
+  del old_logp, mask
+  return -advantages * logp, {}

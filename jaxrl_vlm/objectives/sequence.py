@@ -1,0 +1,65 @@
+"""Policy losses whose importance ratio belongs to a whole response (GSPO, GMPO).
+
+Both are written as token losses: the value of the response's ratio on each token, the gradient of
+each token through its own log-probability only. Averaged over the tokens of a response that is
+exactly the sequence loss and its gradient, and a token filter (VPPO) composes with it.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_vlm.objectives import masked, ppo
+from jaxrl_vlm.types import Array
+
+
+def _per_token(sequence: Array, token: Array) -> Array:
+  """sg[sequence] + token − sg[token]."""
+  return jax.lax.stop_gradient(sequence) + token - jax.lax.stop_gradient(token)
+
+
+def gspo(
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+  clip_dual: float | None,
+) -> ppo.TokenLoss:
+  """PPO's clipped surrogate with log r_t = sg[mean_t (l − o)] + l_t − sg[l_t].
+
+  Source: Zheng et al. 2025 (GSPO), arXiv 2507.18071 (GSPO-token). EasyR1's `gspo_token`
+  keeps the dual clip, verl's `gspo` has none (`clip_dual=None`) and clamps the log-ratio at 10.
+  """
+  sequence = masked.masked_mean(logp - old_logp, mask, axis=-1)
+  ratio = jnp.clip(_per_token(sequence, logp), -20.0, 20.0)
+  return ppo.clipped_surrogate(ratio, advantages, clip_low, clip_high, clip_dual)
+
+
+def gmpo(
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+) -> ppo.TokenLoss:
+  """Geometric mean of token ratios, each clipped on the side its advantage pushes to.
+
+      L_i = −A_i · exp(mean_t d_t),  d = sign(A) · min(sign(A) Δ, sign(A) clamp(Δ, −ε_l, ε_h))
+
+  The clip bounds are on the logarithm here. With seq-mean-token-mean this is the published loss.
+  Source: Zhao et al. 2025 (GMPO), arXiv 2507.20673; verl's `geo_mean`.
+  """
+  delta = ppo.log_ratio(logp, old_logp)
+  sign = jnp.sign(advantages)
+  bounded = jnp.clip(delta, -clip_low, clip_high)
+  d = sign * jnp.minimum(sign * delta, sign * bounded)
+  metrics = {
+    "clip_high": (delta > clip_high) & (advantages > 0),
+    "clip_low": (delta < -clip_low) & (advantages < 0),
+  }
+  ratio = jnp.exp(_per_token(masked.masked_mean(d, mask, axis=-1), d))
+  return -masked.masked_mean(advantages, mask, axis=-1) * ratio, metrics

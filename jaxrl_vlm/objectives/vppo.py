@@ -1,0 +1,129 @@
+"""VPPO: policy gradient only on tokens that depend on the image, more on trajectories that do."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from jaxrl_vlm.objectives import fields, kl, masked
+from jaxrl_vlm.objectives.base import Metrics, minibatch_weights
+from jaxrl_vlm.objectives.policy_gradient import PolicyGradient
+from jaxrl_vlm.types import Array, Experience
+
+
+def token_dependency(old_logp: Array, masked_logp: Array, mask: Array, estimator: str) -> Array:
+  """s_t, how much a sampled token depends on the image: f32[P, G, T], ≥ 0, 0 where masked.
+
+      d = clamp(log π_old(o | q, I′) − log π_old(o | q, I), ±20)
+      s = clamp(exp(d) − d − 1, 0, 10)                                        (k3)
+
+  I′ is the corrupted image. The paper writes the KL divergence over the whole vocabulary;
+  the released code, and this, estimates it from the sampled token.
+  """
+  old_logp = masked.masked_fill(old_logp, mask)
+  masked_logp = masked.masked_fill(masked_logp, mask)
+  return jnp.maximum(kl.ESTIMATORS[estimator](old_logp, masked_logp), 0.0)
+
+
+def shaping_factors(dependency: Array, mask: Array, minimum: float) -> Array:
+  """α_i, what each trajectory's advantage is multiplied by: f32[P, G, 1], mean 1.
+
+      s̄_i = mean_t s_t;  n_i = (s̄_i − min s̄) / (max s̄ − min s̄);  μ = mean n
+      β_max = β_min + (1 − β_min) / (μ + 1e-8);  α_i = β_min + n_i (β_max − β_min)
+
+  Minimum, maximum and mean are over the array's responses that have tokens, so over the minibatch.
+  The released code takes min and max of a device's minibatch but μ of the microbatch, which makes
+  the result depend on the microbatch size. α = 1 if max − min ≤ 1e-6 or for a single response.
+  """
+  score = masked.masked_mean(dependency, mask, axis=-1)
+  valid = jnp.any(mask, axis=-1, keepdims=True)
+  low = jnp.min(jnp.where(valid, score, jnp.inf))
+  high = jnp.max(jnp.where(valid, score, -jnp.inf))
+  shaped = (high - low > 1e-6) & (jnp.sum(valid) > 1)
+  normalized = jnp.clip((score - low) / jnp.where(shaped, high - low, 1.0), 0.0, 1.0)
+  mean = masked.masked_mean(normalized, valid)
+  factor = minimum + normalized * (1.0 - minimum) / (mean + 1e-8)
+  return jnp.where(shaped & valid, factor, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VPPO(PolicyGradient):
+  """Visually-Perceptive Policy Optimization, on top of any policy loss and advantage.
+
+      L = Σ w_t m_t L_pg(l_t, o_t, α_i A_i) + η (−mean l),  m_t = [s_t among the ⌈k n_i⌉ largest]
+
+  m multiplies after clipping and does not change the weights w, so with token-mean the loss is
+  divided by all response tokens. The penalties see all tokens. Ties: the earlier token first.
+
+  Source: arXiv 2510.09285; defaults of `create("vppo")` as its released code (VPPO-RL a23c54b) runs
+  the 7B model: token-mean, where the paper's objective averages each response first (seq-mean).
+
+  Fields:
+    tokens: which tokens get policy gradient: `dependency` (the top `keep_share` by s_t), `entropy`
+      (the top `entropy_share` by the sampling policy's entropy), `either` (the union), `all`.
+    keep_share, entropy_share: shares of each response's tokens, rounded up; k is `keep_share`.
+    dependency: estimator of s_t from the sampled token.
+    shaping: `minibatch`: advantages times α_i; `none`.
+    shaping_min: β_min.
+  """
+
+  tokens: str = fields.choice("dependency", ("dependency", "entropy", "either", "all"))
+  keep_share: float = fields.number(0.4, above=0, most=1)
+  entropy_share: float = fields.number(0.2, above=0, most=1)
+  dependency: str = fields.choice("k3", kl.ESTIMATORS)
+  shaping: str = fields.choice("minibatch", ("minibatch", "none"))
+  shaping_min: float = fields.number(0.9, least=0, most=1)
+
+  @property
+  def views(self) -> tuple[str, ...]:
+    return super().views + (("masked",) if self._uses_image else ())
+
+  @property
+  def _uses_image(self) -> bool:
+    return self.tokens in ("dependency", "either") or self.shaping != "none"
+
+  def prepare(self, experience: Experience) -> Experience:
+    experience = super().prepare(experience)
+    mask = experience.mask
+    weights, _ = minibatch_weights(experience)
+    extras = dict(experience.extras, penalty_weights=weights)
+    advantages = experience.advantages
+    keep = jnp.zeros_like(mask)
+    if self._uses_image:
+      masked_logp = self._view(experience, "masked").logp
+      dependency = token_dependency(experience.old.logp, masked_logp, mask, self.dependency)
+      extras["dependency"] = dependency
+      if self.tokens in ("dependency", "either"):
+        keep |= masked.top_share(dependency, mask, self.keep_share)
+      if self.shaping != "none":
+        factors = shaping_factors(dependency, mask, self.shaping_min)
+        extras["shaping"] = jnp.broadcast_to(factors, mask.shape)
+        advantages = advantages * factors
+    if self.tokens in ("entropy", "either"):
+      entropy = masked.masked_fill(experience.old.entropy, mask)
+      keep |= masked.top_share(entropy, mask, self.entropy_share)
+    if self.tokens == "all":
+      keep = mask
+    extras["keep"] = keep.astype(jnp.float32)
+    weights = jnp.where(keep, weights, 0.0)
+    return dataclasses.replace(experience, advantages=advantages, weights=weights, extras=extras)
+
+  def prepare_metrics(self, experience: Experience) -> Metrics:
+    """kept_share of tokens; mean dependency of all, kept and rejected tokens; shaping factors."""
+    mask, extras = experience.mask, experience.extras
+    keep = extras["keep"] > 0
+    metrics = dict(super().prepare_metrics(experience), kept_share=masked.masked_mean(keep, mask))
+    if "dependency" in extras:
+      metrics["dependency"] = masked.masked_mean(extras["dependency"], mask)
+      metrics["dependency_kept"] = masked.masked_mean(extras["dependency"], keep)
+      metrics["dependency_rejected"] = masked.masked_mean(extras["dependency"], mask & ~keep)
+    if "shaping" in extras:
+      valid = jnp.any(mask, axis=-1)
+      factors = extras["shaping"][..., 0]
+      metrics["shaping_mean"] = masked.masked_mean(factors, valid)
+      # A minibatch without a single token shapes nothing: 1, not an infinity.
+      some = jnp.any(valid)
+      lowest = jnp.min(jnp.where(valid, factors, jnp.inf))
+      highest = jnp.max(jnp.where(valid, factors, -jnp.inf))
+      metrics["shaping_min"] = jnp.where(some, lowest, 1.0)
+      metrics["shaping_max"] = jnp.where(some, highest, 1.0)
+    return metrics

@@ -1,0 +1,79 @@
+"""The mesh of a run and where every array lives on it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+# `fsdp` splits the prompts of a batch and the parameters; `tensor` splits heads, hidden units and
+# vocabulary. What matches first holds; a spec counts from the last axis, so that the leading axis
+# of stacked layers needs no rule.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("tensor", "fsdp")),
+    (r"head", ("fsdp", "tensor")),
+    (r"(q|k|v|qkv|gate|up|merger_in|patch_embed)/kernel", ("fsdp", "tensor")),
+    (r"(o|proj|down|merger_out)/kernel", ("tensor", "fsdp")),
+    (r"(q|k|v|qkv|gate|up|merger_in)/bias", ("tensor",)),
+)
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh over all devices.
+
+  Args:
+    axes: sizes of `fsdp` and `tensor`; one of them may be -1: whatever is left.
+    devices: default all of this run.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = {"fsdp": axes.get("fsdp", -1), "tensor": axes.get("tensor", 1)}
+  known = math.prod(s for s in sizes.values() if s != -1)
+  sizes = {k: len(devices) // known if s == -1 else s for k, s in sizes.items()}
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+        f"config.mesh={dict(axes)}: the axes must multiply to {len(devices)} devices, "
+        f"got {math.prod(sizes.values())}")
+  return Mesh(
+      np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes),
+      axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> Spec:
+  for pattern, axes in RULES:
+    if re.search(rf"(^|/){pattern}$", path):
+      padded = (None,) * (len(shape) - len(axes)) + axes
+      # An axis that does not divide evenly is kept whole.
+      return Spec(*(a if a and n % mesh.shape[a] == 0 else None
+                    for a, n in zip(padded, shape, strict=True)))
+  return Spec()
+
+
+def param_shardings(mesh: Mesh, tree: Any) -> Any:
+  """Shardings for a pytree of parameters, or of anything that mirrors one (optimizer state)."""
+
+  def one(keys, leaf):
+    path = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+    return NamedSharding(mesh, _spec(path, leaf.shape, mesh))
+
+  return jax.tree.map_with_path(one, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Arrays whose leading axis is P prompts."""
+  return NamedSharding(mesh, Spec("fsdp"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, Spec())
+
+
+def put_batch(mesh: Mesh, tree: Any) -> Any:
+  """Moves a pytree of host arrays with leading axis P onto the mesh."""
+  return jax.device_put(tree, batch_sharding(mesh))

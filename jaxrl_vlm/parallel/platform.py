@@ -1,0 +1,36 @@
+"""Which backend an ordinary run uses, and where compiled programs are kept.
+
+Call before the first use of jax."""
+
+import glob
+import os
+
+
+def choose_platform() -> None:
+  """Keeps an installed libtpu from disturbing machines without a TPU.
+
+  libtpu is also a compiler that runs anywhere (the extra `plan`), but JAX takes its presence for
+  a TPU, complains and waits. Where no TPU device exists this names the other platforms to JAX.
+  An explicit JAX_PLATFORMS is left alone.
+  """
+  if os.environ.get("JAX_PLATFORMS"):
+    return
+  if glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*") or os.environ.get("TPU_NAME"):
+    return
+  import jax
+
+  jax.config.update("jax_platforms", "cuda,cpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
+
+
+def cache_compilations() -> None:
+  """Keeps compiled programs on disk, so that a repeated or resumed run starts at once.
+
+  In $JAXRL_VLM_CACHE/xla or ~/.cache/jaxrl_vlm/xla; JAX_COMPILATION_CACHE_DIR overrides it.
+  """
+  if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    return
+  import jax
+
+  cache = os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
+  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "xla"))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,175 @@
+"""Rewards: plain functions of an example and a response, named in a config and weighted.
+
+A verifier is `(example: Example, text: str) -> float | dict[str, float]`. Nothing here imports
+jax: worker processes that must never touch an accelerator import it (`rewards.pool`).
+"""
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from jaxrl_vlm.example import Example
+from jaxrl_vlm.rewards import answers, maths
+
+Verifier = Callable[[Example, str], float | Mapping[str, float]]
+
+_BUILTIN: dict[str, Verifier] = {
+  "choice": answers.choice,
+  "exact": answers.exact,
+  "format": answers.response_format,
+  "math": maths.math,
+  "number": answers.number,
+}
+
+__all__ = ["Reward", "Verifier", "create", "metric_names", "resolve"]
+
+
+class Reward:
+  """A weighted sum of verifiers. Made by `create`."""
+
+  def __init__(self, weights: Mapping[str, float]):
+    _parts(weights)
+    self.weights = dict(weights)
+
+  def __call__(self, example: Example, text: str) -> dict[str, float]:
+    """Grades one response.
+
+    Args:
+      example: the task; its `rewards`, unless None, replace this reward's verifiers and weights.
+      text: the response.
+
+    Returns:
+      Each verifier's value under its metric name and their weighted sum under `total`. A verifier
+      that returns a dict is weighted by the entry with its own name; the other entries are
+      reported as `name/entry`.
+
+    Raises:
+      ValueError: a verifier returned something else than finite numbers.
+      Exception: whatever a verifier raises, with a note that names the verifier.
+    """
+    weights = self.weights if example.rewards is None else example.rewards
+    result, total = {}, 0.0
+    for name, weight, verifier in _parts(weights):
+      try:
+        value = verifier(example, text)
+        values = dict(value) if isinstance(value, Mapping) else {name: value}
+        if name not in values:
+          raise ValueError(f"returned {sorted(values)}, expected the weighted {name!r} as well")
+        for entry, number in values.items():
+          result[name if entry == name else f"{name}/{entry}"] = _finite(entry, number)
+      except BaseException as error:
+        error.add_note(f"in verifier {name!r}")
+        raise
+      total += weight * result[name]
+    return {**result, "total": total}
+
+
+def create(weights: Mapping[str, float]) -> Reward:
+  """The reward that weights verifiers: `create({"math": 0.9, "format": 0.1})`.
+
+  A key is the name of a built-in verifier (choice, exact, format, math, number) or says where a
+  function is: "package.module:function" or "path/to/file.py:function"; the metric of such a
+  function has the function's name.
+
+  Raises:
+    ValueError: no weights, a weight that is no finite number, a key that names no verifier, or
+      two keys with the same metric name.
+  """
+  return Reward(weights)
+
+
+def metric_names(weights: Mapping[str, float]) -> tuple[str, ...]:
+  """The metric name of each weighted verifier, in order. Raises as `create` does."""
+  return tuple(name for name, _, _ in _parts(weights))
+
+
+@functools.cache
+def resolve(key: str) -> Verifier:
+  """The verifier that a key names (see `create`); ValueError when there is none."""
+  if key in _BUILTIN:
+    return _BUILTIN[key]
+  where, colon, name = key.rpartition(":")
+  if not colon:
+    guess = difflib.get_close_matches(key, _BUILTIN, n=1)
+    raise ValueError(
+      f"rewards: {key!r}: no such verifier;"
+      + (f" did you mean {guess[0]!r}?" if guess else "")
+      + f" known: {', '.join(_BUILTIN)}, or 'package.module:function', 'path/to/file.py:function'"
+    )
+  try:
+    module = _load_file(where) if where.endswith(".py") else importlib.import_module(where)
+  except FileNotFoundError as error:
+    raise ValueError(f"rewards: {key!r}: no such file: {error.filename}") from None
+  except Exception as error:
+    raise ValueError(f"rewards: {key!r}: cannot import: {type(error).__name__}: {error}") from error
+  verifier = getattr(module, name, None)
+  if not callable(verifier):
+    known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+    problem = "no such function" if verifier is None else f"a {type(verifier).__name__}"
+    raise ValueError(f"rewards: {key!r}: {problem}; {where} has: {', '.join(known) or 'none'}")
+  return cast(Verifier, verifier)
+
+
+def _parts(weights: Mapping[str, float]) -> tuple[tuple[str, float, Verifier], ...]:
+  """(metric name, weight, verifier) of each weighted verifier."""
+  if not isinstance(weights, Mapping) or not weights:
+    raise ValueError(f"rewards={weights!r}: expected a mapping such as {{'math': 0.9}}")
+  for key, weight in weights.items():
+    if not isinstance(key, str):
+      raise ValueError(f"rewards: {key!r}: expected the name of a verifier")
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
+      raise ValueError(f"rewards[{key!r}]={weight!r}: expected a finite number, the weight")
+  return _cached_parts(tuple(weights.items()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_parts(
+  weights: tuple[tuple[str, float], ...],
+) -> tuple[tuple[str, float, Verifier], ...]:
+  keys = {"total": "the weighted sum"}
+  parts = []
+  for key, weight in weights:
+    verifier = resolve(key)
+    name = key.rpartition(":")[2]
+    if name in keys:
+      raise ValueError(f"rewards: {key!r}: its metric name {name!r} is taken by {keys[name]!r}")
+    keys[name] = key
+    parts.append((name, float(weight), verifier))
+  return tuple(parts)
+
+
+def _finite(entry: str, value: object) -> float:
+  if isinstance(value, str | bytes):
+    raise ValueError(f"returned {entry}={value!r}, expected a number")
+  try:
+    number = float(value)  # type: ignore[arg-type]
+  except (TypeError, OverflowError):
+    raise ValueError(f"returned {entry}={type(value).__name__}, expected a number") from None
+  if not math.isfinite(number):
+    raise ValueError(f"returned {entry}={number}, expected a finite number")
+  return number
+
+
+def _load_file(path: str):
+  path = os.path.abspath(os.path.expanduser(path))
+  if not os.path.isfile(path):
+    raise FileNotFoundError(2, "no such file", path)
+  name = "jaxrl_vlm_verifiers_" + hashlib.sha256(path.encode()).hexdigest()[:16]
+  if name in sys.modules:
+    return sys.modules[name]
+  spec = importlib.util.spec_from_file_location(name, path)
+  assert spec is not None and spec.loader is not None
+  module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Dataclasses look it up.
+  try:
+    spec.loader.exec_module(module)
+  except BaseException:
+    del sys.modules[name]
+    raise
+  return module

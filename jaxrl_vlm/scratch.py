@@ -1,0 +1,101 @@
+"""A new, untrained model directory: an architecture and a tokenizer trained on given texts.
+
+For base models that are small enough to be taught from nothing (`configs/digits_base.py`). The
+result is an ordinary Hugging Face directory, so everything after it is the ordinary path.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from jaxrl_vlm import models
+from jaxrl_vlm.models import weights
+
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
+
+# Each digit alone, words with their leading space; "\boxed{" whole because every answer has it.
+_SPLIT = r" ?[a-zA-Z]+| ?[0-9]|\\boxed\{|[^\sa-zA-Z0-9\\]+ ?|\\|\s+"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+  """A byte-level BPE with Qwen's special tokens; any text survives encode and decode."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  marks = ["<think>", "</think>"]
+  trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(marks), show_progress=False,
+      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.add_tokens(marks)
+  fast = PreTrainedTokenizerFast(
+      tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+      extra_special_tokens=list(SPECIAL_TOKENS), clean_up_tokenization_spaces=False)
+  fast.chat_template = CHAT_TEMPLATE
+  return fast
+
+
+def create(path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Iterable[str],
+           seed: int = 0) -> None:
+  """Writes the directory with random weights.
+
+  Args:
+    path: where to.
+    architecture: `text` and `vision`, as in a `config.json` of Qwen2.5-VL; `tie_word_embeddings`;
+      `min_pixels`, `max_pixels` of images. The vocabulary size of `text` is a ceiling for the
+      tokenizer's.
+    texts: what the tokenizer is trained on.
+    seed: of the weights.
+  """
+  path = pathlib.Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  text, vision = dict(architecture["text"]), dict(architecture["vision"])
+  tokenizer = train_tokenizer(texts, text["vocab_size"])
+  tokenizer.save_pretrained(path)
+  image, video, start, end, eos, pad = tokenizer.convert_tokens_to_ids(
+      ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>",
+       "<|endoftext|>"])
+  hf = {
+      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+      "model_type": "qwen2_5_vl",
+      "dtype": "float32",
+      "tie_word_embeddings": bool(architecture["tie_word_embeddings"]),
+      "image_token_id": image, "video_token_id": video,
+      "vision_start_token_id": start, "vision_end_token_id": end,
+      "text_config": {"model_type": "qwen2_5_vl_text", "rms_norm_eps": 1e-6, "bos_token_id": pad,
+                      "eos_token_id": eos, "pad_token_id": pad, **text},
+      "vision_config": {"model_type": "qwen2_5_vl_vision", "out_hidden_size": text["hidden_size"],
+                        **vision},
+  }
+  generation = {"eos_token_id": [eos], "pad_token_id": pad, "bos_token_id": pad}
+  preprocessor = {
+      "image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "do_rescale": True,
+      "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255, "resample": 3,
+      "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+      "patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"],
+      "temporal_patch_size": vision["temporal_patch_size"],
+      "min_pixels": architecture["min_pixels"], "max_pixels": architecture["max_pixels"],
+  }
+  for name, content in (("generation_config.json", generation),
+                        ("preprocessor_config.json", preprocessor)):
+    (path / name).write_text(json.dumps(content, indent=2))
+  config = models.from_hf(hf)
+  weights.save_params(path, config, models.init_params(config, jax.random.key(seed)))

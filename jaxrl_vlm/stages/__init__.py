@@ -1,0 +1,64 @@
+"""The stages of a run: one readable loop each."""
+
+import difflib
+import pathlib
+
+from ml_collections import ConfigDict
+
+from jaxrl_vlm import objectives, rewards
+from jaxrl_vlm.errors import UserError, validation
+from jaxrl_vlm.stages import rl, sft
+from jaxrl_vlm.stages.run import Run, Stopped
+
+__all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_stage"]
+
+KINDS = {"sft": sft.train, "rl": rl.train}
+
+# What a resumed run may set otherwise without becoming another run.
+MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.every",
+              "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept")
+
+
+def run_stage(run: Run, index: int) -> None:
+  """Runs one stage to its end. A stage that a checkpoint shows finished only hands on its params."""
+  KINDS[run.config.stages[index].kind](run, index)
+
+
+def check(config: ConfigDict) -> None:
+  """Checks what can be checked before anything is built.
+
+  Raises:
+    UserError: one line naming the field, its value and what was expected.
+  """
+  def expect(ok: bool, field: str, value: object, wanted: str) -> None:
+    if not ok:
+      raise UserError(f"{field}={value!r}: expected {wanted}")
+
+  expect(len(config.stages) > 0, "config.stages", (), "at least one stage")
+  model = config.model
+  expect(bool(model.path) or bool(model.scratch), "config.model.path", model.path,
+         "a Hugging Face model directory")
+  if model.path and not model.scratch:
+    expect(pathlib.Path(model.path).is_dir(), "config.model.path", model.path,
+           "an existing directory")
+  expect(model.dtype in ("auto", "float32", "bfloat16"), "config.model.dtype", model.dtype,
+         "'auto', 'float32' or 'bfloat16'")
+  fsdp = max(config.mesh.fsdp, 1)
+  for i, stage in enumerate(config.stages):
+    field = f"config.stages[{i}]"
+    if stage.kind not in KINDS:
+      near = difflib.get_close_matches(stage.kind, KINDS, n=1)
+      hint = f"; did you mean {near[0]!r}?" if near else ""
+      raise UserError(
+          f"{field}.kind={stage.kind!r}: no such stage{hint} (known: {', '.join(KINDS)})")
+    for name in ("steps", "prompts_per_step", "max_tokens", "microbatches"):
+      expect(stage[name] >= 1, f"{field}.{name}", stage[name], "at least 1")
+    parts = stage.microbatches * stage.get("minibatches", 1) * fsdp
+    expect(stage.prompts_per_step % parts == 0, f"{field}.prompts_per_step",
+           stage.prompts_per_step, f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
+    with validation(f"{field}: "):
+      objectives.create(**stage.objective.to_dict())
+    if stage.kind == "rl" or stage.eval.examples:
+      expect(len(stage.rewards) > 0, f"{field}.rewards", {}, "at least one verifier")
+      with validation(f"{field}: "):
+        rewards.create(stage.rewards.to_dict())

@@ -1,0 +1,305 @@
+"""What the stages of a run share: the model on its mesh, files in the workdir, and the bookkeeping
+around a training step (metrics, checkpoints, evaluation, stopping)."""
+
+import contextlib
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from jaxrl_vlm import metrics as metrics_lib
+from jaxrl_vlm import models, parallel, report
+from jaxrl_vlm.checkpoint import Checkpoints
+from jaxrl_vlm.data import pipeline, sources
+from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.evaluate import Evaluation, evaluate
+from jaxrl_vlm.example import Example
+from jaxrl_vlm.rewards.pool import RewardPool
+from jaxrl_vlm.rollout import Sampling
+from jaxrl_vlm.stages.programs import Programs, make_rollout
+from jaxrl_vlm.types import Params
+
+
+class Stopped(Exception):
+  """The run was asked to stop and has saved; not an error."""
+
+
+class Run:
+  """One run: everything that outlives a stage.
+
+  Attributes:
+    config: resolved.
+    workdir: where it writes.
+    mesh, model, processor: as loaded.
+    params: at the end of the last finished stage.
+    step: global step, over all stages.
+  """
+
+  def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+    self.config, self.workdir = config, workdir
+    self.mesh = parallel.make_mesh(config.mesh)
+    self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
+    self.step: int = self.position["step"]
+    self.model, self.params, self.processor = self._load_model()
+    self.abstract_params = models.abstract_params(self.model.config, config.model.param_dtype)
+    self.param_shardings = parallel.param_shardings(self.mesh, self.abstract_params)
+    self.metrics = metrics_lib.MetricsWriter(workdir, start=self.step + 1 if self.step else 0)
+    self.rollouts = report.RolloutLog(workdir)
+    self.progress = metrics_lib.Progress(sum(s.steps for s in config.stages), config.log_every)
+    self.stop_signal = ""
+    self.compilations = _count_compilations()
+
+  def _load_model(self):
+    """Fresh parameters for the first stage; a resumed run replaces them from its checkpoint."""
+    config = self.config.model
+    path = pathlib.Path(config.path)
+    if config.scratch:
+      from jaxrl_vlm import scratch
+
+      path = self.workdir / "scratch"
+      if not (path / "model.safetensors").exists():
+        scratch.create(path, config.scratch.to_dict(), self._some_texts(), self.config.seed)
+    shardings: Mapping[tuple[str, ...], Any] = {}
+
+    def put(keys: tuple[str, ...], value: np.ndarray) -> jax.Array:
+      nonlocal shardings
+      if not shardings:
+        tree = parallel.param_shardings(self.mesh, models.abstract_params(
+            models.from_directory(path), config.param_dtype))
+        shardings = {tuple(k.key for k in p): s for p, s in jax.tree.leaves_with_path(tree)}
+      return jax.device_put(value, shardings[keys])
+
+    model, params, processor = models.load_pretrained(
+        path, dtype=None if config.dtype == "auto" else config.dtype,
+        param_dtype=config.param_dtype, remat=config.remat, put=put,
+        prompt_buckets=self.config.prompt_buckets, patch_buckets=self.config.patch_buckets)
+    return model, params, processor
+
+  def _some_texts(self, count: int = 4000) -> Iterator[str]:
+    for stage in self.config.stages:
+      source = self.open_source(stage, "train")
+      for i in range(min(count, len(source))):
+        example = source[i]
+        yield from (example.question, example.target or example.answer)
+
+  def open_source(self, stage: ConfigDict, split: str) -> sources.Source:
+    imitates = stage.kind == "sft" and split == "train"
+    return sources.open_source(stage.data, split, need="target" if imitates else "answer")
+
+  @property
+  def system(self) -> str | None:
+    return self.config.system_prompt or None
+
+  def random_key(self, purpose: int, *more: int) -> jax.Array:
+    """A key that depends on the seed, the global step and the purpose, and on nothing else."""
+    key = jax.random.key(self.config.seed)
+    for number in (purpose, self.step, *more):
+      key = jax.random.fold_in(key, number)
+    return key
+
+  @contextlib.contextmanager
+  def running(self) -> Iterator[None]:
+    """Handles SIGTERM and SIGINT (save, then stop) and closes files, whatever happens inside."""
+    def ask_to_stop(number, _):
+      if self.stop_signal:  # asked twice: at once
+        raise KeyboardInterrupt
+      self.stop_signal = signal.Signals(number).name
+      print(f"{self.stop_signal}: saving after this step, then stopping "
+            "(once more stops at once)", file=sys.stderr, flush=True)
+
+    old = {}
+    with contextlib.suppress(ValueError):  # not the main thread: a notebook's own affair
+      for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, ask_to_stop)
+    try:
+      with self.progress:
+        yield
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
+      self.checkpoints.close()
+      self.metrics.close()
+
+
+class StageRun:
+  """The bookkeeping of one stage: where it resumes, and what happens around every step.
+
+  Attributes:
+    state: TrainState; the stage's loop replaces it.
+    reference: parameters at the start of the stage if the objective compares with them, else None.
+    start: the step of this stage to begin with.
+    data: iterator of lists of P Examples.
+    pool: grades answers.
+    accuracy: the verifier that is called accuracy.
+  """
+
+  def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool,
+               data: Any = None):
+    self.run, self.index, self.programs, self.pool = run, index, programs, pool
+    self.stage = run.config.stages[index]
+    self.accuracy = self.stage.accuracy or next(iter(self.stage.rewards), "")
+    self.data = data if data is not None else self._make_data()
+    self.keep_reference = "ref" in programs.objective.views
+    self._pending: tuple[int, Any, dict[str, float]] | None = None
+    self._clock = time.monotonic()
+    self._eval_rollout: Callable | None = None
+    self._eval_examples: list[Example] = []
+
+    position = run.position
+    if position["step"] and position["stage"] == index:
+      self.start = position["stage_step"]
+      self.state, self.reference = self._restore()
+      if position.get("data") is not None:
+        self.data.set_state(position["data"])
+    else:
+      self.start = 0
+      self.reference = run.params if self.keep_reference else None
+      self.state = programs.init_state(_copy(run.params))
+      self._evaluate_and_log()
+
+  def _make_data(self):
+    stage = self.stage
+    source = self.run.open_source(stage, "train")
+    return pipeline.make_iterator(
+        source, batch_size=stage.prompts_per_step, seed=self.run.config.seed + self.index)
+
+  def _restore(self):
+    programs = self.programs
+
+    def abstract(tree, shardings):
+      return jax.tree.map(
+          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    target = {"train": abstract(programs.abstract_state, programs.state_shardings)}
+    if self.keep_reference:
+      target["reference"] = abstract(self.run.abstract_params, self.run.param_shardings)
+    state = self.run.checkpoints.restore(target)
+    return state["train"], state.get("reference")
+
+  def steps(self) -> Iterator[int]:
+    """The steps of this stage that are still to do; sets run.step to the step being done."""
+    for step in range(self.start, self.stage.steps):
+      self.run.step += 1
+      yield step
+      self._after_step(step)
+    if self.start < self.stage.steps or self.run.position["stage"] != self.index:
+      self._flush()
+    self.run.params = self.state.params
+
+  def log(self, device_metrics: Any, host_metrics: dict[str, float], tokens: int) -> None:
+    """Takes the metrics of a step; they are fetched and written while the next step runs."""
+    self._flush()
+    self._pending = (self.run.step, device_metrics, {**host_metrics, "_tokens": float(tokens)})
+
+  def _flush(self) -> None:
+    if self._pending is None:
+      return
+    step, device, values = self._pending
+    self._pending = None
+    values = dict(values)
+    tokens = values.pop("_tokens")
+    for key, value in jax.device_get(device).items():
+      name = f"train/{key}" if key in ("loss", "grad_norm", "bad_steps") else f"objective/{key}"
+      values[name] = float(value)
+    now = time.monotonic()
+    values["time/step_seconds"] = now - self._clock
+    values["time/tokens_per_second"] = tokens / (now - self._clock)
+    values["time/compilations"] = float(self.run.compilations())
+    self._clock = now
+    self.run.metrics.write(step, self.stage.kind, values)
+    self.run.progress.update(step, self.stage.kind, values)
+    limit = self.run.config.max_bad_steps
+    if values["train/bad_steps"] >= limit:
+      self.run.checkpoints.wait()
+      raise UserError(
+          f"step {step}: the loss or gradient was NaN or infinite {limit} times in a row "
+          f"(config.max_bad_steps={limit}); the last good checkpoint is kept in "
+          f"{self.run.checkpoints.path}; try a lower "
+          f"config.stages[{self.index}].optimizer.learning_rate")
+
+  def _after_step(self, step: int) -> None:
+    done = step + 1
+    last = done == self.stage.steps
+    every = self.stage.eval.every
+    if last or self.run.stop_signal:
+      self._flush()
+    accuracy = None
+    if last or (every and done % every == 0):
+      self._flush()
+      accuracy = self._evaluate_and_log()
+    if last or self.run.stop_signal or self.run.step % self.run.config.checkpoint.every == 0:
+      self._save(done, accuracy)
+    if self.run.stop_signal and not (last and self.index == len(self.run.config.stages) - 1):
+      self.run.checkpoints.wait()
+      raise Stopped(self.run.stop_signal)
+
+  def _save(self, done: int, accuracy: float | None) -> None:
+    state = {"train": self.state}
+    if self.keep_reference:
+      state["reference"] = self.reference
+    # Parameters that a bad step left alone are good parameters: there is nothing else to check.
+    self.run.checkpoints.save(
+        self.run.step, state,
+        {"stage": self.index, "stage_step": done, "step": self.run.step,
+         "data": self.data.get_state()}, accuracy)
+
+  def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
+    """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""
+    value = components.get(self.accuracy)
+    return total if value is None else np.where(np.isnan(value), total, value)
+
+  # -- Evaluation ---------------------------------------------------------------------------------
+
+  def evaluate(self) -> Evaluation | None:
+    """Held-out accuracy of the current parameters; None if the stage asks for no evaluation."""
+    settings = self.stage.eval
+    if not settings.examples:
+      return None
+    run = self.run
+    if self._eval_rollout is None:
+      source = run.open_source(self.stage, "test")
+      self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
+      self._eval_rollout = make_rollout(
+          run.model, run.mesh, Sampling(max_tokens=self.stage.max_tokens, temperature=0.0),
+          run.param_shardings)
+    return evaluate(
+        self._eval_rollout, self.state.params, run.processor, self._eval_examples, self.pool,
+        correct=self.correct, batch=settings.batch, mesh=run.mesh, system=run.system)
+
+  def _evaluate_and_log(self) -> float | None:
+    result = self.evaluate()
+    if result is None:
+      return None
+    run = self.run
+    run.metrics.write(
+        run.step, self.stage.kind, {f"eval/{k}": v for k, v in result.metrics.items()})
+    shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(result.metrics.items()))
+    run.progress.log(f"{self.stage.kind}  held-out after step {run.step}: {shown}")
+    self._clock = time.monotonic()
+    return result.metrics["accuracy"]
+
+
+def _copy(tree: Params) -> Params:
+  """A copy on the device, because an update gives its inputs away."""
+  return jax.tree.map(jnp.copy, tree)
+
+
+def _count_compilations() -> Callable[[], int]:
+  """Starts counting XLA compilations of this process; the result tells how many so far."""
+  count = 0
+
+  def listen(event: str, duration: float, **_) -> None:
+    nonlocal count
+    if event == "/jax/core/compile/backend_compile_duration":
+      count += 1
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  return lambda: count

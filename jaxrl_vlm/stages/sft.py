@@ -1,0 +1,59 @@
+"""Supervised fine-tuning: imitate each example's target. The same update program as RL, with G = 1."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxrl_vlm import objectives, parallel
+from jaxrl_vlm.data.processor import Processor
+from jaxrl_vlm.errors import UserError, validation
+from jaxrl_vlm.example import Example
+from jaxrl_vlm.rewards.pool import RewardPool
+from jaxrl_vlm.stages.programs import Programs, make_optimizer
+from jaxrl_vlm.stages.run import Run, StageRun
+from jaxrl_vlm.types import Experience
+
+
+def train(run: Run, index: int) -> None:
+  """Runs stage `index` to its end, or from where a checkpoint left it."""
+  stage = run.config.stages[index]
+  with validation(f"config.stages[{index}]: "):
+    objective = objectives.create(**stage.objective.to_dict())
+    optimizer = make_optimizer(stage.optimizer, stage.steps)
+  programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
+                      microbatches=stage.microbatches)
+
+  with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
+                  run.config.reward_timeout) as pool:
+    loop = StageRun(run, index, programs, pool)
+    for _ in loop.steps():
+      examples = next(loop.data)
+      prompt = run.processor.collate([run.processor.encode(e, run.system) for e in examples])
+      tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
+      experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
+                              old=None, rewards=None)
+      prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
+      loop.state, metrics = programs.update(
+          loop.state, prompt, tokens, experience, run.random_key(0))
+      loop.log(metrics, {}, int(mask.sum()))
+
+
+def collate_targets(processor: Processor, examples: Sequence[Example], max_tokens: int
+                    ) -> tuple[np.ndarray, np.ndarray]:
+  """Targets as one sample of each prompt: tokens i32[P, 1, T] and mask bool[P, 1, T].
+
+  Raises:
+    UserError: an example has no target, or one that is longer than T; targets are never cut.
+  """
+  tokens = np.full((len(examples), 1, max_tokens), processor.pad_token_id, np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, example in enumerate(examples):
+    if not example.target:
+      raise UserError(f"example {example.id!r} has no target; a supervised stage needs one")
+    ids = processor.encode_target(example.target)
+    if len(ids) > max_tokens:
+      raise UserError(f"example {example.id!r}: the target has {len(ids)} tokens, more than "
+                      f"max_tokens={max_tokens} of the stage")
+    tokens[row, 0, :len(ids)] = ids
+    mask[row, 0, :len(ids)] = True
+  return tokens, mask

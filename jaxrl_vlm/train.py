@@ -1,0 +1,66 @@
+"""python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Runs the stages of a config. Started again with the same command, a run continues where its last
+checkpoint left it; a finished run shows its result again.
+"""
+
+# Nothing here may import jax at module level: processes that grade import this module first.
+import pathlib
+import time
+import types
+
+from jaxrl_vlm import config as config_lib
+from jaxrl_vlm import metrics
+from jaxrl_vlm.errors import UserError
+
+ABOUT = "Trains a vision-language model through the stages of a config."
+
+
+def train(config, workdir: str | pathlib.Path) -> None:
+  """Runs `config` (as from a config file) in `workdir`, from its beginning or where it stopped.
+
+  Raises:
+    UserError: something that the user can mend; the message names it. What was saved stays.
+  """
+  from jaxrl_vlm import parallel
+
+  parallel.choose_platform()
+  parallel.cache_compilations()
+  from jaxrl_vlm import models, report, stages
+
+  workdir = pathlib.Path(workdir)
+  stages.check(config)
+  config_lib.check_workdir(workdir, config, may_change=stages.MAY_CHANGE)
+  began = time.monotonic()
+  run = stages.Run(config, workdir)
+  try:
+    with run.running():
+      for index in range(run.position["stage"], len(config.stages)):
+        stages.run_stage(run, index)
+    final = workdir / "model"
+    models.save_pretrained(final, run.model, run.params, run.processor)
+  except stages.Stopped as stopped:
+    print(f"{stopped}: stopped after step {run.step}; the same command continues.")
+    return
+  finally:
+    page = report.write_report(workdir)
+  changes = metrics.before_and_after(metrics.read(workdir))
+  if changes:
+    metrics.results_table(changes)
+  print(f"""
+finished in {metrics.duration(time.monotonic() - began)}
+  model        {final}
+  report       {page}
+  metrics      {workdir / 'metrics.jsonl'} (TensorBoard: --logdir {workdir})
+  rollouts     {workdir / 'rollouts'}
+  checkpoints  {workdir / 'checkpoints'}""")
+
+
+def main(args: types.SimpleNamespace) -> None:
+  train(args.config, args.workdir)
+
+
+__all__ = ["UserError", "main", "train"]
+
+if __name__ == "__main__":
+  config_lib.run_cli(main, "jaxrl_vlm.train", ABOUT)

@@ -1,0 +1,198 @@
+"""Images become exactly the patches that transformers makes of them."""
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
+
+from jaxrl_vlm.data import images
+
+SIZES = [(1, 1), (28, 28), (29, 13), (14, 42), (99, 99), (5, 900), (199, 1), (640, 480), (33, 517)]
+
+
+def random_image(height, width, channels=3, seed=0):
+  shape = (height, width, channels) if channels > 1 else (height, width)
+  return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def encoded(image, file_format="PNG", **options):
+  buffer = io.BytesIO()
+  (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+    buffer, file_format, **options
+  )
+  return buffer.getvalue()
+
+
+def hf_patches(image, settings):
+  processor = hf.Qwen2VLImageProcessorPil(
+    patch_size=settings.patch_size,
+    temporal_patch_size=settings.temporal_patch_size,
+    merge_size=settings.merge_size,
+    min_pixels=settings.min_pixels,
+    max_pixels=settings.max_pixels,
+    image_mean=list(settings.image_mean),
+    image_std=list(settings.image_std),
+  )
+  out = processor([image], return_tensors="np")
+  return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_equal_transformers(size):
+  settings = images.ImageSettings(max_pixels=300 * 28 * 28)
+  image = random_image(*size)
+  patches, grid = images.preprocess_image(image, settings)
+  expected, expected_grid = hf_patches(Image.fromarray(image), settings)
+  assert grid == expected_grid
+  assert patches.dtype == np.float32
+  assert patches.shape == (np.prod(grid), settings.patch_dim)
+  np.testing.assert_array_equal(patches, expected)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_patches_equal_transformers_for_random_sizes_and_settings(seed):
+  rng = np.random.default_rng(seed)
+  settings = images.ImageSettings(
+    patch_size=int(rng.choice([4, 8, 14, 16])),
+    temporal_patch_size=int(rng.choice([1, 2, 3])),
+    merge_size=int(rng.choice([1, 2, 3])),
+    min_pixels=int(rng.integers(16, 4000)),
+    max_pixels=int(rng.integers(4000, 100_000)),
+    image_mean=(0.5, 0.4, 0.3),
+    image_std=(0.5, 0.25, 0.2),
+  )
+  image = random_image(*rng.integers(8, 400, 2), seed=seed)
+  patches, grid = images.preprocess_image(image, settings)
+  expected, expected_grid = hf_patches(Image.fromarray(image), settings)
+  assert grid == expected_grid
+  np.testing.assert_array_equal(patches, expected)
+
+
+def test_smart_resize_equals_transformers():
+  rng = np.random.default_rng(0)
+  for _ in range(3000):
+    height, width = (int(2 ** rng.uniform(0, 12)) for _ in range(2))
+    if max(height, width) > 200 * min(height, width):
+      continue
+    bounds = {"factor": 28, "min_pixels": 3136, "max_pixels": int(rng.integers(3136, 10**6))}
+    assert images.smart_resize(height, width, **bounds) == hf.smart_resize(height, width, **bounds)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb_as_in_transformers(mode):
+  image = Image.fromarray(random_image(60, 80, 4), "RGBA")
+  image = image.convert("I").convert("I;16") if mode == "I;16" else image.convert(mode)
+  settings = images.ImageSettings()
+  patches, _ = images.preprocess_image(image, settings)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # transformers on deprecated arguments
+    expected, _ = hf_patches(image, settings)
+  np.testing.assert_array_equal(patches, expected)
+
+
+def test_transparent_palette_is_composited_onto_white():
+  image = Image.new("P", (56, 56), 3)
+  image.putpalette([10, 20, 30] * 8)
+  np.testing.assert_array_equal(images.decode_image(encoded(image)).getpixel((0, 0)), [10, 20, 30])
+  decoded = images.decode_image(encoded(image, transparency=3))
+  np.testing.assert_array_equal(np.asarray(decoded), 255)
+
+
+def test_png_bytes_arrays_and_pillow_images_agree():
+  array = random_image(50, 70)
+  settings = images.ImageSettings()
+  expected, _ = images.preprocess_image(array, settings)
+  for image in (encoded(array), Image.fromarray(array)):
+    np.testing.assert_array_equal(images.preprocess_image(image, settings)[0], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_arrays_of_other_depths(channels):
+  array = random_image(40, 30, channels)
+  assert images.decode_image(array).mode == "RGB"
+  assert images.decode_image(array[..., None] if channels == 1 else array).size == (30, 40)
+
+
+def test_exif_orientation_of_a_file_is_applied():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # turn a quarter clockwise to view
+  data = encoded(random_image(40, 60), "JPEG", exif=exif)
+  assert images.decode_image(data).size == (40, 60)
+  assert images.decode_image(Image.open(io.BytesIO(data))).size == (60, 40)
+
+
+def test_patches_of_one_token_are_adjacent():
+  settings = images.ImageSettings(
+    patch_size=2, merge_size=2, min_pixels=1, image_mean=(0, 0, 0), image_std=(1, 1, 1)
+  )
+  array = np.zeros((8, 8, 3), np.uint8)
+  array[:4, 4:] = 255  # the second visual token
+  patches, grid = images.preprocess_image(array, settings)
+  assert grid == (1, 4, 4)
+  np.testing.assert_array_equal(patches.mean(axis=1), [0] * 4 + [1] * 4 + [0] * 8)
+
+
+PNG = encoded(random_image(200, 200))
+JPEG = encoded(random_image(200, 200), "JPEG")
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    b"",
+    b"not an image",
+    PNG[:30],
+    PNG[: len(PNG) // 2],
+    JPEG[: len(JPEG) // 2],
+    PNG[:8] + b"\0" * 99,
+  ],
+)
+def test_broken_files_name_the_image(data):
+  with pytest.raises(images.ImageError, match="example 'a', image 1: ."):
+    images.preprocess_image(data, images.ImageSettings(), "example 'a', image 1")
+
+
+@pytest.mark.parametrize(
+  "image",
+  [
+    np.zeros((0, 5, 3), np.uint8),
+    np.zeros((5, 5, 3), np.float32),
+    np.zeros((5, 5, 2, 3), np.uint8),
+    np.zeros((5, 5, 5), np.uint8),
+    Image.new("RGB", (0, 4)),
+    np.zeros((1, 201, 3), np.uint8),
+    "image.png",
+    None,
+  ],
+)
+def test_unusable_images_name_the_image(image):
+  with pytest.raises(images.ImageError, match="image 7: ."):
+    images.preprocess_image(image, images.ImageSettings(), "image 7")
+
+
+def test_decompression_bombs_are_refused_before_decoding():
+  image = Image.new("1", (10_000, 9_000))
+  with pytest.raises(images.ImageError, match="bomb: .*10000x9000"):
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    images.decode_image(encoded(image), "bomb")
+
+
+def test_settings_read_both_spellings_of_the_bounds():
+  size = {"shortest_edge": 100, "longest_edge": 200}
+  assert images.ImageSettings.from_config({"size": size}) == images.ImageSettings(
+    min_pixels=100, max_pixels=200
+  )
+  # As in transformers, min_pixels and max_pixels win.
+  both = images.ImageSettings.from_config({"size": size, "max_pixels": 300, "min_pixels": None})
+  assert (both.min_pixels, both.max_pixels) == (100, 300)
+
+
+@pytest.mark.parametrize(
+  "config", [{"do_resize": False}, {"resample": 2}, {"min_pixels": 9, "max_pixels": 8}]
+)
+def test_settings_that_cannot_be_honoured_are_refused(config):
+  with pytest.raises(ValueError, match="|".join(config)):
+    images.ImageSettings.from_config(config)

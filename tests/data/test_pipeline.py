@@ -1,0 +1,302 @@
+"""Sources say what is wrong with a dataset; the pipeline repeats itself and resumes exactly."""
+
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from jaxrl_vlm.data import digit_boards, pipeline, sources
+from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.example import Example
+
+
+class Numbers:
+  """Examples 0 .. n-1."""
+
+  def __init__(self, size):
+    self.size = size
+
+  def __len__(self):
+    return self.size
+
+  def __getitem__(self, index):
+    return Example(id=str(index), question="?", answer="!")
+
+
+def ids(batches):
+  return [[int(example.id) for example in batch] for batch in batches]
+
+
+def take(iterator, n):
+  return [next(iterator) for _ in range(n)]
+
+
+def png(value=0):
+  buffer = io.BytesIO()
+  Image.fromarray(np.full((8, 16, 3), value, np.uint8)).save(buffer, "png")
+  return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------
+# Pipeline
+# ------------------------------------------------------------------------------------------------
+
+
+def test_epochs_are_permutations_and_differ():
+  stream = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=0), 10)), [])
+  epochs = [stream[10 * e:10 * e + 10] for e in range(4)]
+  assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 4
+  again = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=0), 10)), [])
+  assert again == stream
+  other = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=1), 10)), [])
+  # Neither the same stream nor the same one an epoch later.
+  assert other[:10] not in epochs
+
+
+def test_without_shuffle_and_repeat_it_is_the_source():
+  arguments = {"batch_size": 4, "seed": 0, "shuffle": False, "repeat": False}
+  assert ids(pipeline.make_iterator(Numbers(10), **arguments)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  assert ids(pipeline.make_iterator(Numbers(10), drop_remainder=False, **arguments)) == [
+      [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_resumed_is_uninterrupted():
+  arguments = {"batch_size": 4, "seed": 7}
+  whole = ids(take(pipeline.make_iterator(Numbers(11), **arguments), 12))
+  for stop in (0, 1, 5):
+    iterator = pipeline.make_iterator(Numbers(11), **arguments)
+    assert ids(take(iterator, stop)) == whole[:stop]
+    state = json.loads(json.dumps(iterator.get_state()))
+    resumed = pipeline.make_iterator(Numbers(11), **arguments)
+    take(resumed, 3)  # a used iterator goes there too
+    resumed.set_state(state)
+    assert ids(take(resumed, 12 - stop)) == whole[stop:]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"batch_size": 3}, "batch_size was 4, now 3"),
+    ({"seed": 1}, "seed was 0, now 1"),
+    ({"shard": (0, 2)}, "shard was [0, 1], now [0, 2]"),
+])
+def test_a_state_of_other_settings_is_refused(change, message):
+  arguments = {"batch_size": 4, "seed": 0}
+  state = pipeline.make_iterator(Numbers(11), **arguments).get_state()
+  with pytest.raises(UserError, match=re.escape(message)):
+    pipeline.make_iterator(Numbers(11), **arguments | change).set_state(state)
+
+
+def test_shards_are_disjoint_and_of_equal_length():
+  arguments = {"batch_size": 3, "seed": 0, "repeat": False}
+  parts = [sum(ids(pipeline.make_iterator(Numbers(20), shard=(i, 3), **arguments)), [])
+           for i in range(3)]
+  assert [len(part) for part in parts] == [6, 6, 6]
+  assert len(set(sum(parts, []))) == 18
+  # Every epoch deals out anew.
+  epochs = sum(ids(take(pipeline.make_iterator(
+      Numbers(20), batch_size=3, seed=0, shard=(0, 3)), 4)), [])
+  assert epochs[:6] == parts[0] and set(epochs[6:]) != set(epochs[:6])
+
+
+def test_too_few_examples_for_a_batch():
+  with pytest.raises(UserError, match="3 examples: too few for a batch of 4"):
+    pipeline.make_iterator(Numbers(3), batch_size=4, seed=0, repeat=False)
+  # With repeat, a batch may hold an example twice.
+  assert len(next(pipeline.make_iterator(Numbers(3), batch_size=4, seed=0))) == 4
+
+
+def test_worker_processes_give_the_same_batches(tmp_path):
+  """Real sources are sent to workers: digits drawn there, files opened there."""
+  code = f"""
+import sys
+from absl import flags
+from jaxrl_vlm.data import pipeline, sources
+if __name__ == "__main__":
+  flags.FLAGS(sys.argv[:1])
+  source = sources.open_source({{"name": "digit_boards", "dir": {str(tmp_path)!r},
+                                "options": {{"train": 9, "test": 2}}}}, "train")
+  alone, shared = (pipeline.make_iterator(source, batch_size=2, seed=0, workers=workers)
+                   for workers in (0, 2))
+  next(alone)
+  shared.set_state(alone.get_state())
+  for _ in range(5):
+    assert next(alone) == next(shared)
+  shared.close()
+  print("equal")
+"""
+  script = tmp_path / "script.py"
+  script.write_text(code)
+  done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+  assert done.stdout.strip() == "equal", done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# Sources
+# ------------------------------------------------------------------------------------------------
+
+
+def write_jsonl(directory, *lines):
+  path = directory / "data.jsonl"
+  path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
+                          for line in lines))
+  return str(path)
+
+
+def test_json_lines(tmp_path):
+  (tmp_path / "images").mkdir()
+  (tmp_path / "images" / "a.png").write_bytes(png(1))
+  (tmp_path / "b.png").write_bytes(png(2))
+  path = write_jsonl(
+      tmp_path,
+      {"images": ["images/a.png", "b.png"], "question": "Which?", "answer": "a", "id": "first",
+       "rewards": {"exact": 1}, "meta": {"skill": "reasoning"}, "target": "a, I think"},
+      "",
+      {"image": "b.png", "question": "How many — é?", "answer": 2},
+      {"question": "1+1=", "answer": "2"})
+  source = sources.open_source(ConfigDict({"name": path}), "train")
+  assert len(source) == 3
+  assert source[0] == Example(
+      id="first", question="Which?", answer="a", images=(png(1), png(2)), target="a, I think",
+      rewards={"exact": 1}, meta={"skill": "reasoning"})
+  assert source[1] == Example(id="data.jsonl:3", question="How many — é?", answer="2",
+                              images=(png(2),))
+  assert source[2].images == ()
+  assert pickle.loads(pickle.dumps(source))[1] == source[1]
+  split = str(tmp_path / "{split}.jsonl")
+  assert len(sources.open_source({"name": split}, "data")) == 3
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"question": "a", ', "data.jsonl:2: not JSON: Expecting property name"),
+    ("[1]", "data.jsonl:2: expected an object {...}, got list"),
+    ({"question": "a"}, "data.jsonl:2: field 'answer' is missing"),
+    ({"question": "a", "answer": ""}, "data.jsonl:2: field 'answer' is empty"),
+    ({"question": " ", "answer": "b"}, "data.jsonl:2: field 'question' is empty"),
+    ({"question": ["a"], "answer": "b"},
+     "data.jsonl:2: field 'question': expected text, got [\"a\"]"),
+    ({"question": "a", "answer": "b", "imagse": ["a.png"]},
+     "data.jsonl:2: field 'imagse': no such field; did you mean 'image' or 'images'?"),
+    ({"question": "a", "answer": "b", "image": "a.png"},
+     "data.jsonl:2: field 'image': no such file: a.png"),
+    ({"question": "a", "answer": "b", "images": [3]},
+     "data.jsonl:2: field 'images': expected paths, got [3]"),
+    ({"question": "a", "answer": "b", "images": ["../b.png"]},
+     "data.jsonl:2: field 'images': ../b.png is outside"),
+    ({"question": "a", "answer": "b", "rewards": "math"},
+     "data.jsonl:2: field 'rewards': expected {\"name\": weight, ...}, got \"math\""),
+    ({"question": "a", "answer": "b", "id": "x"},
+     "data.jsonl:2: field 'id': 'x' is also that of line 1"),
+])
+def test_json_lines_say_what_is_wrong_and_where(tmp_path, line, message):
+  (tmp_path / "b.png").write_bytes(png())
+  (tmp_path / "inside").mkdir()
+  path = write_jsonl(tmp_path / "inside", {"question": "a", "answer": "b", "id": "x"}, line)
+  with pytest.raises(UserError) as error:
+    sources.open_source({"name": path}, "train")
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_images_outside_the_directory_need_permission(tmp_path):
+  (tmp_path / "b.png").write_bytes(png())
+  (tmp_path / "inside").mkdir()
+  (tmp_path / "inside" / "link.png").symlink_to(tmp_path / "b.png")
+  for name in ("../b.png", str(tmp_path / "b.png"), "link.png"):
+    path = write_jsonl(tmp_path / "inside", {"question": "a", "answer": "b", "image": name})
+    with pytest.raises(UserError, match="allow_outside=True"):
+      sources.open_source({"name": path}, "train")
+    source = sources.open_source({"name": path, "options": {"allow_outside": True}}, "train")
+    assert source[0].images == (png(),)
+
+
+def test_supervised_data_need_a_target_instead_of_an_answer(tmp_path):
+  path = write_jsonl(tmp_path, {"question": "a", "target": "b"})
+  with pytest.raises(UserError, match="field 'answer' is missing"):
+    sources.open_source({"name": path}, "train")
+  assert sources.open_source({"name": path}, "train", need="target")[0].target == "b"
+  path = write_jsonl(tmp_path, {"question": "a", "answer": "b"})
+  with pytest.raises(UserError, match="field 'target' is missing"):
+    sources.open_source({"name": path}, "train", need="target")
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ({"name": ""}, "data.name=''"),
+    ({"name": "nowhere.jsonl"}, "nowhere.jsonl: No such file or directory"),
+    ({"name": "digit_bords"}, "data.name='digit_bords': neither a .jsonl file nor a TFDS dataset; "
+                              "did you mean 'digit_boards'?"),
+    ({"name": "digit_boards", "options": {"taks": "read"}},
+     "data.options.taks: no such option of digit_boards; did you mean 'tasks'?"),
+    ({"name": "digit_boards", "options": {"tasks": ("reed",)}},
+     "data.options.tasks='reed': expected one of read"),
+    ({"name": "digit_boards", "options": {"tasks": "arithmetic"}},
+     "data.options.tasks='arithmetic': has no image to store; set live=True"),
+])
+def test_a_wrong_spec_is_named(tmp_path, spec, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    sources.open_source(spec | {"dir": str(tmp_path)}, "train")
+
+
+def test_digit_boards_from_disk_and_live(tmp_path):
+  options = {"train": 4, "test": 3, "style": "board", "tasks": {"count": 1.0, "where": 2.0}}
+  spec = ConfigDict({"name": "digit_boards", "options": options, "dir": str(tmp_path)})
+  stored = sources.open_source(spec, "test")
+  spec.options.live = True
+  live = sources.open_source(spec, "test")
+  assert len(stored) == len(live) == 3
+  for index in range(3):
+    assert stored[index] == live[index] == digit_boards.make_example(
+        "test", 0, index, options["tasks"], "board")
+
+
+def test_any_tfds_dataset_with_names_of_its_own(tmp_path):
+  import tensorflow_datasets as tfds
+
+  class Quiz(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+          "photos": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3))),
+          "text": tfds.features.Text(),
+          "label": tfds.features.ClassLabel(names=["cat", "dog"])}))
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      for i in range(2):
+        yield i, {"photos": [io.BytesIO(png(i))] * i, "text": f"{i}?", "label": i}
+
+  def make():
+    builder = Quiz(data_dir=tmp_path)
+    builder.download_and_prepare(file_format="array_record")
+    return builder
+
+  fields = {"images": "photos", "question": "text", "answer": "label"}
+  source = sources.TfdsSource("quiz", make, "train", fields=fields)
+  found = {source[i].question: source[i] for i in range(2)}
+  assert (found["0?"].answer, found["1?"].answer) == ("cat", "dog")
+  assert found["0?"].images == () and len(found["1?"].images) == 1
+  image = Image.open(io.BytesIO(found["1?"].images[0]))
+  np.testing.assert_array_equal(np.asarray(image), np.full((8, 16, 3), 1))
+
+  with pytest.raises(UserError, match="split 'tset' of quiz: valid: train"):
+    sources.TfdsSource("quiz", make, "tset", fields=fields)
+  with pytest.raises(UserError, match="data.options.fields.question: quiz has no feature"):
+    sources.TfdsSource("quiz", make, "train", fields={"answer": "label"})
+  with pytest.raises(UserError, match="fields.answer='lable': no such feature of quiz; did you"):
+    sources.TfdsSource("quiz", make, "train", fields=fields | {"answer": "lable"})
+
+
+def test_importing_data_modules_imports_no_jax():
+  code = ("import sys, jaxrl_vlm.data.digit_boards, jaxrl_vlm.data.sources, "
+          "jaxrl_vlm.data.pipeline; print('jax' in sys.modules)")
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "False"

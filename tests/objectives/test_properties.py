@@ -1,0 +1,217 @@
+"""What must hold for every objective and every input: padding, order, splits, ties, extremes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxrl_vlm import objectives
+from jaxrl_vlm.types import Experience, TokenStats
+
+P, G, T = 4, 3, 6
+LENGTH = {"loss_length": 16}
+OBJECTIVES = {
+  name: objectives.create(name, **LENGTH)
+  for name in ("grpo", "dr_grpo", "gspo", "gmpo", "sapo", "cispo", "papo", "vppo")
+} | {
+  "gpg": objectives.create("dapo", policy_loss="gpg"),
+  "kl_cov": objectives.create("dapo", policy_loss="kl_cov", cov_share=0.1),
+  "papo_share": objectives.create("papo_d", perception_share=0.3, perception_clip=0.2),
+  "papo_paper": objectives.create("papo", masked_gradient=True, kl="k2"),
+  "vppo_seq": objectives.create("vppo", aggregation="seq-mean-token-mean", kl="k1", kl_coef=0.01),
+  "vppo_gspo": objectives.create(
+    "vppo",
+    aggregation="seq-mean-token-sum",
+    tokens="either",
+    policy_loss="gspo",
+    kl="abs",
+    kl_coef=0.01,
+  ),
+}
+# kl_cov ranks the tokens it is given; see its docstring.
+SPLITTABLE = [name for name in OBJECTIVES if name != "kl_cov"]
+every = pytest.mark.parametrize("name", OBJECTIVES)
+few = settings(
+  max_examples=6,
+  deadline=None,
+  derandomize=True,
+  suppress_health_check=[HealthCheck.differing_executors],
+)
+seeds = st.integers(0, 2**31 - 1)
+# Sums of some tens of float32 terms in another order.
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+
+
+def batch(seed: int, scale: float = 0.5, dtype=np.float32):
+  """Random current stats, masked stats and experience; some responses empty, some short."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.integers(0, T + 1, (P, G))
+  mask = np.arange(T) < lengths[..., None]
+  logps = {}
+  base = -rng.exponential(1.0, (P, G, T))
+  for name in ("new", "old", "ref", "masked", "new_masked"):
+    logp = base + scale * rng.standard_normal((P, G, T))
+    logps[name] = TokenStats(
+      logp=logp.astype(dtype), entropy=rng.exponential(1.0, (P, G, T)).astype(dtype)
+    )
+  experience = Experience(
+    mask=mask,
+    advantages=rng.standard_normal((P, G, 1)).astype(np.float32),
+    old=logps["old"],
+    rewards=rng.standard_normal((P, G)).astype(np.float32),
+    views={name: logps[name] for name in ("ref", "masked")},
+  )
+  return logps["new"], logps["new_masked"], experience
+
+
+prepare = jax.jit(lambda objective, experience: objective.prepare(experience), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(objective, stats, masked_stats, experience):
+  """(loss, metrics), gradients with respect to the log-probabilities of both passes."""
+
+  def of(logps):
+    views = (
+      {"masked": dataclasses.replace(masked_stats, logp=logps[1])} if objective.grad_views else {}
+    )
+    return objective.loss(dataclasses.replace(stats, logp=logps[0]), experience, **views)
+
+  return jax.value_and_grad(of, has_aux=True)((stats.logp, masked_stats.logp))
+
+
+def run(objective, stats, masked_stats, experience):
+  return loss(objective, stats, masked_stats, prepare(objective, experience))
+
+
+@every
+@given(seed=seeds)
+@few
+def test_padding_changes_nothing(name, seed):
+  """More padded tokens, more padded prompts, anything at all in them."""
+  inputs = batch(seed)
+
+  def pad(x):
+    axes = [(0, 2), (0, 0), (0, 3)][: x.ndim]
+    if x.shape[-1] == 1:
+      axes[2] = (0, 0)
+    fill = False if x.dtype == bool else np.nan
+    return np.pad(x, axes, constant_values=fill)
+
+  (value, metrics), gradients = run(OBJECTIVES[name], *inputs)
+  (padded, padded_metrics), padded_gradients = run(OBJECTIVES[name], *jax.tree.map(pad, inputs))
+  close(padded, value)
+  jax.tree.map(close, padded_metrics, metrics)
+  for ours, theirs in zip(padded_gradients, gradients, strict=True):
+    close(ours[:P, :, :T], theirs)
+    assert not np.any(ours[P:]) and not np.any(ours[:, :, T:])
+
+
+@every
+@given(seed=seeds)
+@few
+def test_prompts_have_no_order(name, seed):
+  inputs = batch(seed)
+  order = np.random.default_rng(seed).permutation(P)
+  (value, metrics), gradients = run(OBJECTIVES[name], *inputs)
+  permuted = jax.tree.map(lambda x: x[order], inputs)
+  (permuted_value, permuted_metrics), permuted_gradients = run(OBJECTIVES[name], *permuted)
+  close(permuted_value, value)
+  jax.tree.map(close, permuted_metrics, metrics)
+  jax.tree.map(lambda ours, theirs: close(ours, theirs[order]), permuted_gradients, gradients)
+
+
+@pytest.mark.parametrize("name", SPLITTABLE)
+@given(seed=seeds)
+@few
+def test_microbatches_add_up(name, seed):
+  """The whole minibatch at once = one prompt at a time, in loss, metrics and gradients."""
+  stats, masked_stats, experience = batch(seed)
+  prepared = jax.device_get(prepare(OBJECTIVES[name], experience))
+  (value, metrics), gradients = loss(OBJECTIVES[name], stats, masked_stats, prepared)
+  results = [
+    loss(
+      OBJECTIVES[name], *jax.tree.map(lambda x, i=i: x[i : i + 1], (stats, masked_stats, prepared))
+    )
+    for i in range(P)
+  ]
+  close(sum(part[0][0] for part in results), value)
+  jax.tree.map(lambda x, *xs: close(sum(xs), x), metrics, *(part[0][1] for part in results))
+  jax.tree.map(
+    lambda x, *xs: close(np.concatenate(xs), x), gradients, *(part[1] for part in results)
+  )
+
+
+@pytest.mark.parametrize("name", ["grpo", "papo", "vppo"])
+def test_an_unprepared_experience_is_a_whole_minibatch(name):
+  inputs = batch(0)
+  (value, _), gradients = loss(OBJECTIVES[name], *inputs)
+  (prepared_value, _), prepared_gradients = run(OBJECTIVES[name], *inputs)
+  close(value, prepared_value)
+  jax.tree.map(close, gradients, prepared_gradients)
+
+
+@every
+def test_nothing_but_masked_responses(name):
+  stats, masked_stats, experience = batch(0)
+  experience = dataclasses.replace(experience, mask=np.zeros((P, G, T), bool))
+  prepared = prepare(OBJECTIVES[name], experience)
+  (value, metrics), gradients = loss(OBJECTIVES[name], stats, masked_stats, prepared)
+  assert value == 0 and not any(np.any(x) for x in gradients)
+  assert all(np.isfinite(x) for x in metrics.values())
+  assert all(np.isfinite(x) for x in OBJECTIVES[name].prepare_metrics(prepared).values())
+
+
+@every
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_finite_up_to_differences_of_80(name, dtype, sign):
+  stats, masked_stats, experience = batch(1, dtype=dtype)
+  shift = sign * 80 * np.random.default_rng(0).choice([-1, 0, 1], (P, G, T))
+  stats = dataclasses.replace(stats, logp=stats.logp + shift.astype(dtype))
+  (value, metrics), gradients = run(OBJECTIVES[name], stats, masked_stats, experience)
+  assert np.isfinite(value) and all(np.isfinite(x) for x in metrics.values())
+  for gradient in gradients:
+    assert gradient.dtype == dtype
+    assert np.all(np.isfinite(gradient.astype(np.float32)))
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo", "opo", "grpo_passk"])
+@given(reward=st.floats(-10, 10, width=32))
+@few
+def test_equal_rewards_give_no_advantage(advantage, reward):
+  """Exactly zero: no rounding of the mean that a tiny standard deviation could blow up."""
+  objective = objectives.create("dapo", advantage=advantage)
+  advantages = objective.advantages(jnp.full((P, G), reward, jnp.float32), batch(2)[2].mask)
+  assert not np.any(advantages)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "gmpo", "sapo", "cispo", "gpg", "vppo"])
+def test_no_advantage_gives_no_policy_gradient(name):
+  objective = dataclasses.replace(OBJECTIVES[name], kl_coef=0.0, entropy_penalty=0.0)
+  stats, masked_stats, experience = batch(2)
+  experience = dataclasses.replace(experience, advantages=np.zeros((P, G, 1), np.float32))
+  _, gradients = run(objective, stats, masked_stats, experience)
+  assert not np.any(gradients[0])
+
+
+@pytest.mark.parametrize("advantage", ["reinforce_pp", "reinforce_pp_baseline"])
+def test_whitening_equal_rewards_gives_zero(advantage):
+  objective = objectives.create("dapo", advantage=advantage)
+  mask = batch(3)[2].mask
+  assert not np.any(objective.advantages(jnp.full((P, G), 0.1), mask))
+
+
+@given(seed=seeds)
+@few
+def test_group_advantages_ignore_shift(seed):
+  rewards = np.random.default_rng(seed).standard_normal((P, G)).astype(np.float32)
+  for advantage in ("grpo", "dr_grpo", "rloo", "grpo_passk"):
+    objective = objectives.create("grpo", advantage=advantage)
+    plain, shifted = objective.advantages(rewards), objective.advantages(rewards + 2)
+    np.testing.assert_allclose(shifted, plain, rtol=1e-4, atol=1e-4)
