@@ -17,6 +17,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from ml_collections import ConfigDict
+
 from jaxrl_vlm.data import digit_boards
 from jaxrl_vlm.errors import UserError, hint, one_line, validation
 from jaxrl_vlm.example import Example
@@ -41,13 +43,14 @@ class Source(Protocol):
   def __getitem__(self, index: int, /) -> Example: ...
 
 
-def open_source(spec: Mapping[str, Any], split: str, need: str = "answer") -> Source:
+def open_source(spec: Mapping[str, Any] | ConfigDict, split: str, need: str = "answer") -> Source:
   """Opens the dataset that `spec` (config.data) describes.
 
   Args:
     spec: `name`: "digit_boards", a TFDS name, or the path of a .jsonl file, where {split} stands
-      for the split; `options`: of the kind of source, see OPTIONS; `dir`: where prepared datasets
-      are kept, "" for $JAXRL_VLM_CACHE or ~/.cache/jaxrl_vlm.
+      for the split; `options`: of the kind of source, see OPTIONS; `dir`: where prepared TFDS
+      datasets are kept, "" for $JAXRL_VLM_CACHE or ~/.cache/jaxrl_vlm, and for datasets that are
+      not ours TFDS's own default.
     split: "train" or "test"; for TFDS whatever its splits are called.
     need: "answer", or "target" where responses are imitated and answers are not asked for. An
       example without it is an error.
@@ -55,7 +58,6 @@ def open_source(spec: Mapping[str, Any], split: str, need: str = "answer") -> So
   Raises:
     UserError: names the file, the line and the field.
   """
-  spec = _plain(spec)
   name, options = str(spec.get("name") or ""), _plain(spec.get("options") or {})
   if not name:
     raise UserError("data.name='': expected digit_boards, a TFDS name or a path of a .jsonl file")
@@ -69,8 +71,7 @@ def open_source(spec: Mapping[str, Any], split: str, need: str = "answer") -> So
                       f"{hint(option, OPTIONS[kind])}")
   if kind == "jsonl":
     return JsonLines(name.replace("{split}", split), need=need, **options)
-  cache = spec.get("dir") or os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
-  data_dir = str(pathlib.Path(cache).expanduser() / "tfds")
+  data_dir = str(spec.get("dir") or "") or None
   if kind == "tfds":
     return TfdsSource(name, functools.partial(_open_tfds, name, data_dir), split, need=need,
                       **options)
@@ -82,13 +83,14 @@ def open_source(spec: Mapping[str, Any], split: str, need: str = "answer") -> So
       drawn = {key: value for key, value in options.items() if key in ("seed", "tasks", "style")}
       return digit_boards.LiveBoards(split, size, **drawn)
     digit_boards.check_settings(**options)
-  make = functools.partial(digit_boards.builder, data_dir, **options)
+  cache = data_dir or os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
+  make = functools.partial(digit_boards.builder, cache, **options)
   return TfdsSource(name, make, split, need=need)
 
 
-def _plain(value: Any) -> dict[str, Any]:
-  """A ConfigDict, nested ones too, as a dict."""
-  return value.to_dict() if hasattr(value, "to_dict") else dict(value)
+def _plain(options: Any) -> dict[str, Any]:
+  """A ConfigDict, nested ones too, as a dict; another mapping as a copy."""
+  return options.to_dict() if isinstance(options, ConfigDict) else dict(options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -96,13 +98,13 @@ def _plain(value: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _open_tfds(name: str, data_dir: str) -> Any:
+def _open_tfds(name: str, data_dir: str | None) -> Any:
   import tensorflow_datasets as tfds
 
   try:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
-    near = hint(name, [*tfds.list_builders(), "digit_boards"])
+    near = hint(name, [*tfds.list_builders(with_community_datasets=False), "digit_boards"])
     raise UserError(f"data.name={name!r}: neither a .jsonl file nor a TFDS dataset; {near}"
                     ) from error
   builder.download_and_prepare(file_format="array_record")

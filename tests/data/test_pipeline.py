@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,14 +63,14 @@ def test_epochs_are_permutations_and_differ():
 
 
 def test_without_shuffle_and_repeat_it_is_the_source():
-  arguments = {"batch_size": 4, "seed": 0, "shuffle": False, "repeat": False}
+  arguments: dict[str, Any] = {"batch_size": 4, "seed": 0, "shuffle": False, "repeat": False}
   assert ids(pipeline.make_iterator(Numbers(10), **arguments)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
   assert ids(pipeline.make_iterator(Numbers(10), drop_remainder=False, **arguments)) == [
       [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_resumed_is_uninterrupted():
-  arguments = {"batch_size": 4, "seed": 7}
+  arguments: dict[str, Any] = {"batch_size": 4, "seed": 7}
   whole = ids(take(pipeline.make_iterator(Numbers(11), **arguments), 12))
   for stop in (0, 1, 5):
     iterator = pipeline.make_iterator(Numbers(11), **arguments)
@@ -87,14 +88,14 @@ def test_resumed_is_uninterrupted():
     ({"shard": (0, 2)}, "shard was [0, 1], now [0, 2]"),
 ])
 def test_a_state_of_other_settings_is_refused(change, message):
-  arguments = {"batch_size": 4, "seed": 0}
+  arguments: dict[str, Any] = {"batch_size": 4, "seed": 0}
   state = pipeline.make_iterator(Numbers(11), **arguments).get_state()
   with pytest.raises(UserError, match=re.escape(message)):
     pipeline.make_iterator(Numbers(11), **arguments | change).set_state(state)
 
 
 def test_shards_are_disjoint_and_of_equal_length():
-  arguments = {"batch_size": 3, "seed": 0, "repeat": False}
+  arguments: dict[str, Any] = {"batch_size": 3, "seed": 0, "repeat": False}
   parts = [sum(ids(pipeline.make_iterator(Numbers(20), shard=(i, 3), **arguments)), [])
            for i in range(3)]
   assert [len(part) for part in parts] == [6, 6, 6]
@@ -116,6 +117,7 @@ def test_worker_processes_give_the_same_batches(tmp_path):
   """Real sources are sent to workers: digits drawn there, files opened there."""
   code = f"""
 import sys
+from typing import Any
 from absl import flags
 from jaxrl_vlm.data import pipeline, sources
 if __name__ == "__main__":
@@ -247,7 +249,7 @@ def test_digit_boards_from_disk_and_live(tmp_path):
   options = {"train": 4, "test": 3, "style": "board", "tasks": {"count": 1.0, "where": 2.0}}
   spec = ConfigDict({"name": "digit_boards", "options": options, "dir": str(tmp_path)})
   stored = sources.open_source(spec, "test")
-  spec.options.live = True
+  spec.options = options | {"live": True}
   live = sources.open_source(spec, "test")
   assert len(stored) == len(live) == 3
   for index in range(3):

@@ -4,7 +4,7 @@ import pytest
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_compilation():
-  """Each program here runs a few times on tiny arrays: compiling is all the time there is to save."""
+  """Each program here runs a few times on tiny arrays: what takes time is to compile it."""
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield

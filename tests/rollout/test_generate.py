@@ -1,0 +1,118 @@
+"""Sampling against the scorer, and each way of cutting the distribution against its definition."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxrl_vlm as jv
+from jaxrl_vlm.rollout import generate as lib
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+  path = tmp_path_factory.mktemp("hf")
+  tiny.make_hf(path)
+  model, params, processor = jv.load_pretrained(path)
+  return model, params, processor, processor(*tiny.conversations())
+
+
+def test_greedy_is_the_teacher_forced_argmax(setup):
+  model, params, processor, prompt = setup
+  rollout = jv.generate(model, params, prompt, jv.Sampling(2, 10, temperature=0))
+  variables = {"params": params}
+  _, prefix = model.apply(variables, prompt, method="prefill")
+  hidden = model.apply(variables, prompt, prefix, rollout.tokens, method="respond")
+  logits = model.apply(variables, hidden, method="response_logits")
+  mask = np.asarray(rollout.mask)
+  np.testing.assert_array_equal(
+      np.asarray(rollout.tokens)[mask], np.asarray(logits.argmax(-1))[mask])
+  np.testing.assert_array_equal(rollout.tokens[:, 0], rollout.tokens[:, 1])
+
+
+def test_logp_is_the_scorers(setup):
+  model, params, processor, prompt = setup
+  sampling = jv.Sampling(4, 12, temperature=0.8, top_p=0.9)
+  rollout = jv.generate(model, params, prompt, sampling, jax.random.key(1), processor)
+  stats = jv.score(model, params, prompt, rollout, temperature=0.8)
+  np.testing.assert_allclose(rollout.logp, stats.logp, atol=1e-4)
+  # Samples of one prompt differ, and the same key gives the same samples.
+  assert len({row.tobytes() for row in np.asarray(rollout.tokens[0])}) > 1
+  again = jv.generate(model, params, prompt, sampling, jax.random.key(1), processor)
+  np.testing.assert_array_equal(rollout.tokens, again.tokens)
+  assert rollout.text == again.text and len(rollout.text) == 3 and len(rollout.text[0]) == 4
+
+
+def test_nothing_after_the_end_and_no_vision_tokens(setup):
+  model, params, processor, prompt = setup
+  # A model that wants vision tokens above all: its head favours them.
+  head = np.array(params["head"])
+  head[:, list(model.config.suppressed_tokens)] += 10 * head.mean(axis=1, keepdims=True)
+  rollout = jv.generate(
+      model, {**params, "head": head}, prompt, jv.Sampling(16, 40, temperature=3.0),
+      jax.random.key(0))
+  tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+  assert not np.isin(tokens, model.config.suppressed_tokens).any()
+  assert set(model.config.suppressed_tokens) == set(processor.image_token_ids_never_sampled)
+  stops = np.isin(tokens, model.config.stop_tokens) & mask
+  assert stops.any()
+  for row, keep, stop in zip(tokens.reshape(-1, 40), mask.reshape(-1, 40), stops.reshape(-1, 40),
+                             strict=True):
+    end = int(stop.argmax()) + 1 if stop.any() else 40
+    assert keep[:end].all() and not keep[end:].any()
+    assert (row[end:] == model.config.pad_token).all()
+  assert (np.asarray(rollout.logp)[~mask] == 0).all()
+
+
+def test_stops_early(setup):
+  """The loop ends with the longest response: a bias towards the end token fills almost nothing."""
+  model, params, processor, prompt = setup
+  variables = dict(params)
+  head = np.array(params["head"])
+  wanted = model.config.stop_tokens[0]
+  greedy = jv.generate(model, params, prompt, jv.Sampling(1, 3, temperature=0))
+  head[:, wanted] = head[:, int(greedy.tokens[0, 0, 0])] * 3
+  variables["head"] = head
+  rollout = jv.generate(model, variables, prompt, jv.Sampling(1, 64, temperature=0))
+  assert np.asarray(rollout.mask)[0].sum() == 1
+
+
+def test_truncation_by_definition():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(2, 3, 11)).astype(np.float32) * 2
+  for top_p, top_k in ((0.5, 0), (1.0, 4), (0.8, 6), (1e-6, 0), (1.0, 99)):
+    kept = np.isfinite(np.asarray(lib._truncate(logits, top_p, top_k)))
+    for row, keep in zip(logits.reshape(-1, 11), kept.reshape(-1, 11), strict=True):
+      order = np.argsort(-row)
+      if top_k:
+        order = order[:top_k]
+      probs = np.exp(row[order]) / np.exp(row[order]).sum()
+      count = 1
+      while top_p < 1 and probs[:count].sum() < top_p:
+        count += 1
+      expected = np.zeros(11, bool)
+      expected[order[:count] if top_p < 1 else order] = True
+      np.testing.assert_array_equal(keep, expected)
+
+
+def test_sampling_follows_the_distribution():
+  probs = np.array([0.5, 0.3, 0.15, 0.05])
+  logits = np.broadcast_to(np.log(probs), (40, 500, 4)).astype(np.float32)
+  token, logp = lib._pick(jax.random.key(0), logits, jv.Sampling(temperature=1.0))
+  share = np.bincount(np.asarray(token).ravel(), minlength=4) / token.size
+  np.testing.assert_allclose(share, probs, atol=0.015)  # 4 standard errors of 20,000 draws
+  np.testing.assert_allclose(logp, np.log(probs)[np.asarray(token)], atol=1e-6)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("num_samples", 0), ("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5),
+    ("top_k", -1)])
+def test_bad_settings_are_named(field, value):
+  with pytest.raises(ValueError, match=f"sampling.{field}={value}"):
+    jv.Sampling(**{field: value})
+
+
+def test_a_key_is_needed(setup):
+  model, params, _, prompt = setup
+  with pytest.raises(ValueError, match="a key is needed"):
+    jv.generate(model, params, prompt, jv.Sampling(max_tokens=2))
