@@ -3,10 +3,11 @@
     python -m jaxrl_vlm.train --config=configs/digits_base.py --workdir=runs/digits_base
     cp -r runs/digits_base/model checkpoints/digits_base
 
-It learns to read whole boards (two fifths of the samples), additions in samples of their own, and
-every question in two ways of answering: straight away, and reading what is needed first. It is
-stopped while it still errs, so reinforcement learning has something to do: get better at both,
-and find out which way is worth it.
+It learns single digits first (with colours in the lesson from the beginning it never gets to the
+digits), then whole boards; then additions in samples of their own and every question
+in two ways of answering: straight away, and reading what is needed first. It is stopped while it
+still errs, so reinforcement learning has something to do: get better at both, and find out which
+way is worth it.
 """
 
 import os
@@ -37,29 +38,36 @@ def get_config():
           "fullatt_block_indexes": (1, 3),
       },
   }
-  c.prompt_buckets = (40,)
-  c.patch_buckets = (36,)
+  c.prompt_buckets = (24, 40)
+  c.patch_buckets = (4, 36)
 
-  stage = base.sft()
-  stage.steps = 3000
-  stage.prompts_per_step = 64
-  stage.max_tokens = 64
-  stage.data.name = "digit_boards"
-  stage.data.options = {
-      "live": True,
-      "tasks": {"transcribe": 0.4, "arithmetic": 0.1, **{task: 0.0625 for task in QUESTIONS}},
-      "style": {"direct": 0.5, "local": 0.5},
-      # The evaluation asks questions only.
-      "test": 500,
-  }
-  stage.optimizer.learning_rate = 2e-3
-  stage.optimizer.schedule = "cosine"
-  stage.optimizer.warmup_steps = 100
-  stage.optimizer.b2 = 0.98
-  stage.rewards = {"exact": 1.0}
-  stage.eval.examples = 500
-  stage.eval.every = 500
-  c.stages = (stage,)
-  c.checkpoint.every = 500
+  digits = _stage(
+      steps=500, max_tokens=8, learning_rate=1e-3, tasks="digits", rows=(1, 1), columns=(1, 1))
+  boards = _stage(
+      steps=500, max_tokens=32, learning_rate=1e-3, tasks={"digits": 0.5, "transcribe": 0.5},
+      rows=(1, 3), columns=(1, 3))
+  questions = _stage(
+      steps=1200, max_tokens=64, learning_rate=1e-3,
+      tasks={"transcribe": 0.3, "arithmetic": 0.1, **dict.fromkeys(QUESTIONS, 0.075)},
+      style={"direct": 0.5, "local": 0.5})
+  questions.optimizer.schedule = "cosine"
+  questions.rewards = {"exact": 1.0}
+  questions.eval.examples = 500
+  questions.eval.every = 300
+  c.stages = (digits, boards, questions)
+  c.checkpoint.every = 300
   c.log_every = 50
   return c
+
+
+def _stage(steps, max_tokens, learning_rate, **options):
+  stage = base.sft()
+  stage.steps = steps
+  stage.prompts_per_step = 64
+  stage.max_tokens = max_tokens
+  stage.data.name = "digit_boards"
+  stage.data.options = {"live": True, **options}
+  stage.optimizer.learning_rate = learning_rate
+  stage.optimizer.warmup_steps = 50
+  stage.optimizer.b2 = 0.98
+  return stage

@@ -19,8 +19,8 @@ def get_config():
   c.patch_buckets = (36,)
 
   stage = base.rl()
-  stage.steps = 100
-  stage.prompts_per_step = 32
+  stage.steps = 60
+  stage.prompts_per_step = 16
   stage.num_samples = 8
   stage.max_tokens = 64
   stage.data.name = "digit_boards"
@@ -31,5 +31,5 @@ def get_config():
   stage.rewards = {"exact": 0.9, "format": 0.1}
   stage.eval.examples = 500
   c.stages = (stage,)
-  c.checkpoint.every = 25
+  c.checkpoint.every = 20
   return c

@@ -1,26 +1,48 @@
-"""Checkpoints of a run: parameters, optimizer, random state, data position, together or not at all."""
+"""Checkpoints of a run: parameters, optimizer and data position, together or not at all."""
 
-import json
+import contextlib
 import pathlib
+import re
 import shutil
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.errors import UserError, one_line
+
+
+class Unreadable(Exception):
+  """A checkpoint looked complete but cannot be read; an older one is there.
+
+  Attributes:
+    steps: all that were found unreadable so far, for the next `Checkpoints`.
+  """
+
+  def __init__(self, steps: frozenset[int]):
+    super().__init__(f"unreadable checkpoints: {sorted(steps)}")
+    self.steps = steps
 
 
 class Checkpoints:
   """Saves in the background; keeps the last k and the best by held-out accuracy.
 
   A checkpoint that was interrupted while being written is never restored: Orbax writes under a
-  temporary name, and leftovers of it are removed here.
+  temporary name, and leftovers of it are removed here. One that lost files after that (a machine
+  that lost power, a partial copy) is passed over with a warning for the newest that can be read.
+
+  Args:
+    path: made if it does not exist.
+    keep: k.
+    unreadable: steps to pass over.
   """
 
-  def __init__(self, path: str | pathlib.Path, keep: int):
+  def __init__(self, path: str | pathlib.Path, keep: int, unreadable: Iterable[int] = ()):
     self.path = pathlib.Path(path).absolute()
+    self._unreadable = frozenset(unreadable)
     keepers = [
         policies.LatestN(n=keep),
         policies.BestN(
@@ -31,7 +53,8 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(keepers),
             cleanup_tmp_directories=True))
 
-  def save(self, step: int, state: Any, meta: dict[str, Any], accuracy: float | None = None) -> None:
+  def save(
+      self, step: int, state: Any, meta: dict[str, Any], accuracy: float | None = None) -> None:
     """Starts saving; device arrays may change as soon as this returns.
 
     Args:
@@ -41,7 +64,8 @@ class Checkpoints:
       accuracy: held-out accuracy of these parameters, if it was measured.
 
     Raises:
-      UserError: the disk cannot hold it; what was saved before is untouched.
+      UserError: the disk cannot hold it, or could not hold the one before; what was saved earlier
+        is untouched.
     """
     if self._manager.latest_step() == step:
       return
@@ -52,37 +76,85 @@ class Checkpoints:
           f"{self.path}: disk full: a checkpoint needs {need / 2**20:.0f} MiB, "
           f"{free / 2**20:.0f} MiB are free; make room and start the same command again "
           f"(last complete checkpoint: step {self._manager.latest_step()})")
-    try:
+    with self._saving():
       self._manager.save(
           step,
           args=ocp.args.Composite(
               state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
           metrics=None if accuracy is None else {"accuracy": float(accuracy)})
-    except OSError as e:
-      raise UserError(f"{self.path}: saving step {step} failed: {e}") from e
 
   def latest_meta(self) -> dict[str, Any] | None:
-    """`meta` of the newest complete checkpoint; None without one."""
-    step = self._manager.latest_step()
-    if step is None:
-      return None
-    return dict(self._manager.restore(
-        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+    """`meta` of the newest checkpoint that can be read; None without any checkpoint.
+
+    Raises:
+      UserError: there are checkpoints, but none can be read.
+    """
+    while (step := self._latest()) is not None:
+      try:
+        return dict(self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+      except Exception as e:  # whatever was cut short or is missing, Orbax fails in another way
+        self._pass_over(step, e)
+    return None
 
   def restore(self, abstract_state: Any) -> Any:
-    """The newest state, laid out as the ShapeDtypeStructs and shardings of `abstract_state`."""
-    return self._manager.restore(
-        self._manager.latest_step(),
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+    """The state of `latest_meta`, laid out as the ShapeDtypeStructs of `abstract_state`.
+
+    Raises:
+      Unreadable: start again from `latest_meta` with new Checkpoints that pass over its steps.
+      UserError: it cannot be read, and there is no older one.
+    """
+    step = self._latest()
+    try:
+      state = self._manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
+    except Exception as e:
+      self._pass_over(step, e)
+      raise Unreadable(self._unreadable) from e
+    self._set_aside()
+    return state
+
+  def _latest(self) -> int | None:
+    steps = set(self._manager.all_steps()) - self._unreadable
+    return max(steps, default=None)
+
+  def _pass_over(self, step: int, error: Exception) -> None:
+    """From now on without `step`, if there is another."""
+    self._unreadable |= {step}
+    if self._latest() is None:
+      raise UserError(
+          f"{self.path}: no checkpoint can be read (step {step}: {one_line(str(error))[:200]}); "
+          "move this directory away to start from the beginning") from error
+
+  def _set_aside(self) -> None:
+    """Renames what was passed over, now that an older checkpoint has proved to be readable."""
+    for step in sorted(self._unreadable):
+      target = self.path / f"unreadable-{step}"
+      if jax.process_index() == 0 and (self.path / str(step)).exists():
+        shutil.rmtree(target, ignore_errors=True)
+        (self.path / str(step)).rename(target)
+      print(f"warning: the checkpoint of step {step} cannot be read and is now {target}; "
+            f"continuing from step {self._latest()}", file=sys.stderr)
+    if self._unreadable:
+      self._manager.reload()
 
   def wait(self) -> None:
-    """Blocks until what was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Blocks until what was saved is on disk; raises UserError if it cannot be."""
+    with self._saving():
+      self._manager.wait_until_finished()
 
   def close(self) -> None:
-    self._manager.close()
+    """`wait`, and no saving after it."""
+    with self._saving():
+      self._manager.close()
 
-
-def pack(state: bytes | dict[str, Any]) -> Any:
-  """A data iterator's state as JSON."""
-  return json.loads(state) if isinstance(state, bytes) else state
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except (OSError, ValueError) as e:
+      # tensorstore's errors are ValueErrors that begin with a code, such as OUT_OF_RANGE.
+      if isinstance(e, ValueError) and not re.match(r"[A-Z_]+: ", str(e)):
+        raise
+      raise UserError(f"{self.path}: saving a checkpoint failed: {one_line(str(e))[:300]}; "
+                      "earlier checkpoints are as they were") from e

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxrl_vlm import parallel
 from jaxrl_vlm.data.processor import Processor
+from jaxrl_vlm.errors import validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import with_text
@@ -33,8 +34,8 @@ class Evaluation:
 
 def evaluate(
     rollout: Callable[[Params, Prompt, jax.Array], Rollout], params: Params, processor: Processor,
-    examples: Sequence[Example], pool: RewardPool, *, correct: Callable[..., np.ndarray], batch: int, mesh: Any,
-    system: str | None = None) -> Evaluation:
+    examples: Sequence[Example], pool: RewardPool, *, correct: Callable[..., np.ndarray],
+    batch: int, mesh: Any, system: str | None = None) -> Evaluation:
   """Answers every example once and grades it.
 
   Args:
@@ -53,7 +54,8 @@ def evaluate(
   for start in range(0, len(examples), batch):
     chunk = list(examples[start:start + batch])
     filled = chunk + [chunk[-1]] * (batch - len(chunk))
-    prompt = processor.collate([processor.encode(e, system) for e in filled])
+    with validation():
+      prompt = processor.collate([processor.encode(e, system) for e in filled])
     result = with_text(rollout(params, parallel.put_batch(mesh, prompt), jax.random.key(0)),
                        processor)
     rows = [row[0] for row in result.text][:len(chunk)]

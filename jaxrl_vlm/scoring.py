@@ -1,6 +1,7 @@
 """What a policy says of given responses: log-probabilities and entropies, never the full logits."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ def token_stats(
 
   @jax.checkpoint
   def one(hidden, tokens):
-    logits = model.apply({"params": params}, hidden, temperature, method="response_logits")
+    logits: Any = model.apply({"params": params}, hidden, temperature, method="response_logits")
     logp = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
     # A suppressed token has probability 0 and log-probability -1e30: the product is 0, not NaN.

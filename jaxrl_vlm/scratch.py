@@ -70,9 +70,10 @@ def create(path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Ite
   text, vision = dict(architecture["text"]), dict(architecture["vision"])
   tokenizer = train_tokenizer(texts, text["vocab_size"])
   tokenizer.save_pretrained(path)
-  image, video, start, end, eos, pad = tokenizer.convert_tokens_to_ids(
+  ids: Any = tokenizer.convert_tokens_to_ids(
       ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>",
        "<|endoftext|>"])
+  image, video, start, end, eos, pad = ids
   hf = {
       "architectures": ["Qwen2_5_VLForConditionalGeneration"],
       "model_type": "qwen2_5_vl",

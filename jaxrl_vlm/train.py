@@ -32,15 +32,12 @@ def train(config, workdir: str | pathlib.Path) -> None:
   stages.check(config)
   config_lib.check_workdir(workdir, config, may_change=stages.MAY_CHANGE)
   began = time.monotonic()
-  run = stages.Run(config, workdir)
   try:
-    with run.running():
-      for index in range(run.position["stage"], len(config.stages)):
-        stages.run_stage(run, index)
+    run = stages.run_all(config, workdir)
     final = workdir / "model"
     models.save_pretrained(final, run.model, run.params, run.processor)
   except stages.Stopped as stopped:
-    print(f"{stopped}: stopped after step {run.step}; the same command continues.")
+    print(f"{stopped}; the same command continues.")
     return
   finally:
     page = report.write_report(workdir)

@@ -2,7 +2,7 @@
 
 Axes: P prompts, G samples of each prompt, T response tokens, Lp prompt tokens (padded),
 N image patches (padded), F = N / spatial_merge_size² visual tokens, D width, L layers,
-K key/value heads, V vocabulary. The group axis is explicit: nothing is a flat batch with an id column.
+K key/value heads, V vocabulary. The group axis is explicit: nothing is a flat batch with ids.
 """
 
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """Views: a prompt with other pixels. The same tokens, scored under another image."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -25,4 +27,4 @@ def black_patches(key: Array, prompt: Prompt, rate: float, black: Array) -> Prom
     black: f32[C·t·p·p]; a black patch as the processor normalises it.
   """
   hit = jax.random.bernoulli(key, rate, prompt.patches.shape[:2])
-  return prompt.replace(patches=jnp.where(hit[..., None], black, prompt.patches))
+  return dataclasses.replace(prompt, patches=jnp.where(hit[..., None], black, prompt.patches))

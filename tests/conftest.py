@@ -1,4 +1,4 @@
-"""Set before jax is imported: the CPU, eight virtual devices, and errors on silent rank promotion."""
+"""Set before jax is imported: the CPU, eight virtual devices, one cache of compiled programs."""
 
 import os
 

@@ -46,7 +46,7 @@ PERCEPTION = ("read", "colour", "where")
 REASONING = ("sum_row", "sum_column", "count", "largest_colour", "compare")
 QUESTION_TASKS = PERCEPTION + REASONING
 # For supervised training of a base model only: these have one way of answering.
-BASE_TASKS = ("transcribe", "arithmetic")
+BASE_TASKS = ("digits", "transcribe", "arithmetic")
 
 _QUESTIONS = {
     "read": "What digit is in row {row}, column {column}?",
@@ -57,6 +57,7 @@ _QUESTIONS = {
     "count": "How many times does the digit {digit} appear?",
     "largest_colour": "What is the largest {colour} digit?",
     "compare": "Which row has the larger sum, {row} or {other}?",
+    "digits": "Read the digits.",
     "transcribe": "Read the board.",
 }
 # On a light ground the same names are darker, so that yellow still stands out.
@@ -208,10 +209,12 @@ def _cells(board: Board) -> list[list[dict[str, Any]]]:
 # ------------------------------------------------------------------------------------------------
 
 
-def _draw_question(rng: np.random.Generator, split: str, task: str) -> tuple[Board, dict[str, Any]]:
+def _draw_question(
+    rng: np.random.Generator, split: str, task: str, rows_range: Sequence[int],
+    columns_range: Sequence[int]) -> tuple[Board, dict[str, Any]]:
   """A board, and what the task asks about it. Rows and columns count from 1."""
-  rows = int(rng.integers(ROWS[0], ROWS[1] + 1))
-  cols = int(rng.integers(COLUMNS[0], COLUMNS[1] + 1))
+  rows = int(rng.integers(rows_range[0], rows_range[1] + 1))
+  cols = int(rng.integers(columns_range[0], columns_range[1] + 1))
   digits = rng.integers(0, 10, (rows, cols))
   row, column = int(rng.integers(rows)) + 1, int(rng.integers(cols)) + 1
   asked: dict[str, Any] = {}
@@ -335,7 +338,8 @@ def _choose(rng: np.random.Generator, field: str, choice: Choice, known: Sequenc
 
 
 def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
-           style: Choice | None = None) -> tuple[Board | None, Example]:
+           style: Choice | None = None, rows: Sequence[int] = ROWS,
+           columns: Sequence[int] = COLUMNS) -> tuple[Board | None, Example]:
   """As `make_example`, but gives the board itself (None for arithmetic) and no images."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
@@ -354,10 +358,12 @@ def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
         id=name, question="+".join(map(str, numbers)) + "=", answer=answer,
         target=_response("; ".join(_running_sum(numbers)), answer), meta=meta)
 
-  board, asked = _draw_question(rng, split, task)
+  board, asked = _draw_question(rng, split, task, rows, columns)
   target = None
   if task == "transcribe":
     target = answer = board_text(board)
+  elif task == "digits":
+    target = answer = "; ".join(f"{r}: {_spaced(row)}" for r, row in enumerate(board.digits, 1))
   else:
     steps, answer = solve(board, task, asked)
     if style is not None:  # drawn last: the same board and question in every style
@@ -371,7 +377,8 @@ def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
 
 
 def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
-                 style: Choice | None = None) -> Example:
+                 style: Choice | None = None, rows: Sequence[int] = ROWS,
+                 columns: Sequence[int] = COLUMNS) -> Example:
   """The sample number `index`: one PNG image of [16 * rows, 16 * cols], none for arithmetic.
 
   Args:
@@ -379,12 +386,13 @@ def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
     seed, index: non-negative; the same numbers give the same sample.
     tasks: of QUESTION_TASKS (all of them when None) and BASE_TASKS; with weights when a mapping.
     style: of STYLES, with weights when a mapping; None leaves `target` None for the questions.
+    rows, columns: the least and the most of them.
 
   Returns:
     An Example whose meta holds skill, task, style, asked (the numbers in the question), rows,
     cols, and cells[row][column] = {digit, colour, source, box}.
   """
-  board, example = sample(split, seed, index, tasks, style)
+  board, example = sample(split, seed, index, tasks, style, rows, columns)
   return example if board is None else example.replace(images=(encode_png(render(board)),))
 
 
@@ -397,12 +405,13 @@ class LiveBoards:
   """Samples drawn as they are read: random access to `size` of them, and nothing on disk."""
 
   def __init__(self, split: str, size: int = 1_000_000, seed: int = 0,
-               tasks: Choice | None = None, style: Choice | None = None):
+               tasks: Choice | None = None, style: Choice | None = None,
+               rows: Sequence[int] = ROWS, columns: Sequence[int] = COLUMNS):
     if size < 1:
       raise ValueError(f"{split}={size}: expected at least 1 question")
     self._split, self._size, self._seed = split, size, seed
-    self._tasks, self._style = tasks, style
-    sample(split, seed, 0, tasks, style)  # a wrong name is an error now, not in a worker
+    self._how = (tasks, style, rows, columns)
+    sample(split, seed, 0, *self._how)  # a wrong name is an error now, not in a worker
 
   def __len__(self) -> int:
     return self._size
@@ -410,7 +419,7 @@ class LiveBoards:
   def __getitem__(self, index: int) -> Example:
     if not 0 <= index < self._size:
       raise IndexError(index)
-    return make_example(self._split, self._seed, int(index), self._tasks, self._style)
+    return make_example(self._split, self._seed, int(index), *self._how)
 
 
 def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:

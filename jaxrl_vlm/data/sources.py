@@ -26,7 +26,8 @@ from jaxrl_vlm.example import Example
 # Options of each kind of source, config.data.options.
 OPTIONS = {
     # As digit_boards.builder; live: draw the boards as they are read and store nothing.
-    "digit_boards": ("tasks", "style", "seed", "train", "test", "live"),
+    # rows, columns: with live, the least and the most of them.
+    "digit_boards": ("tasks", "style", "seed", "train", "test", "live", "rows", "columns"),
     # fields: names of the dataset's features, {"question": "text", ...}; by default our own names.
     "tfds": ("fields",),
     # allow_outside: images may lie outside the directory of the file.
@@ -80,7 +81,8 @@ def open_source(spec: Mapping[str, Any] | ConfigDict, split: str, need: str = "a
   with validation("data.options."):
     if options.pop("live", False):
       size = options.get(split, 1_000_000)
-      drawn = {key: value for key, value in options.items() if key in ("seed", "tasks", "style")}
+      drawn = {key: value for key, value in options.items()
+               if key not in ("live", *digit_boards.SPLITS)}
       return digit_boards.LiveBoards(split, size, **drawn)
     digit_boards.check_settings(**options)
   cache = data_dir or os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
 __all__ = ["VLM", "ModelConfig", "VisionConfig", "abstract_params", "dummy_prompt", "empty_cache",
-           "from_directory", "from_hf", "init_params", "load_pretrained", "logits", "save_pretrained"]
+           "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
+           "save_pretrained"]
 
 
 def dummy_prompt(config: ModelConfig, num_prompts: int = 1, length: int = 8,

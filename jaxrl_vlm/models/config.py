@@ -93,7 +93,8 @@ def from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
     raise ValueError("config.json: use_sliding_window=true is not supported; expected false")
   for name, act in (("hidden_act", text), ("vision_config.hidden_act", vision)):
     if act.get("hidden_act", "silu") != "silu":
-      raise ValueError(f"config.json: {name}={act['hidden_act']!r} is not supported; expected 'silu'")
+      raise ValueError(
+          f"config.json: {name}={act['hidden_act']!r} is not supported; expected 'silu'")
   heads = text["num_attention_heads"]
   special = [config.get(k) for k in (
       "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
@@ -106,8 +107,8 @@ def from_hf(config: Mapping[str, Any], **overrides) -> ModelConfig:
   section = tuple(rope.get("mrope_section", (16, 24, 24)))
   if len(section) != 3 or sum(section) * 2 != head_dim:
     raise ValueError(
-        f"config.json: mrope_section={list(section)} must be three numbers that sum to half the head "
-        f"dimension, {head_dim // 2}"
+        f"config.json: mrope_section={list(section)} must be three numbers that sum to half the "
+        f"head dimension, {head_dim // 2}"
     )
   return ModelConfig(
       vocab_size=text["vocab_size"],

@@ -4,6 +4,8 @@ A prompt is a stream of one sample without a prefix; G responses are a stream of
 the prompt's keys and values. One module serves prefill, scoring, training and decoding.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -87,9 +89,11 @@ class DecoderLayer(nn.Module):
     else:
       # The prefix is read once for all samples: their queries become one row of G·T queries.
       on_prefix = jnp.arange(prefix_kv[0].shape[1]) < prefix_length[:, None]
+      keys, values = prefix_kv
       shared = layers.attend(
-          q.reshape(p, g * t, *q.shape[3:]), *prefix_kv, on_prefix[:, None, :])
-      y = layers.merge(tuple(a.reshape(p * g, t, *a.shape[2:]) for a in shared), attention)
+          q.reshape(p, g * t, *q.shape[3:]), keys, values, on_prefix[:, None, :])
+      mean, lse = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
+      y = layers.merge((mean, lse), attention)
 
     width = config.hidden_size
     y = y.reshape(p, g, t, -1)
@@ -106,7 +110,8 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Array, positions: Array, prefix: Prefix | None = None, cache: Cache | None = None):
+      self, x: Array, positions: Array, prefix: Prefix | None = None, cache: Cache | None = None
+  ) -> tuple[Array, Any, Any]:
     """Runs a stream.
 
     Args:
@@ -128,7 +133,8 @@ class Decoder(nn.Module):
     layer = nn.remat(DecoderLayer, prevent_cse=False) if config.remat else DecoderLayer
     stack = nn.scan(
         layer, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(0, 0, nn.broadcast, nn.broadcast), length=config.num_layers,
+        in_axes=(0, 0, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]  # flax says int
+        length=config.num_layers,
     )
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
     length = None if prefix is None else prefix.length

@@ -52,7 +52,8 @@ class VisionTower(nn.Module):
     block = nn.remat(VisionBlock, prevent_cse=False) if config.remat else VisionBlock
     blocks = nn.scan(
         block, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast), length=vision.depth,
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+        length=vision.depth,
     )
     x, _ = blocks(config, name="blocks")(x, full, angles, segments, windows)
 

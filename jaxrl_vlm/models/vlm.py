@@ -1,5 +1,8 @@
 """The vision-language model: embed, see, decode, unembed. Methods are pure through `apply`."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -97,4 +100,9 @@ def empty_cache(config: ModelConfig, num_prompts: int, group: int, length: int) 
 
 def logits(model: VLM, params: Params, prompt: Prompt) -> Array:
   """Logits f32[P, Lp, V] of the prompts, every position. For checking, on small inputs."""
+  return _logits(model, params, prompt)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(model, params, prompt):
   return model.apply({"params": params}, prompt)

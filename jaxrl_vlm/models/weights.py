@@ -102,7 +102,8 @@ class _Checkpoint:
       try:
         handle = safe_open(path / file, framework="numpy")
       except FileNotFoundError:
-        raise FileNotFoundError(f"{path / file}: no such file; expected model weights here") from None
+        raise FileNotFoundError(
+            f"{path / file}: no such file; expected model weights here") from None
       except SafetensorError as e:
         raise ValueError(f"{path / file}: not a complete safetensors file ({e})") from None
       for name in handle.keys():  # noqa: SIM118 - not a mapping
@@ -185,7 +186,7 @@ def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
       shards[-1][name] = tensor
       size, total = size + tensor.nbytes, total + tensor.nbytes
 
-  def write(name: str, save: Callable[[pathlib.Path], None]) -> None:
+  def write(name: str, save: Callable[[pathlib.Path], object]) -> None:
     temporary = path / f".{name}.tmp"
     save(temporary)
     temporary.replace(path / name)

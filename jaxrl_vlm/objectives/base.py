@@ -33,6 +33,9 @@ class Objective:
       `kept` is true.
     filter_low, filter_high: a group is kept if its mean accuracy lies strictly between.
     max_tries: how many times the loop samples before it goes on with the groups it has.
+    mask_rate: of the `masked` view: the probability that an image patch is blackened.
+    mask_per: "sample": every sample is scored under a mask of its own; "prompt": the samples of a
+      prompt share one, which costs a group's worth less of prompt work.
   """
 
   aggregation: str = fields.choice("token-mean", masked.AGGREGATIONS)
@@ -41,6 +44,8 @@ class Objective:
   filter_low: float = fields.number(0.01, least=0, most=1)
   filter_high: float = fields.number(0.99, least=0, most=1)
   max_tries: int = fields.count(20)
+  mask_rate: float = fields.number(0.5, above=0, most=1)
+  mask_per: str = fields.choice("sample", ("sample", "prompt"))
 
   def __post_init__(self):
     fields.check(self)

@@ -30,10 +30,12 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     devices: default all of this run.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: a size is not a number of devices, or they do not multiply to that of all.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {"fsdp": axes.get("fsdp", -1), "tensor": axes.get("tensor", 1)}
+  if any(s < 1 and s != -1 for s in sizes.values()):
+    raise ValueError(f"config.mesh={dict(axes)}: expected positive sizes, or -1 for one of them")
   known = math.prod(s for s in sizes.values() if s != -1)
   sizes = {k: len(devices) // known if s == -1 else s for k, s in sizes.items()}
   if math.prod(sizes.values()) != len(devices):

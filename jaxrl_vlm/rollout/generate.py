@@ -123,7 +123,7 @@ def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
   tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
   text = [[processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
           for rows, keeps in zip(tokens, mask, strict=True)]
-  return rollout.replace(text=text)
+  return dataclasses.replace(rollout, text=text)
 
 
 def generate(

@@ -5,12 +5,13 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import objectives, rewards
+from jaxrl_vlm import objectives, parallel, rewards
+from jaxrl_vlm.checkpoint import Unreadable
 from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.stages import rl, sft
 from jaxrl_vlm.stages.run import Run, Stopped
 
-__all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_stage"]
+__all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_stage"]
 
 KINDS = {"sft": sft.train, "rl": rl.train}
 
@@ -20,8 +21,26 @@ MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.ev
 
 
 def run_stage(run: Run, index: int) -> None:
-  """Runs one stage to its end. A stage that a checkpoint shows finished only hands on its params."""
+  """Runs one stage to its end; one that a checkpoint shows finished only hands on its params."""
   KINDS[run.config.stages[index].kind](run, index)
+
+
+def run_all(config: ConfigDict, workdir: pathlib.Path) -> Run:
+  """Runs all stages, from where the newest checkpoint that can be read left them.
+
+  Raises:
+    Stopped: the run was asked to stop and has saved.
+  """
+  unreadable: frozenset[int] = frozenset()
+  while True:
+    run = Run(config, workdir, unreadable)
+    try:
+      with run.running():
+        for index in range(run.position["stage"], len(config.stages)):
+          run_stage(run, index)
+      return run
+    except Unreadable as error:
+      unreadable = error.steps
 
 
 def check(config: ConfigDict) -> None:
@@ -43,7 +62,8 @@ def check(config: ConfigDict) -> None:
            "an existing directory")
   expect(model.dtype in ("auto", "float32", "bfloat16"), "config.model.dtype", model.dtype,
          "'auto', 'float32' or 'bfloat16'")
-  fsdp = max(config.mesh.fsdp, 1)
+  with validation():
+    fsdp = parallel.make_mesh(config.mesh).shape["fsdp"]
   for i, stage in enumerate(config.stages):
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:
@@ -55,9 +75,13 @@ def check(config: ConfigDict) -> None:
       expect(stage[name] >= 1, f"{field}.{name}", stage[name], "at least 1")
     parts = stage.microbatches * stage.get("minibatches", 1) * fsdp
     expect(stage.prompts_per_step % parts == 0, f"{field}.prompts_per_step",
-           stage.prompts_per_step, f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
+           stage.prompts_per_step,
+           f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
     with validation(f"{field}: "):
       objectives.create(**stage.objective.to_dict())
+    if stage.eval.examples:
+      expect(stage.eval.batch >= 1 and stage.eval.batch % fsdp == 0, f"{field}.eval.batch",
+             stage.eval.batch, f"a multiple of mesh.fsdp = {fsdp}")
     if stage.kind == "rl" or stage.eval.examples:
       expect(len(stage.rewards) > 0, f"{field}.rewards", {}, "at least one verifier")
       with validation(f"{field}: "):

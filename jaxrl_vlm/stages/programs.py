@@ -1,6 +1,5 @@
 """The compiled programs of a stage. Each states where its inputs and outputs live on the mesh."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -23,25 +22,13 @@ class TrainState:
 
   Attributes:
     params, opt_state: pytrees.
-    bad_steps: i32 scalar; updates in a row that were skipped for a NaN or infinite loss or gradient.
+    bad_steps: i32 scalar; updates in a row that were skipped, for a loss or gradient that was NaN
+      or infinite.
   """
 
   params: Params
   opt_state: Any
   bad_steps: Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Masking:
-  """How the `masked` view is drawn; see `views.black_patches`.
-
-  Attributes:
-    rate: probability that a patch is blackened.
-    per_sample: a mask of its own for every sample (VPPO's code) or one for its group (PAPO's).
-  """
-
-  rate: float
-  per_sample: bool
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -75,11 +62,10 @@ class Programs:
   def __init__(
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
       abstract_params: Params, *, temperature: float = 1.0, microbatches: int = 1,
-      minibatches: int = 1, sampling: Sampling | None = None, masking: Masking | None = None,
-      black: Array | None = None):
+      minibatches: int = 1, sampling: Sampling | None = None, black: Array | None = None):
     self.model, self.mesh, self.objective, self.optimizer = model, mesh, objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
-    self.masking, self.black = masking, black
+    self.black = black
 
     self.abstract_state = jax.eval_shape(self._init_state, abstract_params)
     self.state_shardings = parallel.param_shardings(mesh, self.abstract_state)
@@ -110,9 +96,8 @@ class Programs:
         self.model, params, prompt, tokens, mask, temperature=self.temperature)
 
   def _score_masked(self, params, prompt, tokens, mask, key) -> TokenStats:
-    assert self.masking is not None
-    rate = self.masking.rate
-    if not self.masking.per_sample:
+    rate = self.objective.mask_rate
+    if self.objective.mask_per == "prompt":
       return self._score(params, views.black_patches(key, prompt, rate, self.black), tokens, mask)
     prompt = views.repeat_prompts(prompt, tokens.shape[1])
     prompt = views.black_patches(key, prompt, rate, self.black)
@@ -120,7 +105,7 @@ class Programs:
         self.model, params, prompt, tokens, mask, temperature=self.temperature)
 
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
-    """How far the scorer's log-probabilities are from the sampler's: mean and largest |difference|."""
+    """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""
     apart = jnp.where(mask, jnp.abs(logp - sampler_logp), 0.0)
     return {"sampler_logp_difference": apart.sum() / jnp.maximum(mask.sum(), 1),
             "sampler_logp_difference_max": apart.max()}

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxrl_vlm import objectives, parallel
@@ -14,7 +13,7 @@ from jaxrl_vlm.example import Example
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling, with_text
-from jaxrl_vlm.stages.programs import Masking, Programs, make_optimizer
+from jaxrl_vlm.stages.programs import Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun
 from jaxrl_vlm.types import Experience, Prompt
 
@@ -73,14 +72,10 @@ def train(run: Run, index: int) -> None:
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
     sampling = Sampling(stage.num_samples, stage.max_tokens, stage.temperature, stage.top_p,
                         stage.top_k)
-  masking = None
-  if "masked" in objective.views:
-    masking = Masking(objective.mask_rate, objective.mask_per_sample)
   programs = Programs(
       run.model, run.mesh, objective, optimizer, run.abstract_params,
       temperature=stage.temperature or 1.0, microbatches=stage.microbatches,
-      minibatches=stage.minibatches, sampling=sampling, masking=masking,
-      black=run.processor.black_patch)
+      minibatches=stage.minibatches, sampling=sampling, black=run.processor.black_patch)
 
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
                   run.config.reward_timeout) as pool:
@@ -114,7 +109,7 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
   drawn: list[Groups] = []
   while True:
     examples = next(loop.data)
-    encoded = [run.processor.encode(example, run.system) for example in examples]
+    encoded = run.encode(examples)
     prompt = parallel.put_batch(run.mesh, run.processor.collate(encoded))
     rollout = with_text(
         programs.rollout(loop.state.params, prompt, run.random_key(_ROLLOUT, len(drawn))),

@@ -6,7 +6,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxrl_vlm import metrics as metrics_lib
-from jaxrl_vlm import models, parallel, report
+from jaxrl_vlm import models, parallel, report, rewards
 from jaxrl_vlm.checkpoint import Checkpoints
 from jaxrl_vlm.data import pipeline, sources
-from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.data.processor import EncodedPrompt
+from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.evaluate import Evaluation, evaluate
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards.pool import RewardPool
@@ -42,10 +43,12 @@ class Run:
     step: global step, over all stages.
   """
 
-  def __init__(self, config: ConfigDict, workdir: pathlib.Path):
+  def __init__(self, config: ConfigDict, workdir: pathlib.Path,
+               unreadable: Iterable[int] = ()):
+    """`unreadable`: checkpoints to pass over, see `checkpoint.Unreadable`."""
     self.config, self.workdir = config, workdir
     self.mesh = parallel.make_mesh(config.mesh)
-    self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+    self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, unreadable)
     self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
     self.step: int = self.position["step"]
     self.model, self.params, self.processor = self._load_model()
@@ -98,6 +101,15 @@ class Run:
   def system(self) -> str | None:
     return self.config.system_prompt or None
 
+  def encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
+    """The prompts of examples.
+
+    Raises:
+      UserError: an image that does not decode, a prompt longer than the buckets; names the example.
+    """
+    with validation():
+      return [self.processor.encode(example, self.system) for example in examples]
+
   def random_key(self, purpose: int, *more: int) -> jax.Array:
     """A key that depends on the seed, the global step and the purpose, and on nothing else."""
     key = jax.random.key(self.config.seed)
@@ -137,15 +149,18 @@ class StageRun:
     reference: parameters at the start of the stage if the objective compares with them, else None.
     start: the step of this stage to begin with.
     data: iterator of lists of P Examples.
-    pool: grades answers.
+    pool: grades answers; None in a supervised stage that evaluates nothing.
     accuracy: the verifier that is called accuracy.
   """
 
-  def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool,
+  def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool | None,
                data: Any = None):
     self.run, self.index, self.programs, self.pool = run, index, programs, pool
     self.stage = run.config.stages[index]
-    self.accuracy = self.stage.accuracy or next(iter(self.stage.rewards), "")
+    # The metric of a verifier that is a function has another name than its key in the config.
+    self.accuracy = self.stage.accuracy
+    if self.stage.rewards and not self.accuracy:
+      self.accuracy = rewards.metric_names(self.stage.rewards.to_dict())[0]
     self.data = data if data is not None else self._make_data()
     self.keep_reference = "ref" in programs.objective.views
     self._pending: tuple[int, Any, dict[str, float]] | None = None
@@ -229,17 +244,18 @@ class StageRun:
     done = step + 1
     last = done == self.stage.steps
     every = self.stage.eval.every
-    if last or self.run.stop_signal:
+    evaluates = last or (every and done % every == 0)
+    stop = self.run.stop_signal  # one that comes from here on is for the next step
+    saves = last or stop or self.run.step % self.run.config.checkpoint.every == 0
+    if evaluates or saves:
+      # A run resumed from this checkpoint never comes back to this step's metrics.
       self._flush()
-    accuracy = None
-    if last or (every and done % every == 0):
-      self._flush()
-      accuracy = self._evaluate_and_log()
-    if last or self.run.stop_signal or self.run.step % self.run.config.checkpoint.every == 0:
+    accuracy = self._evaluate_and_log() if evaluates else None
+    if saves:
       self._save(done, accuracy)
-    if self.run.stop_signal and not (last and self.index == len(self.run.config.stages) - 1):
+    if stop and not (last and self.index == len(self.run.config.stages) - 1):
       self.run.checkpoints.wait()
-      raise Stopped(self.run.stop_signal)
+      raise Stopped(f"{stop}: stopped after step {self.run.step}")
 
   def _save(self, done: int, accuracy: float | None) -> None:
     state = {"train": self.state}
@@ -263,6 +279,7 @@ class StageRun:
     settings = self.stage.eval
     if not settings.examples:
       return None
+    assert self.pool is not None
     run = self.run
     if self._eval_rollout is None:
       source = run.open_source(self.stage, "test")

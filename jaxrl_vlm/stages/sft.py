@@ -1,5 +1,6 @@
-"""Supervised fine-tuning: imitate each example's target. The same update program as RL, with G = 1."""
+"""Supervised fine-tuning: imitate each example's target. RL's update program, with G = 1."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,12 +24,15 @@ def train(run: Run, index: int) -> None:
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
                       microbatches=stage.microbatches)
 
-  with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
-                  run.config.reward_timeout) as pool:
+  grading: contextlib.AbstractContextManager[RewardPool | None] = contextlib.nullcontext()
+  if stage.eval.examples:
+    grading = RewardPool(
+        stage.rewards.to_dict(), run.config.reward_workers, run.config.reward_timeout)
+  with grading as pool:
     loop = StageRun(run, index, programs, pool)
     for _ in loop.steps():
       examples = next(loop.data)
-      prompt = run.processor.collate([run.processor.encode(e, run.system) for e in examples])
+      prompt = run.processor.collate(run.encode(examples))
       tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)

@@ -1,0 +1,95 @@
+"""What reinforcement learning gains on digit boards, method by method, on the same seeds.
+
+    python benchmarks/digits.py                 # 4 methods x 3 seeds, two runs at a time
+    python benchmarks/digits.py --methods grpo  # the quickstart's gain alone
+
+Each run is `python -m jaxrl_vlm.train --config=configs/digits_<method>.py --config.seed=<seed>`.
+Finished runs are not repeated, stopped ones continue. The result is a table on stdout and
+benchmarks/digits.json, written anew after every run.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from jaxrl_vlm import metrics  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "digits.json"
+
+
+def run(method: str, seed: int, folder: pathlib.Path, more: list[str]) -> dict:
+  """Trains once; returns accuracies by skill before and after, and seconds."""
+  workdir = folder / f"{method}_{seed}"
+  done = workdir / "seconds.json"
+  if not done.exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with open(workdir / "log.txt", "a") as log:
+      subprocess.run(
+          [sys.executable, "-m", "jaxrl_vlm.train", f"--config=configs/digits_{method}.py",
+           f"--workdir={workdir}", f"--config.seed={seed}", *more],
+          cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+    done.write_text(json.dumps(time.monotonic() - began))
+  records = metrics.read(workdir)
+  tokens = sum(r["time/tokens_per_second"] * r["time/step_seconds"] for r in records
+               if "time/step_seconds" in r)
+  return {
+      "method": method, "seed": seed, "seconds": json.loads(done.read_text()),
+      "response_tokens": round(tokens),
+      "accuracy": {c.name: [c.before, c.after] for c in metrics.before_and_after(records)}}
+
+
+def table(results: list[dict]) -> str:
+  """Markdown: mean over seeds of held-out accuracy in percent; ± is the standard error."""
+  skills = list(results[0]["accuracy"])
+  lines = ["| method | seeds | " + " | ".join(skills) + " | gain (points) | minutes |",
+           "|---|---|" + "---|" * (len(skills) + 2)]
+  for method in dict.fromkeys(r["method"] for r in results):
+    mine = [r for r in results if r["method"] == method]
+    cells = []
+    for skill in skills:
+      before, after = 100 * np.array([r["accuracy"][skill] for r in mine]).T
+      cells.append(f"{before.mean():.1f} → {after.mean():.1f}")
+    before, after = 100 * np.array([r["accuracy"]["overall"] for r in mine]).T
+    gain = after - before
+    error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
+    minutes = np.mean([r["seconds"] for r in mine]) / 60
+    lines.append(f"| {method} | {len(mine)} | " + " | ".join(cells) +
+                 f" | {gain.mean():+.1f} ± {error:.1f} | {minutes:.1f} |")
+  return "\n".join(lines)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--methods", nargs="+", default=["grpo", "dapo", "papo", "vppo"])
+  parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+  parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "digits")
+  parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
+  args, more = parser.parse_known_args()
+  jobs = [(m, s) for s in args.seeds for m in args.methods]
+  results = []
+  with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
+    futures = [pool.submit(run, m, s, args.folder, more) for m, s in jobs]
+    for future in concurrent.futures.as_completed(futures):
+      results.append(future.result())
+      results.sort(key=lambda r: (args.methods.index(r["method"]), r["seed"]))
+      RESULT.write_text(json.dumps({
+          "date": datetime.date.today().isoformat(), "python": platform.python_version(),
+          "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}", "at_once": args.at_once,
+          "arguments": more, "results": results}, indent=1) + "\n")
+      print(f"{len(results)}/{len(jobs)} runs\n{table(results)}\n", flush=True)
+
+
+if __name__ == "__main__":
+  main()

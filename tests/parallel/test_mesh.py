@@ -1,0 +1,142 @@
+"""The same training on eight devices and on one, and where every array lies."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as Spec
+
+from jaxrl_vlm import models, objectives, parallel, scratch
+from jaxrl_vlm.data import digit_boards
+from jaxrl_vlm.rollout import Sampling
+from jaxrl_vlm.stages.programs import Programs
+from jaxrl_vlm.types import Experience
+from tests import tiny_run
+
+P, G, T = 8, 2, 8
+STEPS = 3
+
+
+def train(path, examples, axes, devices):
+  """Trains a few steps; returns what each sampled and lost, and the last state."""
+  mesh = parallel.make_mesh(axes, devices)
+  config = models.from_directory(path)
+  shardings = parallel.param_shardings(mesh, models.abstract_params(config))
+  flat = {tuple(k.key for k in keys): s for keys, s in jax.tree.leaves_with_path(shardings)}
+  model, params, processor = models.load_pretrained(
+      path, prompt_buckets=(64,), patch_buckets=(36,),
+      put=lambda keys, value: jax.device_put(3 * value, flat[keys]))
+  program = Programs(
+      model, mesh, objectives.create("grpo"), optax.sgd(0.1, momentum=0.9), params,
+      sampling=Sampling(G, T))
+  prompt = parallel.put_batch(mesh, processor.collate([processor.encode(e) for e in examples]))
+  state, history = program.init_state(params), []
+  for step in range(STEPS):
+    key = jax.random.fold_in(jax.random.key(0), step)
+    rollout = program.rollout(state.params, prompt, key)
+    tokens = np.asarray(rollout.tokens)
+    rewards = parallel.put_batch(mesh, (tokens % 7).mean(-1).astype("f4"))
+    old = program.score(state.params, prompt, rollout.tokens, rollout.mask)
+    history.append({"tokens": tokens, "logp": np.asarray(old.logp)})
+    reference = history[0].setdefault("reference", old)
+    experience = Experience(
+        mask=rollout.mask, advantages=program.advantages(rewards, rollout.mask), old=old,
+        rewards=rewards, views={"ref": reference})
+    state, metrics = program.update(state, prompt, rollout.tokens, experience, key)
+    history[-1] |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "ref_kl")}
+  return history, state
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+  path = tmp_path_factory.mktemp("scratch")
+  boards = digit_boards.LiveBoards("train", P, tasks=("read", "count"), style="direct")
+  examples = [boards[i] for i in range(P)]
+  scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
+  one = train(path, examples, {"fsdp": 1, "tensor": 1}, jax.devices()[:1])
+  eight = train(path, examples, {"fsdp": 4, "tensor": 2}, jax.devices())
+  return one, eight
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one(both):
+  (one, first), (eight, second) = both
+  for step, (a, b) in enumerate(zip(one, eight, strict=True)):
+    np.testing.assert_array_equal(a["tokens"], b["tokens"], err_msg=f"step {step}")
+    # Sums over split axes are float32 sums in another order.
+    np.testing.assert_allclose(a["logp"], b["logp"], atol=1e-4)
+    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
+    # The loss is near 0 by construction: advantages of a group sum to 0.
+    np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
+    np.testing.assert_allclose(a["ref_kl"], b["ref_kl"], rtol=1e-2, atol=1e-6)
+  assert one[-1]["ref_kl"] > 1e-4  # the policy has moved, so later steps compare something
+
+  def close(path, a, b):
+    np.testing.assert_allclose(
+        a, b, rtol=0, atol=1e-4 * float(np.abs(a).max()), err_msg=jax.tree_util.keystr(path))
+
+  jax.tree.map_with_path(close, jax.device_get(first.params), jax.device_get(second.params))
+
+
+@pytest.mark.slow
+def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
+  _, (_, state) = both
+
+  def share(tree):
+    leaves = jax.tree.leaves(tree)
+    return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
+
+  # An eighth each, but for norms (whole) and biases (split over tensor alone).
+  assert 1 / 8 <= share(state.params) < 1.2 / 8
+  assert share(state.opt_state) == share(state.params)
+  for keys, x in jax.tree.leaves_with_path(state.params):
+    shard = x.addressable_shards[0].data.shape
+    name = jax.tree_util.keystr(keys)
+    if name.endswith("['kernel']") or "embedding" in name or "head" in name:
+      assert np.prod(shard) * 8 == x.size, name
+    elif name.endswith("['bias']"):
+      assert np.prod(shard) * (1 if "proj" in name or "merger_out" in name
+                               or "down" in name else 2) == x.size, name
+    else:
+      assert shard == x.shape, name
+
+
+def test_rules_count_from_the_last_axis_and_keep_uneven_axes_whole():
+  mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+
+  def spec(*path_and_shape):
+    *path, shape = path_and_shape
+    tree = jax.ShapeDtypeStruct(shape, "float32")
+    for key in reversed(path):
+      tree = {key: tree}
+    (leaf,) = jax.tree.leaves(parallel.param_shardings(mesh, tree))
+    return leaf.spec
+
+  assert spec("decoder", "layers", "q", "kernel", (3, 8, 6)) == Spec(None, "fsdp", "tensor")
+  assert spec("q", "kernel", (8, 6)) == Spec("fsdp", "tensor")
+  assert spec("o", "kernel", (8, 4)) == Spec("tensor", "fsdp")
+  assert spec("embed", "embedding", (321, 8)) == Spec(None, "fsdp")
+  assert spec("head", (8, 321)) == Spec("fsdp", None)
+  assert spec("layers", "norm1", "scale", (3, 8)) == Spec()
+  # A name that only ends like a rule's is another parameter.
+  assert spec("seq", "kernel", (8, 6)) == Spec()
+
+
+def test_minus_one_is_whatever_is_left():
+  assert dict(parallel.make_mesh({"fsdp": -1, "tensor": 2}).shape) == {"fsdp": 4, "tensor": 2}
+  assert dict(parallel.make_mesh({"fsdp": 2, "tensor": -1}).shape) == {"fsdp": 2, "tensor": 4}
+  one = parallel.make_mesh({"fsdp": -1, "tensor": 1}, jax.devices()[:1])
+  assert dict(one.shape) == {"fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(("axes", "complaint"), [
+    ({"fsdp": 3, "tensor": 2}, "the axes must multiply to 8 devices, got 6"),
+    ({"fsdp": -1, "tensor": 3}, "the axes must multiply to 8 devices, got 6"),
+    ({"fsdp": -1, "tensor": -1}, "the axes must multiply to 8 devices, got 64"),
+    ({"fsdp": -1, "tensor": 0}, "expected positive sizes, or -1 for one of them"),
+    ({"fsdp": -4, "tensor": -2}, "expected positive sizes, or -1 for one of them"),
+])
+def test_axes_that_do_not_fit_name_themselves_and_the_devices(axes, complaint):
+  with pytest.raises(ValueError) as error:
+    parallel.make_mesh(axes)
+  assert str(error.value) == f"config.mesh={axes}: {complaint}"

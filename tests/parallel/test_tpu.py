@@ -1,0 +1,122 @@
+"""The programs compile for a real TPU topology on a machine without a TPU, and libtpu keeps quiet.
+
+libtpu lives in a process of its own, one at a time on a machine.
+"""
+
+import fcntl
+import glob
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+COMPILE = """
+import json
+
+import jax
+import optax
+from jax.experimental import topologies
+
+from jaxrl_vlm import models, objectives, parallel
+from jaxrl_vlm.rollout import Sampling
+from jaxrl_vlm.stages.programs import Programs
+from jaxrl_vlm.types import Experience, TokenStats
+
+P, G, T, LENGTH, PATCHES = 8, 4, 256, 512, 1024
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2}, devices=topology.devices)
+config = models.from_hf({
+    "model_type": "qwen2_5_vl", "image_token_id": 4090, "eos_token_id": 4091,
+    "text_config": {
+        "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
+        "rope_parameters": {"mrope_section": [8, 12, 12], "rope_theta": 1e6}},
+    "vision_config": {
+        "depth": 2, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4,
+        "out_hidden_size": 512, "patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": [1]}}, dtype="bfloat16", remat=True)
+model, params = models.VLM(config), models.abstract_params(config)
+programs = Programs(
+    model, mesh, objectives.create("vppo"), optax.adamw(1e-6), params, microbatches=2,
+    sampling=Sampling(G, T), black=jax.numpy.zeros(config.vision.patch_dim))
+
+
+def shape(dtype, *sizes):
+  return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+prompt = jax.tree.map(
+    lambda x: shape(x.dtype, *x.shape), models.dummy_prompt(config, P, LENGTH, PATCHES))
+tokens, mask, number = (shape(d, P, G, T) for d in ("int32", "bool", "float32"))
+key = jax.eval_shape(lambda: jax.random.key(0))
+stats = TokenStats(number, number)
+experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape("float32", P, G),
+                        views={"masked": stats})
+arguments = {
+    "rollout": (params, prompt, key),
+    "score": (params, prompt, tokens, mask),
+    "score_masked": (params, prompt, tokens, mask, key),
+    "update": (programs.abstract_state, prompt, tokens, experience, key),
+}
+
+
+def size(tree):
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.size > 1)
+
+
+result = {"kind": topology.devices[0].device_kind}
+for name, (first, *batch) in arguments.items():
+  memory = getattr(programs, name).lower(first, *batch).compile().memory_analysis()
+  result[name] = {
+      "params": size(first), "batch": size(batch), "arguments": memory.argument_size_in_bytes,
+      "outputs": memory.output_size_in_bytes, "aliased": memory.alias_size_in_bytes,
+      "temporary": memory.temp_size_in_bytes}
+print(json.dumps(result))
+"""
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess:
+  """Runs code in a fresh process without this one's jax settings."""
+  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
+  with open(pathlib.Path(tempfile.gettempdir()) / "jaxrl_vlm_libtpu.lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return subprocess.run([sys.executable, "-c", code], env=env | variables, cwd=ROOT,
+                          capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_programs_compile_for_four_v5e_chips():
+  pytest.importorskip("libtpu")
+  done = python(COMPILE, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout.splitlines()[-1])
+  assert "v5" in result["kind"]
+  for name in ("rollout", "score", "score_masked", "update"):
+    memory = result[name]
+    used = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
+    assert 0 < used < 16 * 2**30, (name, memory)
+    # One chip's share: a quarter of the parameters (or of the whole state), half of the prompts.
+    # Norms are whole on every chip, and arrays are padded to the chip's tiles.
+    share = memory["params"] / 4 + memory["batch"] / 2
+    assert share <= memory["arguments"] < 1.1 * share, (name, share, memory)
+  # The update writes the new state over the old one.
+  assert result["update"]["aliased"] >= result["update"]["params"] / 4
+  # G masks of its own for each prompt, and yet no program holds the logits of all responses.
+  assert result["score_masked"]["temporary"] < 8 * 4 * 256 * 4096 * 4
+
+
+def test_an_installed_libtpu_does_not_disturb_an_ordinary_run():
+  pytest.importorskip("libtpu")
+  if any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))):
+    pytest.skip("this machine has an accelerator")
+  done = python("from jaxrl_vlm import parallel\n"
+                "parallel.choose_platform()\n"
+                "import jax\n"
+                "print(jax.default_backend(), jax.numpy.arange(3).sum())")
+  assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 3\n", "")

@@ -1,0 +1,258 @@
+"""The compiled programs against slow references written out plainly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_vlm import models, objectives, parallel, scratch, views
+from jaxrl_vlm.data import digit_boards
+from jaxrl_vlm.stages.programs import Programs, TrainState
+from jaxrl_vlm.types import Experience, TokenStats
+from tests import tiny_run
+
+P, G, T = 4, 2, 6
+TEMPERATURE = 0.8
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+  """Model, params, prompts of different lengths and images, random responses, a black patch."""
+  path = tmp_path_factory.mktemp("scratch")
+  boards = digit_boards.LiveBoards("train", P, tasks=("read", "count"), style="direct")
+  examples = [boards[i] for i in range(P)]
+  scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
+  model, params, processor = models.load_pretrained(
+      path, prompt_buckets=(64,), patch_buckets=(36,))
+  # Away from the initialisation, where biases are 0 and answers hardly depend on the image.
+  keys = iter(jax.random.split(jax.random.key(1), 100))
+  params = jax.tree.map(lambda x: 1.5 * x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+  prompt = processor.collate([processor.encode(e) for e in examples])
+  rng = np.random.default_rng(0)
+  allowed = np.setdiff1d(np.arange(model.config.vocab_size), model.config.suppressed_tokens)
+  tokens = rng.choice(allowed, (P, G, T)).astype(np.int32)
+  mask = np.arange(T) < rng.integers(1, T + 1, (P, G, 1))
+  return model, params, prompt, tokens, mask, processor.black_patch
+
+
+def keep_gradient() -> optax.GradientTransformation:
+  """Changes nothing; its state is the last gradient."""
+  return optax.GradientTransformation(
+      lambda params: jax.tree.map(jnp.zeros_like, params),
+      lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads))
+
+
+@pytest.fixture(scope="module")
+def make(setup):
+  """(objective, learning_rate=None, **kwargs) -> Programs, the same ones for equal arguments."""
+  model, params, *_, black = setup
+  mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+
+  @functools.cache
+  def make(objective, learning_rate: float | None = None, **kwargs) -> Programs:
+    optimizer = optax.sgd(learning_rate, momentum=0.9) if learning_rate else keep_gradient()
+    return Programs(model, mesh, objective, optimizer, params, temperature=TEMPERATURE,
+                    black=black, **kwargs)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def experience(setup, make) -> Experience:
+  """As if the rollout's policy and the views were other models, some way off."""
+  _, params, prompt, tokens, mask, _ = setup
+  rng = np.random.default_rng(1)
+  stats = make(objectives.create("grpo")).score(params, prompt, tokens, mask)
+  clean = np.asarray(stats.logp)
+
+  def near(spread):
+    return TokenStats(np.where(mask, clean + spread * rng.normal(size=mask.shape), 0).astype("f4"),
+                      np.asarray(stats.entropy))
+
+  return Experience(
+      mask=mask, advantages=rng.normal(size=mask.shape).astype("f4"), old=near(0.4),
+      rewards=np.zeros((P, G), "f4"), views={"ref": near(0.5), "masked": near(0.8)})
+
+
+def fresh(programs: Programs, params) -> TrainState:
+  return programs.init_state(jax.tree.map(jnp.copy, params))
+
+
+def assert_close_trees(a, b, *, share: float) -> None:
+  """Every leaf within `share` of its largest value, or of a thousandth of the largest of all."""
+  largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(b))
+
+  def close(path, x, y):
+    scale = max(float(np.abs(y).max()), 1e-3 * largest)
+    np.testing.assert_allclose(x, y, rtol=0, atol=share * scale, err_msg=jax.tree_util.keystr(path))
+
+  jax.tree.map_with_path(close, a, b)
+
+
+# -- Against G separate sequences, full logits, and the formula ------------------------------------
+
+
+def slow_logp(model, params, prompt, tokens):
+  """log π [P, G, T] from P·G whole sequences, prompt and response together, and all their logits.
+
+  `prompt` has a row for every sample.
+  """
+  lengths = np.asarray(prompt.length)
+  rows = np.arange(P * G)[:, None]
+  at = lengths[:, None] + np.arange(T)  # where response tokens stand
+  room = [(0, 0), (0, T)]
+  line = np.asarray(prompt.next_position)[:, None] + np.arange(T)
+  whole = prompt.replace(
+      tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(tokens.reshape(-1, T)),
+      length=lengths + T,
+      positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
+      feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1))
+  logits = model.apply({"params": params}, whole)[rows, at - 1] / TEMPERATURE
+  logits = logits.at[..., list(model.config.suppressed_tokens)].set(-jnp.inf)
+  logp = jax.nn.log_softmax(logits)
+  return jnp.take_along_axis(logp, tokens.reshape(-1, T, 1), axis=-1).reshape(P, G, T)
+
+
+def k3(logp, other):
+  return jnp.exp(other - logp) - (other - logp) - 1
+
+
+def ppo(logp, old, advantages, low, high, dual):
+  ratio = jnp.exp(logp - old)
+  loss = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - low, 1 + high))
+  return jnp.where(advantages < 0, jnp.minimum(loss, -advantages * dual), loss)
+
+
+def grpo(logp, e, _):
+  token = ppo(logp, e.old.logp, e.advantages, 0.2, 0.3, 3.0) + 0.01 * k3(logp, e.views["ref"].logp)
+  return jnp.where(e.mask, token, 0).sum() / e.mask.sum()
+
+
+def papo(logp, e, masked_logp):
+  """With the masked view's gradient: it is pushed away from the clean one, and both are sharpened.
+  """
+  token = ppo(logp, e.old.logp, e.advantages, 0.2, 0.3, 3.0) + 0.01 * k3(logp, e.views["ref"].logp)
+  token += -0.02 * k3(logp, masked_logp) - 0.05 * logp - 0.05 * masked_logp
+  return jnp.where(e.mask, token, 0).sum() / e.mask.sum()
+
+
+def vppo(logp, e, _):
+  """Top 40% of each response by dependency; advantages shaped to [0.9, ...] over the minibatch."""
+  depends = np.asarray(k3(e.old.logp, e.views["masked"].logp))
+  keep, mean = np.zeros(e.mask.shape), np.zeros((P, G))
+  for p, g in np.ndindex(P, G):
+    row = depends[p, g][e.mask[p, g]]
+    mean[p, g] = row.mean()
+    keep[p, g, np.argsort(-row)[:int(np.ceil(0.4 * len(row)))]] = 1
+  share = (mean - mean.min()) / (mean.max() - mean.min())
+  factor = 0.9 + share * 0.1 / share.mean()
+  advantages = e.advantages * factor[..., None]
+  token = keep * ppo(logp, e.old.logp, advantages, 0.2, 0.28, 3.0) - 0.06 * logp
+  return jnp.where(e.mask, token, 0).sum() / e.mask.sum()
+
+
+@pytest.mark.parametrize(("formula", "settings"), [
+    (grpo, {}), (papo, {"masked_gradient": True}), (vppo, {})],
+    ids=["grpo", "papo_masked_gradient", "vppo"])
+def test_gradient_is_that_of_separate_sequences_and_the_formula(
+    setup, make, experience, formula, settings):
+  model, params, prompt, tokens, mask, black = setup
+  objective = objectives.create(formula.__name__, **settings)
+  program = make(objective)
+  key = jax.random.key(5)
+  state, metrics = program.update(fresh(program, params), prompt, tokens, experience, key)
+
+  alone = views.repeat_prompts(prompt, G)
+  darkened = views.black_patches(key, alone, objective.mask_rate, black)
+
+  @jax.jit
+  @jax.value_and_grad
+  def slow(params):
+    masked = slow_logp(model, params, darkened, tokens) if settings else None
+    return formula(slow_logp(model, params, alone, tokens), experience, masked)
+
+  loss, grads = slow(params)
+  # float32 through four layers; the sums of attention and of the batch are taken in another order.
+  np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
+  assert_close_trees(state.opt_state, grads, share=1e-3)
+  assert float(optax.global_norm(grads)) > 0.01
+  np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-4)
+
+
+# -- Splits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "splits"), [("grpo", (2, 4)), ("papo", (4,)), ("vppo", (4,))])
+def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, splits):
+  # All black, or every microbatch would draw masks of its own.
+  settings = {"masked_gradient": True, "mask_rate": 1.0} if name == "papo" else {}
+  objective = objectives.create(name, **settings)
+  _, params, prompt, tokens, *_ = setup
+
+  def update(**kwargs):
+    program = make(objective, **kwargs)
+    return program.update(
+        fresh(program, params), prompt, tokens, experience, jax.random.key(0))
+
+  whole, metrics = update()
+  for microbatches in splits:
+    state, others = update(microbatches=microbatches)
+    # The same float32 terms, added in another order.
+    assert_close_trees(state.opt_state, whole.opt_state, share=2e-5)
+    assert others.keys() == metrics.keys()
+    for key, value in metrics.items():
+      np.testing.assert_allclose(others[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+def test_minibatches_are_updates_one_after_another(setup, make, experience):
+  _, params, prompt, tokens, *_ = setup
+  objective = objectives.create("vppo")  # its shaping depends on the minibatch
+  both = make(objective, 0.05, minibatches=2)
+  state, metrics = both.update(
+      fresh(both, params), prompt, tokens, experience, jax.random.key(0))
+
+  single = make(objective, 0.05)
+  by_hand, losses = fresh(single, params), []
+  for part in (0, 1):
+    batch = jax.tree.map(
+        lambda a, part=part: np.asarray(a)[part::2], (prompt, tokens, experience))
+    by_hand, one = single.update(by_hand, *batch, jax.random.key(0))
+    losses.append(float(one["loss"]))
+  # The same computation, compiled once inside a loop and once alone.
+  assert_close_trees(state.params, by_hand.params, share=1e-5)
+  assert_close_trees(state.opt_state, by_hand.opt_state, share=1e-4)
+  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+  assert abs(losses[0] - losses[1]) > 1e-3  # so halves that were swapped or repeated would show
+
+
+# -- Bad steps ------------------------------------------------------------------------------------
+
+
+def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, experience):
+  _, params, prompt, tokens, mask, _ = setup
+  program = make(objectives.create("vppo"), 0.05)
+  halves = jax.tree.map(lambda a: np.asarray(a)[::2], (prompt, tokens, experience))
+
+  def step(state, change=lambda advantages: advantages):
+    state = jax.tree.map(jnp.copy, state)
+    prompt, tokens, e = halves
+    e = e.replace(advantages=change(e.advantages).astype("f4"))
+    state, metrics = program.update(state, prompt, tokens, e, jax.random.key(0))
+    return jax.device_get(state), metrics
+
+  start, _ = step(fresh(program, params))  # the momentum is no longer 0
+  first, metrics = step(start, lambda a: np.where(np.arange(a.size).reshape(a.shape), a, np.nan))
+  assert not np.isfinite(metrics["loss"])
+  # The gradient alone: its squares leave float32's range, the loss does not.
+  second, metrics = step(first, lambda a: np.full_like(a, -1e25))
+  assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
+  for bad, count in ((first, 1), (second, 2)):
+    assert bad.bad_steps == count
+    jax.tree.map(np.testing.assert_array_equal, (bad.params, bad.opt_state),
+                 (start.params, start.opt_state))
+  after, metrics = step(second)
+  assert after.bad_steps == 0 and np.isfinite(metrics["loss"])
+  assert not np.array_equal(after.params["head"], start.params["head"])

@@ -1,0 +1,156 @@
+"""Imports go one way: a part of the package imports only parts below it."""
+
+import ast
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import pytest
+
+PACKAGE = "jaxrl_vlm"
+ROOT = pathlib.Path(__file__).parent.parent / PACKAGE
+
+# From the top down. A part is a module or a subpackage of jaxrl_vlm; a new one needs a place here.
+LAYERS = (
+  {"train", "plan", "convert", "view"},  # entry points: nothing imports them
+  {"stages"},
+  {"rollout", "scoring", "report", "evaluate", "scratch"},
+  {"objectives", "models", "rewards", "data", "parallel", "checkpoint", "metrics", "views"},
+  {"types", "config"},
+  {"example", "errors"},
+)
+# Within a layer, who else may import whom.
+NEIGHBOURS = {("evaluate", "rollout"), ("models", "data")}
+# Stricter than the layers: these import nothing else of the package.
+ONLY = {
+  "objectives": {"types"},
+  "rewards": {"example", "errors"},
+  "types": {"example"},
+}
+# Worker processes import these; they must never load jax, nor what loads it.
+NO_JAX = ("rewards", "data", "config", "metrics", "train", "example", "errors")
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def part_of(module: str) -> str:
+  """jaxrl_vlm.data.images -> data; the package itself -> ""."""
+  return module.partition(".")[2].partition(".")[0]
+
+
+def is_type_checking(node: ast.AST) -> bool:
+  test = node.test if isinstance(node, ast.If) else None
+  return getattr(test, "id", getattr(test, "attr", "")) == "TYPE_CHECKING"
+
+
+def imports(
+  tree: ast.AST, module: str, known: Mapping[str, ast.AST], loading: bool = False
+) -> Iterator[str]:
+  """Full names of the modules that a module imports; with `loading` only those it loads at once."""
+  for node in ast.iter_child_nodes(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{module}: relative import; write the full name"
+      for alias in node.names:
+        inner = f"{node.module}.{alias.name}"
+        yield inner if inner in known else str(node.module)
+    elif loading and (
+      isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+      or is_type_checking(node)
+    ):
+      continue
+    else:
+      yield from imports(node, module, known, loading)
+
+
+def violations(sources: Mapping[str, str]) -> list[str]:
+  """What breaks the rules, from module name to source text."""
+  trees = {module: ast.parse(text) for module, text in sources.items()}
+  level = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
+  found = []
+
+  loads: dict[str, set[str]] = {}
+  for module, tree in trees.items():
+    part = part_of(module)
+    loads[module] = set(imports(tree, module, trees, loading=True))
+    if not part:
+      continue  # the public API may name everything; it loads nothing until asked
+    if part not in level:
+      found.append(f"{module}: {part} has no place in LAYERS")
+      continue
+    for target in set(imports(tree, module, trees)):
+      if target.partition(".")[0] != PACKAGE:
+        continue
+      other = part_of(target)
+      if not other:
+        found.append(f"{module} imports the public API; import the module that defines the name")
+      elif other == part:
+        continue
+      elif other not in level:
+        found.append(f"{module} imports {target}, which has no place in LAYERS")
+      elif part in ONLY and other not in ONLY[part]:
+        found.append(f"{module} imports {target}; {part} may import {sorted(ONLY[part])}")
+      elif level[other] <= level[part] and (part, other) not in NEIGHBOURS:
+        found.append(f"{module} imports {target}, which is not below it")
+
+  for module in trees:
+    if part_of(module) not in (*NO_JAX, ""):
+      continue
+    reached, todo = set(), [module]
+    while todo:
+      for name in loads.get(todo.pop(), ()):
+        # Importing a.b.c runs a and a.b too.
+        pieces = name.split(".")
+        for end in range(1, len(pieces) + 1):
+          whole = ".".join(pieces[:end])
+          if whole not in reached:
+            reached.add(whole)
+            todo.append(whole)
+    if reached & JAX:
+      found.append(f"{module} loads {', '.join(sorted(reached & JAX))} when imported")
+  return sorted(found)
+
+
+def module_name(path: pathlib.Path) -> str:
+  parts = path.relative_to(ROOT.parent).with_suffix("").parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_package_imports_one_way():
+  sources = {module_name(path): path.read_text() for path in ROOT.rglob("*.py")}
+  assert PACKAGE in sources and f"{PACKAGE}.stages.rl" in sources
+  assert violations(sources) == []
+
+
+BASE = {
+  "jaxrl_vlm": "",
+  "jaxrl_vlm.example": "import dataclasses",
+  "jaxrl_vlm.types": "import jax\nfrom jaxrl_vlm.example import Example",
+  "jaxrl_vlm.models": "import jax",
+  "jaxrl_vlm.stages": "from jaxrl_vlm import models, types",
+}
+
+
+@pytest.mark.parametrize(("module", "source", "complaint"), [
+  ("jaxrl_vlm.models.qwen", "from jaxrl_vlm import stages", "jaxrl_vlm.stages, which is not below"),
+  ("jaxrl_vlm.models.qwen", "def f():\n  import jaxrl_vlm.stages", "jaxrl_vlm.stages, which is"),
+  ("jaxrl_vlm.objectives", "from jaxrl_vlm import models", "objectives may import ['types']"),
+  ("jaxrl_vlm.rollout", "from jaxrl_vlm import Example", "imports the public API"),
+  ("jaxrl_vlm.train", "import jax", "jaxrl_vlm.train loads jax"),
+  ("jaxrl_vlm.rewards", "import optax.losses", "jaxrl_vlm.rewards loads optax"),
+  ("jaxrl_vlm.data", "from jaxrl_vlm.types import Prompt", "jaxrl_vlm.data loads jax"),
+  ("jaxrl_vlm.data", "try:\n  import jax\nexcept ImportError:\n  pass", "data loads jax"),
+  ("jaxrl_vlm.helpers", "", "helpers has no place in LAYERS"),
+])
+def test_violation_is_found(module, source, complaint):
+  assert violations(BASE) == []
+  found = violations(BASE | {module: source})
+  assert len(found) == 1 and complaint in found[0]
+
+
+@pytest.mark.parametrize("source", [
+  "def f():\n  import jax",
+  "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from jaxrl_vlm.types import Prompt",
+  "from jaxrl_vlm.example import Example",
+])
+def test_allowed_in_data(source):
+  assert violations(BASE | {"jaxrl_vlm.data": source}) == []

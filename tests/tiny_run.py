@@ -1,0 +1,102 @@
+"""A whole run in seconds: a supervised and an RL stage of an untrained, very small model."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import signal
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+ARCHITECTURE = {
+    "tie_word_embeddings": False,
+    "min_pixels": 16 * 16,
+    "max_pixels": 64 * 64,
+    "text": {
+        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": (1, 1, 2), "rope_theta": 10000.0},
+    },
+    "vision": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 32,
+        "fullatt_block_indexes": (1,),
+    },
+}
+BOARDS = {"live": True, "train": 64, "test": 8, "tasks": ("read", "colour"), "style": "direct"}
+
+
+def variety(example, text: str) -> float:
+  """A reward that random text earns in different amounts, so that groups have advantages."""
+  del example
+  return len(set(text)) / 32
+
+
+def get_config():
+  """PAPO after SFT: it needs the reference parameters, the masked view and its random key."""
+  spec = importlib.util.spec_from_file_location("base_config", ROOT / "configs" / "base.py")
+  base = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(base)
+  c = base.get_config()
+  c.model.scratch = ARCHITECTURE
+  c.prompt_buckets = (64,)
+  c.patch_buckets = (36,)
+  sft, rl = base.sft(), base.rl()
+  for stage in (sft, rl):
+    stage.prompts_per_step = 4
+    stage.max_tokens = 24
+    stage.data.name = "digit_boards"
+    stage.data.options = BOARDS
+    stage.optimizer.learning_rate = 1e-3
+    stage.rewards["tests.tiny_run:variety"] = 1.0
+  sft.steps = 3
+  rl.steps = 5
+  rl.num_samples = 2
+  rl.max_tokens = 8
+  rl.objective.name = "papo"
+  rl.eval.examples = 3
+  rl.eval.batch = 4
+  c.stages = (sft, rl)
+  c.checkpoint.every = 2
+  c.checkpoint.keep = 3
+  c.reward_workers = 1
+  c.reward_timeout = 60.0  # a busy machine must not cost a reward
+  c.max_bad_steps = 2
+  return c
+
+
+def use_one_device() -> None:
+  """From now on meshes have the first of this process's devices."""
+  import jax
+
+  from jaxrl_vlm import parallel
+
+  parallel.make_mesh = functools.partial(parallel.make_mesh, devices=jax.devices()[:1])
+
+
+def signal_at_step() -> None:
+  """With SIGNAL_AT_STEP="SIGTERM:5" this process gets that signal once step 5 is in its metrics.
+
+  SIGKILL waits until there is a checkpoint.
+  """
+  wanted = os.environ.get("SIGNAL_AT_STEP")
+  if not wanted:
+    return
+  from jaxrl_vlm import metrics
+
+  name, at = wanted.split(":")
+  write = metrics.MetricsWriter.write
+
+  def write_then_signal(self, step, stage, values):
+    write(self, step, stage, values)
+    if step == int(at) and "train/loss" in values:
+      until = time.monotonic() + 60
+      folder = self._path.parent / "checkpoints"
+      while name == "SIGKILL" and time.monotonic() < until and not any(
+          path.name.isdigit() for path in folder.glob("*")):
+        time.sleep(0.02)
+      os.kill(os.getpid(), signal.Signals[name])
+
+  metrics.MetricsWriter.write = write_then_signal
