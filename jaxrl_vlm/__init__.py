@@ -25,6 +25,9 @@ __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 
 def __getattr__(name: str):
   if name in _PUBLIC:
+    if name != "Example":
+      # Before jax is used: an installed libtpu must not disturb a machine without a TPU.
+      importlib.import_module("jaxrl_vlm.parallel.platform").choose_platform()
     return getattr(importlib.import_module(_PUBLIC[name]), name)
   if name in _MODULES:
     return importlib.import_module(f"jaxrl_vlm.{name}")

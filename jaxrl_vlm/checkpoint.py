@@ -105,6 +105,7 @@ class Checkpoints:
       UserError: it cannot be read, and there is no older one.
     """
     step = self._latest()
+    assert step is not None, "restore() before a checkpoint was found by latest_meta()"
     try:
       state = self._manager.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]

@@ -87,7 +87,8 @@ class Experience:
   Attributes:
     mask: bool[P, G, T]; response tokens that count.
     advantages: f32[P, G, T]; from `objective.advantages`, then reshaped by `objective.prepare`.
-    old: TokenStats of the policy that made the rollout, no gradient.
+    old: TokenStats of the policy that made the rollout, no gradient; None in supervised stages,
+      as is `rewards`.
     rewards: f32[P, G]; total reward.
     views: no-gradient TokenStats by name: `ref` (reference policy, clean image), `masked`
       (rollout policy, corrupted image) ...
@@ -101,7 +102,7 @@ class Experience:
 
   mask: Array
   advantages: Array
-  old: TokenStats
+  old: TokenStats | Any
   rewards: Array
   views: Mapping[str, TokenStats] = struct.field(default_factory=dict)
   weights: Array | None = None

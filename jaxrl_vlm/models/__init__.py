@@ -88,7 +88,10 @@ def load_pretrained(
   config = from_directory(path, dtype=dtype, remat=remat)
   put = put or (lambda _, x: jax.device_put(x))
   params = weights.load_params(path, config, abstract_params(config, param_dtype), put)
-  return VLM(config), params, Processor.from_pretrained(path, **processor_options)
+  processor = Processor.from_pretrained(path, **processor_options)
+  # config.json does not name every vision token; the tokenizer does.
+  banned = {*config.suppressed_tokens, *processor.image_token_ids_never_sampled}
+  return VLM(config.replace(suppressed_tokens=tuple(sorted(banned)))), params, processor
 
 
 def save_pretrained(path: str | pathlib.Path, model: VLM, params: Params,

@@ -183,4 +183,4 @@ def _rollout_cache(model, mesh, sampling, treedef, leaves):
 def make_rollout(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any):
   """The compiled (params, prompt, key) -> Rollout; one program for equal arguments."""
   leaves, treedef = jax.tree.flatten(param_shardings)
-  return _rollout_cache(model, mesh, sampling, treedef, tuple(leaves))
+  return _rollout_cache(model, mesh, sampling, treedef, tuple(leaves))  # pyright: ignore[reportArgumentType]

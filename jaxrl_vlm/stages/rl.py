@@ -43,11 +43,15 @@ class Groups:
   components: dict[str, np.ndarray]
   failures: dict[str, int]
 
-  def rows(self, index: Sequence[int]) -> "Groups":
+  def rows(self, index: Sequence[int] | np.ndarray) -> "Groups":
+    chosen = [int(i) for i in index]
     return Groups(
-        *([values[i] for i in index] for values in (self.examples, self.encoded, self.texts)),
-        *(a[list(index)] for a in (self.tokens, self.mask, self.logp, self.rewards)),
-        {k: v[list(index)] for k, v in self.components.items()}, self.failures)
+        examples=[self.examples[i] for i in chosen],
+        encoded=[self.encoded[i] for i in chosen],
+        texts=[self.texts[i] for i in chosen],
+        tokens=self.tokens[chosen], mask=self.mask[chosen], logp=self.logp[chosen],
+        rewards=self.rewards[chosen],
+        components={k: v[chosen] for k, v in self.components.items()}, failures=self.failures)
 
   def __add__(self, other: "Groups") -> "Groups":
     def join(a, b):
@@ -114,6 +118,7 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
     rollout = with_text(
         programs.rollout(loop.state.params, prompt, run.random_key(_ROLLOUT, len(drawn))),
         run.processor)
+    assert loop.pool is not None  # an RL stage always has one
     handle = loop.pool.submit(examples, rollout.text)
     scored = None
     if not objective.filter_groups:  # the device scores while the host grades
@@ -130,8 +135,7 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
 
     keep = np.asarray(objective.kept(loop.correct(groups.components, groups.rewards)))
     good, bad = groups.rows(np.flatnonzero(keep)), groups.rows(np.flatnonzero(~keep))
-    kept = good if kept is None else kept + good
-    spare = bad if spare is None else spare + bad
+    kept, spare = (good, bad) if kept is None or spare is None else (kept + good, spare + bad)
     count = len(kept.examples)
     if count >= want or len(drawn) == objective.max_tries:
       break

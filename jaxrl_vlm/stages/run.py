@@ -313,7 +313,8 @@ def _count_compilations() -> Callable[[], int]:
   """Starts counting XLA compilations of this process; the result tells how many so far."""
   count = 0
 
-  def listen(event: str, duration: float, **_) -> None:
+  def listen(event: str, duration_secs: float, **_) -> None:
+    del duration_secs
     nonlocal count
     if event == "/jax/core/compile/backend_compile_duration":
       count += 1

@@ -28,10 +28,10 @@ def setup(tmp_path_factory):
   model, params, processor = models.load_pretrained(
       path, prompt_buckets=(64,), patch_buckets=(36,))
   # Away from the initialisation, where biases are 0 and answers hardly depend on the image.
-  keys = iter(jax.random.split(jax.random.key(1), 100))
-  params = jax.tree.map(lambda x: 1.5 * x + 0.1 * jax.random.normal(next(keys), x.shape), params)
-  prompt = processor.collate([processor.encode(e) for e in examples])
   rng = np.random.default_rng(0)
+  params = jax.tree.map(
+      lambda x: jnp.asarray(1.5 * np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype), params)
+  prompt = processor.collate([processor.encode(e) for e in examples])
   allowed = np.setdiff1d(np.arange(model.config.vocab_size), model.config.suppressed_tokens)
   tokens = rng.choice(allowed, (P, G, T)).astype(np.int32)
   mask = np.arange(T) < rng.integers(1, T + 1, (P, G, 1))
@@ -117,7 +117,7 @@ def slow_logp(model, params, prompt, tokens):
 
 
 def k3(logp, other):
-  return jnp.exp(other - logp) - (other - logp) - 1
+  return jnp.minimum(jnp.exp(other - logp) - (other - logp) - 1, 10)
 
 
 def ppo(logp, old, advantages, low, high, dual):
@@ -132,8 +132,7 @@ def grpo(logp, e, _):
 
 
 def papo(logp, e, masked_logp):
-  """With the masked view's gradient: it is pushed away from the clean one, and both are sharpened.
-  """
+  """The masked view has a gradient too: pushed away from the clean one, and both sharpened."""
   token = ppo(logp, e.old.logp, e.advantages, 0.2, 0.3, 3.0) + 0.01 * k3(logp, e.views["ref"].logp)
   token += -0.02 * k3(logp, masked_logp) - 0.05 * logp - 0.05 * masked_logp
   return jnp.where(e.mask, token, 0).sum() / e.mask.sum()
@@ -141,7 +140,8 @@ def papo(logp, e, masked_logp):
 
 def vppo(logp, e, _):
   """Top 40% of each response by dependency; advantages shaped to [0.9, ...] over the minibatch."""
-  depends = np.asarray(k3(e.old.logp, e.views["masked"].logp))
+  d = e.views["masked"].logp - e.old.logp
+  depends = np.minimum(np.exp(d) - d - 1, 10)
   keep, mean = np.zeros(e.mask.shape), np.zeros((P, G))
   for p, g in np.ndindex(P, G):
     row = depends[p, g][e.mask[p, g]]
@@ -200,8 +200,9 @@ def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, 
   whole, metrics = update()
   for microbatches in splits:
     state, others = update(microbatches=microbatches)
-    # The same float32 terms, added in another order.
-    assert_close_trees(state.opt_state, whole.opt_state, share=2e-5)
+    # The same float32 terms, added in another order; a part that is left out or weighted by its
+    # own number of tokens would be off by a quarter.
+    assert_close_trees(state.opt_state, whole.opt_state, share=2e-4)
     assert others.keys() == metrics.keys()
     for key, value in metrics.items():
       np.testing.assert_allclose(others[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
@@ -247,7 +248,7 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
   first, metrics = step(start, lambda a: np.where(np.arange(a.size).reshape(a.shape), a, np.nan))
   assert not np.isfinite(metrics["loss"])
   # The gradient alone: its squares leave float32's range, the loss does not.
-  second, metrics = step(first, lambda a: np.full_like(a, -1e25))
+  second, metrics = step(first, lambda a: np.full_like(a, 1e25))
   assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
   for bad, count in ((first, 1), (second, 2)):
     assert bad.bad_steps == count
