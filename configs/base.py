@@ -50,6 +50,7 @@ def evaluation() -> ConfigDict:
   c.examples = 0  # held-out questions of an evaluation; 0 evaluates nothing
   c.every = 0  # steps between evaluations; 0 is only before the first and after the last step
   c.batch = 128  # questions at a time
+  c.options = ConfigDict()  # of the stage's data.options, those that are others here
   return c
 
 

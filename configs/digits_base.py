@@ -54,6 +54,7 @@ def get_config():
   questions.rewards = {"exact": 1.0}
   questions.eval.examples = 500
   questions.eval.every = 300
+  questions.eval.options = {"tasks": QUESTIONS}
   c.stages = (digits, boards, questions)
   c.checkpoint.every = 300
   c.log_every = 50

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import pathlib
 import signal
-import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -37,6 +36,7 @@ def variety(example, text: str) -> float:
 def get_config():
   """PAPO after SFT: it needs the reference parameters, the masked view and its random key."""
   spec = importlib.util.spec_from_file_location("base_config", ROOT / "configs" / "base.py")
+  assert spec is not None and spec.loader is not None
   base = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(base)
   c = base.get_config()
@@ -79,24 +79,26 @@ def use_one_device() -> None:
 def signal_at_step() -> None:
   """With SIGNAL_AT_STEP="SIGTERM:5" this process gets that signal once step 5 is in its metrics.
 
-  SIGKILL waits until there is a checkpoint.
+  SIGKILL comes as soon as the checkpoint of that step is complete: no later line of code runs.
   """
   wanted = os.environ.get("SIGNAL_AT_STEP")
   if not wanted:
     return
-  from jaxrl_vlm import metrics
+  from jaxrl_vlm import checkpoint, metrics
 
   name, at = wanted.split(":")
-  write = metrics.MetricsWriter.write
+  write, save = metrics.MetricsWriter.write, checkpoint.Checkpoints.save
 
   def write_then_signal(self, step, stage, values):
     write(self, step, stage, values)
-    if step == int(at) and "train/loss" in values:
-      until = time.monotonic() + 60
-      folder = self._path.parent / "checkpoints"
-      while name == "SIGKILL" and time.monotonic() < until and not any(
-          path.name.isdigit() for path in folder.glob("*")):
-        time.sleep(0.02)
-      os.kill(os.getpid(), signal.Signals[name])
+    if name == "SIGTERM" and step == int(at) and "train/loss" in values:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def save_then_kill(self, step, state, meta, accuracy=None):
+    save(self, step, state, meta, accuracy)
+    if name == "SIGKILL" and step == int(at):
+      self.wait()
+      os.kill(os.getpid(), signal.SIGKILL)
 
   metrics.MetricsWriter.write = write_then_signal
+  checkpoint.Checkpoints.save = save_then_kill

@@ -189,6 +189,7 @@ def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
   def write(name: str, save: Callable[[pathlib.Path], object]) -> None:
     temporary = path / f".{name}.tmp"
     save(temporary)
+    temporary.chmod(0o644)  # safetensors leaves it to its owner alone
     temporary.replace(path / name)
 
   count = len(shards)

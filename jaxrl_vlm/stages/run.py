@@ -94,8 +94,12 @@ class Run:
         yield from (example.question, example.target or example.answer)
 
   def open_source(self, stage: ConfigDict, split: str) -> sources.Source:
-    imitates = stage.kind == "sft" and split == "train"
-    return sources.open_source(stage.data, split, need="target" if imitates else "answer")
+    """The stage's training examples, or its held-out questions with `eval.options` of their own."""
+    spec, imitates = stage.data.to_dict(), stage.kind == "sft"
+    if split == "test":
+      spec["options"] |= stage.eval.options.to_dict()
+    need = "target" if imitates and split == "train" else "answer"
+    return sources.open_source(spec, split, need=need)
 
   @property
   def system(self) -> str | None:

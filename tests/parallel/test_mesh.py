@@ -25,9 +25,10 @@ def train(path, examples, axes, devices):
   flat = {tuple(k.key for k in keys): s for keys, s in jax.tree.leaves_with_path(shardings)}
   model, params, processor = models.load_pretrained(
       path, prompt_buckets=(64,), patch_buckets=(36,),
-      put=lambda keys, value: jax.device_put(3 * value, flat[keys]))
+      put=lambda keys, value: jax.device_put(value, flat[keys]))
   program = Programs(
-      model, mesh, objectives.create("grpo"), optax.sgd(0.1, momentum=0.9), params,
+      model, mesh, objectives.create("grpo"),
+      optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)), params,
       sampling=Sampling(G, T))
   prompt = parallel.put_batch(mesh, processor.collate([processor.encode(e) for e in examples]))
   state, history = program.init_state(params), []
@@ -64,16 +65,16 @@ def test_eight_devices_train_as_one(both):
   for step, (a, b) in enumerate(zip(one, eight, strict=True)):
     np.testing.assert_array_equal(a["tokens"], b["tokens"], err_msg=f"step {step}")
     # Sums over split axes are float32 sums in another order.
-    np.testing.assert_allclose(a["logp"], b["logp"], atol=1e-4)
-    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
-    # The loss is near 0 by construction: advantages of a group sum to 0.
-    np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-5)
-    np.testing.assert_allclose(a["ref_kl"], b["ref_kl"], rtol=1e-2, atol=1e-6)
-  assert one[-1]["ref_kl"] > 1e-4  # the policy has moved, so later steps compare something
+    np.testing.assert_allclose(a["logp"], b["logp"], atol=5e-5)
+    np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
+    # At the first step the loss is 0 but for rounding: the advantages of a group sum to 0.
+    np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-6)
+    np.testing.assert_allclose(a["ref_kl"], b["ref_kl"], rtol=1e-5)
+  assert one[-1]["ref_kl"] > 0.1  # the policy has moved, so the later steps compare something
 
   def close(path, a, b):
     np.testing.assert_allclose(
-        a, b, rtol=0, atol=1e-4 * float(np.abs(a).max()), err_msg=jax.tree_util.keystr(path))
+        a, b, rtol=0, atol=3e-5 * float(np.abs(a).max()), err_msg=jax.tree_util.keystr(path))
 
   jax.tree.map_with_path(close, jax.device_get(first.params), jax.device_get(second.params))
 

@@ -42,7 +42,7 @@ def keep_gradient() -> optax.GradientTransformation:
   """Changes nothing; its state is the last gradient."""
   return optax.GradientTransformation(
       lambda params: jax.tree.map(jnp.zeros_like, params),
-      lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads))
+      lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates))
 
 
 @pytest.fixture(scope="module")

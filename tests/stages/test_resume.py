@@ -75,7 +75,7 @@ def command(config, workdir, monkeypatch, capsys, *flags: str) -> tuple[int, str
   try:
     config_lib.run_cli(train.main, "jaxrl_vlm.train", train.ABOUT)
   except SystemExit as e:
-    code = e.code
+    code = int(e.code or 0)
   return code, capsys.readouterr().err
 
 
@@ -123,7 +123,7 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
   assert trained_steps(workdir) == [1, 2]
   assert not (workdir / "model").exists()
 
-  # In the RL stage, without a word, perhaps with a checkpoint half written.
+  # In the RL stage, without a word, as soon as there is a new checkpoint.
   killed = run("SIGKILL:6")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert trained_steps(workdir) == [1, 2, 3, 4, 5, 6]
