@@ -2,7 +2,7 @@ import jax
 import pytest
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(autouse=True)
 def quick_compilation():
   """Each program here runs a few times on tiny arrays: what takes time is to compile it."""
   before = jax.config.read("jax_disable_most_optimizations")

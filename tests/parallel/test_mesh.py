@@ -69,7 +69,8 @@ def test_eight_devices_train_as_one(both):
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
     # At the first step the loss is 0 but for rounding: the advantages of a group sum to 0.
     np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-6)
-    np.testing.assert_allclose(a["ref_kl"], b["ref_kl"], rtol=1e-5)
+    # At the first step this too is rounding: the policy is its own reference.
+    np.testing.assert_allclose(a["ref_kl"], b["ref_kl"], rtol=1e-5, atol=1e-9)
   assert one[-1]["ref_kl"] > 0.1  # the policy has moved, so the later steps compare something
 
   def close(path, a, b):

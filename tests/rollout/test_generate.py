@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxrl_vlm as jv
-from jaxrl_vlm.rollout import generate as lib
+from jaxrl_vlm.rollout.generate import _pick, _truncate
 from tests import tiny
 
 
@@ -81,7 +81,7 @@ def test_truncation_by_definition():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(2, 3, 11)).astype(np.float32) * 2
   for top_p, top_k in ((0.5, 0), (1.0, 4), (0.8, 6), (1e-6, 0), (1.0, 99)):
-    kept = np.isfinite(np.asarray(lib._truncate(logits, top_p, top_k)))
+    kept = np.isfinite(np.asarray(_truncate(logits, top_p, top_k)))
     for row, keep in zip(logits.reshape(-1, 11), kept.reshape(-1, 11), strict=True):
       order = np.argsort(-row)
       if top_k:
@@ -98,7 +98,7 @@ def test_truncation_by_definition():
 def test_sampling_follows_the_distribution():
   probs = np.array([0.5, 0.3, 0.15, 0.05])
   logits = np.broadcast_to(np.log(probs), (40, 500, 4)).astype(np.float32)
-  token, logp = lib._pick(jax.random.key(0), logits, jv.Sampling(temperature=1.0))
+  token, logp = _pick(jax.random.key(0), logits, jv.Sampling(temperature=1.0))
   share = np.bincount(np.asarray(token).ravel(), minlength=4) / token.size
   np.testing.assert_allclose(share, probs, atol=0.015)  # 4 standard errors of 20,000 draws
   np.testing.assert_allclose(logp, np.log(probs)[np.asarray(token)], atol=1e-6)
