@@ -3,11 +3,10 @@
     python -m jaxrl_vlm.train --config=configs/digits_base.py --workdir=runs/digits_base
     cp -r runs/digits_base/model checkpoints/digits_base
 
-It learns single digits first (with colours in the lesson from the beginning it never gets to the
-digits), then whole boards; then additions in samples of their own and every question
-in two ways of answering: straight away, and reading what is needed first. It is stopped while it
-still errs, so reinforcement learning has something to do: get better at both, and find out which
-way is worth it.
+It is taught single digits first (with colours in the lesson from the beginning it never gets to
+the digits), then whole boards; then additions in samples of their own and every question in two
+ways of answering: straight away, and reading what is needed first. At its end it reads digits, but
+colours are still at chance, and so are the questions that need them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The main job in ten minutes on two CPU cores: RL on real handwritten digits.
+"""The main job in minutes on two CPU cores: RL on real handwritten digits.
 
     python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart
 
