@@ -19,17 +19,18 @@ def get_config():
   c.patch_buckets = (36,)
 
   stage = base.rl()
-  stage.steps = 60
+  stage.steps = 40
   stage.prompts_per_step = 16
   stage.num_samples = 8
   stage.max_tokens = 64
   stage.data.name = "digit_boards"
-  stage.optimizer.learning_rate = 3e-4
+  stage.optimizer.learning_rate = 1e-4
   stage.optimizer.warmup_steps = 5
   stage.optimizer.b2 = 0.98
   stage.optimizer.weight_decay = 0.0
   stage.rewards = {"exact": 0.9, "format": 0.1}
   stage.eval.examples = 500
+  stage.eval.every = 10
   c.stages = (stage,)
   c.checkpoint.every = 20
   return c

@@ -46,7 +46,7 @@ PERCEPTION = ("read", "colour", "where")
 REASONING = ("sum_row", "sum_column", "count", "largest_colour", "compare")
 QUESTION_TASKS = PERCEPTION + REASONING
 # For supervised training of a base model only: these have one way of answering.
-BASE_TASKS = ("digits", "transcribe", "arithmetic")
+BASE_TASKS = ("transcribe", "arithmetic")
 
 _QUESTIONS = {
     "read": "What digit is in row {row}, column {column}?",
@@ -57,12 +57,9 @@ _QUESTIONS = {
     "count": "How many times does the digit {digit} appear?",
     "largest_colour": "What is the largest {colour} digit?",
     "compare": "Which row has the larger sum, {row} or {other}?",
-    "digits": "Read the digits.",
     "transcribe": "Read the board.",
 }
-# On a light ground the same names are darker, so that yellow still stands out.
-_INK_ON_DARK = np.array([[240, 70, 60], [70, 205, 80], [80, 135, 255], [245, 215, 60]], np.float32)
-_INK_ON_LIGHT = np.array([[205, 25, 30], [15, 130, 40], [30, 60, 215], [205, 150, 0]], np.float32)
+_INK = np.array([[240, 70, 60], [70, 205, 80], [80, 135, 255], [245, 215, 60]], np.float32)
 
 # A choice: one name, several equally likely names, or names with weights.
 Choice = str | Sequence[str] | Mapping[str, float]
@@ -144,9 +141,7 @@ def _draw_board(rng: np.random.Generator, split: str, digits: np.ndarray) -> Boa
   """Draws everything but the digits int[rows, cols] themselves."""
   rows, cols = digits.shape
   pool = sources(split)
-  light = rng.random() < 0.5
-  ground = rng.integers(205, 256) if light else rng.integers(0, 51)
-  background = np.clip(ground + rng.integers(-14, 15, 3), 0, 255)
+  background = rng.integers(0, 51) + rng.integers(0, 15, 3)  # dark, with a tint
   shape = (rows, cols)
   colours = rng.integers(0, len(COLOURS), shape).tolist()
   picks = rng.random(shape).tolist()
@@ -174,12 +169,11 @@ def render(board: Board) -> np.ndarray:
   shape = CELL * len(board.cells), CELL * len(board.cells[0]), 3
   canvas = np.empty(shape, np.float32)
   canvas[:] = board.background
-  palette = _INK_ON_LIGHT if sum(board.background) > 3 * 127 else _INK_ON_DARK
   for row in board.cells:
     for cell in row:
       ink, _ = _glyph(cell.source, cell.size)
       window = canvas[cell.y:cell.y + cell.size, cell.x:cell.x + cell.size]
-      window += ink * (palette[COLOURS.index(cell.colour)] * cell.brightness - window)
+      window += ink * (_INK[COLOURS.index(cell.colour)] * cell.brightness - window)
   return np.clip(canvas, 0, 255).astype(np.uint8)
 
 
@@ -362,8 +356,6 @@ def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
   target = None
   if task == "transcribe":
     target = answer = board_text(board)
-  elif task == "digits":
-    target = answer = "; ".join(f"{r}: {_spaced(row)}" for r, row in enumerate(board.digits, 1))
   else:
     steps, answer = solve(board, task, asked)
     if style is not None:  # drawn last: the same board and question in every style
@@ -432,7 +424,7 @@ def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
   class DigitBoards(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Boards of handwritten digits with questions, written as TFDS without TensorFlow."""
 
-    VERSION = tfds.core.Version("1.0.0")  # a change of the boards or questions needs another
+    VERSION = tfds.core.Version("1.1.0")  # a change of the boards or questions needs another
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(
         name="default" if settings == check_settings() else digest,
         description=json.dumps(settings))]

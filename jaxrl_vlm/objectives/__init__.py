@@ -18,6 +18,8 @@ from jaxrl_vlm.objectives.vppo import VPPO
 __all__ = ["PAPO", "SFT", "VPPO", "Metrics", "Objective", "PolicyGradient", "create", "names"]
 
 _DAPO: dict[str, Any] = {"clip_high": 0.28, "kl_coef": 0.0, "filter_groups": True}
+# PAPO's masks: a rate of 0.6, one mask for all samples of a prompt. VPPO's are `Objective`'s own.
+_PAPO_MASK: dict[str, Any] = {"mask_rate": 0.6, "mask_per": "prompt"}
 _SEQUENCE: dict[str, Any] = {"kl_coef": 0.0, "aggregation": "seq-mean-token-mean"}
 
 _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
@@ -52,11 +54,12 @@ _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
     PolicyGradient,
     {"policy_loss": "cispo", "clip_low": 0.0, "clip_high": 4.0, "kl_coef": 0.0},
   ),
-  "papo": (PAPO, {"entropy_penalty": 0.05, "masked_entropy_penalty": 0.05}),
+  "papo": (PAPO, {**_PAPO_MASK, "entropy_penalty": 0.05, "masked_entropy_penalty": 0.05}),
   "papo_d": (
     PAPO,
     {
       **_DAPO,
+      **_PAPO_MASK,
       "perception_coef": 0.01,
       "entropy_penalty": 0.03,
       "masked_entropy_penalty": 0.03,

@@ -155,7 +155,7 @@ def vppo(logp, e, _):
 
 
 @pytest.mark.parametrize(("formula", "settings"), [
-    (grpo, {}), (papo, {"masked_gradient": True}), (vppo, {})],
+    (grpo, {}), (papo, {"masked_gradient": True, "mask_per": "sample"}), (vppo, {})],
     ids=["grpo", "papo_masked_gradient", "vppo"])
 def test_gradient_is_that_of_separate_sequences_and_the_formula(
     setup, make, experience, formula, settings):
