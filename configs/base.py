@@ -1,7 +1,7 @@
 """Every field of a run, with its default. Recipes in this folder change a few of them.
 
 A stage is one entry of `config.stages`; `sft()` and `rl()` below give entries with all fields
-set. On the command line: --config.seed=1 --config.stages[1].objective.name=vppo
+set. On the command line: --config.seed=1 --config.stages[0].objective.name=vppo
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -38,9 +38,9 @@ def optimizer() -> ConfigDict:
   c.learning_rate = 1e-6  # the peak
   c.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" (to zero)
   c.warmup_steps = 0  # updates from 0 to the peak
-  c.b1 = 0.9
+  c.b1 = 0.9  # AdamW
   c.b2 = 0.999
-  c.weight_decay = 0.01
+  c.weight_decay = 0.01  # decoupled, times the learning rate
   c.clip_norm = 1.0  # global gradient norm
   return c
 
@@ -57,13 +57,13 @@ def evaluation() -> ConfigDict:
 def _common(kind: str) -> ConfigDict:
   c = ConfigDict()
   c.kind = kind  # "sft" or "rl"
-  c.steps = 0
+  c.steps = 0  # at least 1; of RL: rollouts
   c.prompts_per_step = 0  # P; a multiple of mesh.fsdp x microbatches
   c.max_tokens = 256  # T, the most tokens of a response
   c.data = data()
   c.optimizer = optimizer()
   c.microbatches = 1  # gradient accumulation: parts in which a minibatch passes through the model
-  c.objective = ConfigDict()
+  c.objective = ConfigDict()  # name, and fields of that objective: jaxrl_vlm/objectives
   c.eval = evaluation()
   # Verifiers and their weights in the reward; a sample may bring its own. Evaluations use them.
   # Names: math, exact, number, choice, format, or a function: "package.module:function",
@@ -88,8 +88,8 @@ def rl() -> ConfigDict:
   # (objective.clip_high=0.28). Their names and meanings: jaxrl_vlm/objectives.
   c.objective.name = "grpo"
   c.num_samples = 8  # G
-  c.temperature = 1.0
-  c.top_p = 1.0
+  c.temperature = 1.0  # of sampling and of the scored log-probabilities; 0 is greedy
+  c.top_p = 1.0  # the likeliest tokens that together have this probability; 1 keeps all
   c.top_k = 0  # 0 keeps all
   c.minibatches = 1  # updates per rollout; P must be a multiple
   return c
@@ -97,7 +97,7 @@ def rl() -> ConfigDict:
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
-  c.seed = 0
+  c.seed = 0  # of sampling, masks, the order of the data and a scratch model
   c.model = model()
   # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor;
   # -1 is whatever is left.
@@ -105,7 +105,8 @@ def get_config() -> ConfigDict:
   # Padded sizes, one compilation each: prompt tokens and image patches of a row.
   c.prompt_buckets = (256, 512, 1024, 2048, 4096)
   c.patch_buckets = (256, 1024, 4096, 16384)
-  c.system_prompt = ""
+  c.system_prompt = ""  # "" for none
+  # What is done, in order: a tuple of sft() and rl().
   c.stages = config_dict.placeholder(tuple)
   c.stages = ()
   c.checkpoint = ConfigDict()

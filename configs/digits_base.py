@@ -1,7 +1,7 @@
 """The small base model that ships as checkpoints/digits_base, taught from nothing on two cores.
 
     python -m jaxrl_vlm.train --config=configs/digits_base.py --workdir=runs/digits_base
-    cp -r runs/digits_base/model checkpoints/digits_base
+    cp runs/digits_base/model/* checkpoints/digits_base/
 
 It is taught single cells first, then to read whole boards (straight to boards it learns the colours
 and never gets to the digits), then additions in samples of their own and every question in two ways

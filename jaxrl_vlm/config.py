@@ -152,8 +152,8 @@ def help_text(program: str, about: str, flags: Sequence[Flag] = (CONFIG, WORKDIR
         "",
         "Any field of the config can be set; configs/base.py documents them all:",
         f"  {example} --config.seed=3",
-        f"  {example} '--config.stages[1].objective.name=vppo'",
-        f"  {example} '--config.stages[1].objective.clip_high=0.3'",
+        f"  {example} '--config.stages[0].objective.name=vppo'",
+        f"  {example} '--config.stages[0].objective.clip_high=0.3'",
         "Quotes keep some shells from expanding the brackets. None, numbers, True and False and",
         "tuples are written as in Python.",
     ]

@@ -60,7 +60,8 @@ def evaluate(
                        processor)
     rows = [row[0] for row in result.text][:len(chunk)]
     # Grading of this batch goes on while the next is generated.
-    handles.append(pool.submit(chunk, [[text] for text in rows]))
+    with validation():
+      handles.append(pool.submit(chunk, [[text] for text in rows]))
     texts += rows
     lengths += np.asarray(result.mask).sum(-1)[:len(chunk), 0].tolist()
   graded = [handle.result() for handle in handles]

@@ -6,6 +6,7 @@ has `step`, counted over all stages, and `stage`, such as "sft" or "rl".
 """
 
 import collections
+import itertools
 import json
 import math
 import os
@@ -185,19 +186,19 @@ class Change(NamedTuple):
 def before_and_after(records: Sequence[Record]) -> list[Change]:
   """Held-out accuracies, overall first, around the last stage that was evaluated.
 
-  Before is the last evaluation ahead of that stage's first training step; where there is none, the
-  first evaluation of the run.
+  Before is that stage's own first evaluation (no training step parts it from the end of the stage
+  ahead), else the last one of a stage of another kind, else the first of the run.
   """
   evals = [i for i, record in enumerate(records) if record.get("eval/accuracy") is not None]
   if not evals:
     return []
-  last = evals[-1]
-  trained = [
-      i for i, record in enumerate(records[:last])
-      if record["stage"] == records[last]["stage"] and any(k.startswith("train/") for k in record)
-  ]
-  ahead = [i for i in evals if trained and i < trained[0]]
-  first = ahead[-1] if ahead else evals[0]
+  first, last = evals[0], evals[-1]
+  for i, j in itertools.pairwise(evals):
+    trained = any(key.startswith("train/") for record in records[i:j] for key in record)
+    if not trained and j != last:
+      first = j
+    elif records[i]["stage"] != records[j]["stage"]:
+      first = i
   changes = []
   for key, before in records[first].items():
     if (key + "/").startswith("eval/accuracy/") and before is not None:

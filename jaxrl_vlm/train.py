@@ -5,6 +5,7 @@ checkpoint left it; a finished run shows its result again.
 """
 
 # Nothing here may import jax at module level: processes that grade import this module first.
+import contextlib
 import pathlib
 import time
 import types
@@ -37,10 +38,14 @@ def train(config, workdir: str | pathlib.Path) -> None:
     final = workdir / "model"
     models.save_pretrained(final, run.model, run.params, run.processor)
   except stages.Stopped as stopped:
+    report.write_report(workdir)
     print(f"{stopped}; the same command continues.")
     return
-  finally:
-    page = report.write_report(workdir)
+  except BaseException:
+    with contextlib.suppress(UserError, OSError):  # the first error is the one to tell
+      report.write_report(workdir)
+    raise
+  page = report.write_report(workdir)
   changes = metrics.before_and_after(metrics.read(workdir))
   if changes:
     metrics.results_table(changes)

@@ -113,6 +113,11 @@ def test_before_is_the_start_of_the_last_stage():
   again = evaluation(2, "rl", 0.4, 0.6)
   assert metrics.before_and_after([start, *train[:2], middle, again, *train[2:], end])[0] == (
       "overall", 0.4, 0.7)
+  # Two stages of one kind.
+  third = [evaluation(4, "rl", 0.65, 0.9), {"step": 5, "stage": "rl", "train/loss": 1.0},
+           evaluation(5, "rl", 0.8, 0.9)]
+  assert metrics.before_and_after([start, *train[:2], middle, *train[2:], end, *third])[0] == (
+      "overall", 0.65, 0.8)
   assert metrics.before_and_after([*train[:2], end]) == [
       ("overall", 0.7, None), ("perception", 0.9, None)]
   assert metrics.before_and_after(train) == []

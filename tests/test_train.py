@@ -14,6 +14,7 @@ import jaxrl_vlm as jv
 from jaxrl_vlm import metrics, report
 from jaxrl_vlm.config import load_config_file, override
 from jaxrl_vlm.data import digit_boards
+from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,12 +74,13 @@ def test_every_method_trains(method, tmp_path, capsys, monkeypatch):
   before, after = (jv.load_pretrained(p)[1]["decoder"]["norm"]["scale"]
                    for p in (BASE, workdir / "model"))
   assert 0 < np.abs(np.asarray(after) - np.asarray(before)).max() < 0.01
+  if method == "grpo":
+    assert_transformers_decodes_the_same(workdir / "model")
 
 
-def test_shipped_base_decodes_the_same_in_transformers():
-  theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(BASE).eval()
-  model, params, processor = jv.load_pretrained(
-      BASE, prompt_buckets=(40,), patch_buckets=(36,))
+def assert_transformers_decodes_the_same(path):
+  theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(path).eval()
+  model, params, processor = jv.load_pretrained(path, prompt_buckets=(40,), patch_buckets=(36,))
   examples = [digit_boards.make_example("test", 1, i) for i in range(6)]
   encoded = [processor.encode(e) for e in examples]
   prompt = processor.collate(encoded)
@@ -96,6 +98,10 @@ def test_shipped_base_decodes_the_same_in_transformers():
     ours = np.asarray(rollout.tokens[row, 0])[np.asarray(rollout.mask[row, 0])]
     np.testing.assert_array_equal(ours, expected)
     assert rollout.text[row][0].endswith("}")
+
+
+def test_shipped_base_decodes_the_same_in_transformers():
+  assert_transformers_decodes_the_same(BASE)
 
 
 def test_shipped_base_is_small_and_complete():
@@ -118,8 +124,21 @@ def test_a_typo_is_one_line_before_anything_is_built(tmp_path):
       ("--config.sead=1", "did you mean 'seed'?"),
       ("--workdri=x", "did you mean 'workdir'?"),
       ("--config.stages[0].prompts_per_step=0", "config.stages[0].prompts_per_step=0"),
+      ("--config.stages[0].accuracy=exat", "did you mean 'exact'?"),
+      ("--config.stages[0].optimizer.schedule=cosin", "config.optimizer.schedule='cosin'"),
+      ("--config.stages[0].top_p=0", "sampling.top_p=0"),
+      ("--config.stages[0].data.options={'taks': 'read'}", "did you mean 'tasks'?"),
+      ("--config.checkpoint.every=0", "config.checkpoint.every=0"),
       ("--config.model.path=nowhere", "config.model.path='nowhere'")):
     result = run(flag)
     assert result.returncode == 2, flag
     assert wanted in result.stderr and result.stderr.count("\n") == 1, (flag, result.stderr)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  config = small("grpo", tmp_path)
+  config.model.path = str(tmp_path)
+  with pytest.raises(UserError, match=f"config.model.path='{tmp_path}': .*config.json"):
+    train(config, tmp_path / "run")

@@ -305,8 +305,8 @@ class Processor:
     patch_positions, segments, windows = lay_out_patches(
       grids, settings.merge_size, settings.patch_size, self.window_size
     )
-    _fit(len(tokens), self.prompt_buckets, "tokens", name)
-    _fit(len(segments), self.patch_buckets, "image patches", name)
+    _fit(len(tokens), self.prompt_buckets, "tokens", "prompt_buckets", name)
+    _fit(len(segments), self.patch_buckets, "image patches", "patch_buckets", name)
     return EncodedPrompt(
       name=name,
       tokens=tokens,
@@ -344,12 +344,14 @@ class Processor:
       len(longest.tokens),
       self.prompt_buckets if prompt_length is None else (prompt_length,),
       "tokens",
+      "prompt_buckets",
       longest.name,
     )
     count = _fit(
       len(largest.patches),
       self.patch_buckets if num_patches is None else (num_patches,),
       "image patches",
+      "patch_buckets",
       largest.name,
     )
 
@@ -512,11 +514,12 @@ def lay_out_patches(
   return np.concatenate(positions), np.concatenate(segments), np.concatenate(windows)
 
 
-def _fit(size: int, buckets: Sequence[int], what: str, name: str) -> int:
+def _fit(size: int, buckets: Sequence[int], what: str, field: str, name: str) -> int:
   for bucket in buckets:
     if size <= bucket:
       return bucket
-  raise PromptTooLong(f"{name}: {size} {what}, but the largest bucket is {buckets[-1]}")
+  raise PromptTooLong(f"{name}: {size} {what}, but the largest bucket is {buckets[-1]} "
+                      f"(config.{field})")
 
 
 def _ascending(field: str, buckets: Sequence[int], multiple: int) -> tuple[int, ...]:

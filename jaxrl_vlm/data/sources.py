@@ -59,17 +59,7 @@ def open_source(spec: Mapping[str, Any] | ConfigDict, split: str, need: str = "a
   Raises:
     UserError: names the file, the line and the field.
   """
-  name, options = str(spec.get("name") or ""), _plain(spec.get("options") or {})
-  if not name:
-    raise UserError("data.name='': expected digit_boards, a TFDS name or a path of a .jsonl file")
-  if name == "digit_boards":
-    kind = "digit_boards"
-  else:
-    kind = "jsonl" if name.endswith((".jsonl", ".json")) else "tfds"
-  for option in options:
-    if option not in OPTIONS[kind]:
-      raise UserError(f"data.options.{option}: no such option of {name}; "
-                      f"{hint(option, OPTIONS[kind])}")
+  kind, name, options = check(spec)
   if kind == "jsonl":
     return JsonLines(name.replace("{split}", split), need=need, **options)
   data_dir = str(spec.get("dir") or "") or None
@@ -88,6 +78,26 @@ def open_source(spec: Mapping[str, Any] | ConfigDict, split: str, need: str = "a
   cache = data_dir or os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
   make = functools.partial(digit_boards.builder, cache, **options)
   return TfdsSource(name, make, split, need=need)
+
+
+def check(spec: Mapping[str, Any] | ConfigDict) -> tuple[str, str, dict[str, Any]]:
+  """Kind ("digit_boards", "jsonl", "tfds"), name and options of `spec`; opens nothing.
+
+  Raises:
+    UserError: no name, or an option that this kind of source does not have.
+  """
+  name, options = str(spec.get("name") or ""), _plain(spec.get("options") or {})
+  if not name:
+    raise UserError("data.name='': expected digit_boards, a TFDS name or a path of a .jsonl file")
+  if name == "digit_boards":
+    kind = "digit_boards"
+  else:
+    kind = "jsonl" if name.endswith((".jsonl", ".json")) else "tfds"
+  for option in options:
+    if option not in OPTIONS[kind]:
+      raise UserError(f"data.options.{option}: no such option of {name}; "
+                      f"{hint(option, OPTIONS[kind])}")
+  return kind, name, options
 
 
 def _plain(options: Any) -> dict[str, Any]:

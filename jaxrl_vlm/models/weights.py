@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Iterator
 
 import jax
@@ -201,11 +200,6 @@ def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
     index = {"metadata": {"total_size": total},
              "weight_map": {k: n for n, t in zip(names, shards, strict=True) for k in t}}
     write("model.safetensors.index.json", lambda f: f.write_text(json.dumps(index, indent=1)))
+  else:  # an index that an earlier model left would name other files
+    (path / "model.safetensors.index.json").unlink(missing_ok=True)
   write("config.json", lambda f: f.write_text(json.dumps(json.loads(config.hf), indent=2)))
-
-
-def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies what a checkpoint needs besides weights and config, when it is there."""
-  for name in ("generation_config.json",):
-    if (source / name).exists():
-      shutil.copyfile(source / name, target / name)

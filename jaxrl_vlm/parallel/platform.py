@@ -3,6 +3,7 @@
 Call before the first use of jax."""
 
 import glob
+import importlib.util
 import os
 
 
@@ -19,7 +20,16 @@ def choose_platform() -> None:
     return
   import jax
 
-  jax.config.update("jax_platforms", "cuda,cpu" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
+  # A platform that is named must be there: a GPU counts only with JAX's plugin for it (the extra
+  # `gpu`), and where another plugin is installed the choice is left to JAX.
+  def installed(*names: str) -> bool:
+    return any(importlib.util.find_spec(name) for name in names)
+
+  if installed("jax_rocm60_plugin", "jax_rocm7_plugin"):
+    return
+  cuda = (installed("jax_cuda12_plugin", "jax_cuda13_plugin")
+          and (glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg")))
+  jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
 
 
 def cache_compilations() -> None:

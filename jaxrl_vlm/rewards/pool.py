@@ -80,6 +80,7 @@ class RewardPool:
     self._workers, self._timeout_s, self._max_chars = workers, timeout_s, max_chars
     self._memory = int(memory_gb * 2**30)
     self._weights = _portable(rewards.create(weights).weights)
+    self._named = {*weights, *self._weights}
     self._preload = list(self._weights)  # verifiers that a worker imports before its first task
     self._lock = threading.Lock()
     self._executor: pebble.ProcessPool | None = None
@@ -157,6 +158,13 @@ class RewardPool:
     """Without images, and with the weights that judge it."""
     own = example.rewards
     if own is not None:
+      # Data is not code: what a sample may run is built in or named by whoever made this pool.
+      foreign = [key for key in own if ":" in str(key) and key not in self._named]
+      if foreign:
+        raise ValueError(
+          f"example.rewards of id={example.id!r}: {foreign[0]!r} is neither built in nor among the"
+          " stage's own rewards; name it there (with weight 0.0 if other samples need none of it)"
+        )
       try:
         own = _portable(rewards.create(own).weights)
       except ValueError as error:

@@ -1,15 +1,18 @@
 """The stages of a run: one readable loop each."""
 
-import difflib
+import functools
 import pathlib
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from jaxrl_vlm import objectives, parallel, rewards
 from jaxrl_vlm.checkpoint import Unreadable
-from jaxrl_vlm.errors import UserError, validation
+from jaxrl_vlm.data import sources
+from jaxrl_vlm.errors import UserError, hint, validation
 from jaxrl_vlm.stages import rl, sft
-from jaxrl_vlm.stages.run import Run, Stopped
+from jaxrl_vlm.stages.programs import make_optimizer
+from jaxrl_vlm.stages.run import Run, Stopped, source_spec
 
 __all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_stage"]
 
@@ -62,15 +65,18 @@ def check(config: ConfigDict) -> None:
            "an existing directory")
   expect(model.dtype in ("auto", "float32", "bfloat16"), "config.model.dtype", model.dtype,
          "'auto', 'float32' or 'bfloat16'")
+  for name in ("checkpoint.every", "checkpoint.keep", "reward_workers", "max_bad_steps",
+               "log_every", "rollouts_every"):
+    value: Any = functools.reduce(getattr, name.split("."), config)
+    expect(value >= 1, f"config.{name}", value, "at least 1")
+  expect(config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout,
+         "seconds above 0")
   with validation():
     fsdp = parallel.make_mesh(config.mesh).shape["fsdp"]
   for i, stage in enumerate(config.stages):
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:
-      near = difflib.get_close_matches(stage.kind, KINDS, n=1)
-      hint = f"; did you mean {near[0]!r}?" if near else ""
-      raise UserError(
-          f"{field}.kind={stage.kind!r}: no such stage{hint} (known: {', '.join(KINDS)})")
+      raise UserError(f"{field}.kind={stage.kind!r}: no such stage; {hint(stage.kind, KINDS)}")
     for name in ("steps", "prompts_per_step", "max_tokens", "microbatches"):
       expect(stage[name] >= 1, f"{field}.{name}", stage[name], "at least 1")
     parts = stage.microbatches * stage.get("minibatches", 1) * fsdp
@@ -79,10 +85,21 @@ def check(config: ConfigDict) -> None:
            f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
     with validation(f"{field}: "):
       objectives.create(**stage.objective.to_dict())
+      make_optimizer(stage.optimizer, stage.steps)
+      if stage.kind == "rl":
+        rl.sampling(stage)
     if stage.eval.examples:
       expect(stage.eval.batch >= 1 and stage.eval.batch % fsdp == 0, f"{field}.eval.batch",
              stage.eval.batch, f"a multiple of mesh.fsdp = {fsdp}")
     if stage.kind == "rl" or stage.eval.examples:
       expect(len(stage.rewards) > 0, f"{field}.rewards", {}, "at least one verifier")
       with validation(f"{field}: "):
-        rewards.create(stage.rewards.to_dict())
+        names = rewards.metric_names(stage.rewards.to_dict())
+      if stage.accuracy and stage.accuracy not in names:
+        raise UserError(f"{field}.accuracy={stage.accuracy!r}: no such verifier in "
+                        f"{field}.rewards; {hint(stage.accuracy, names)}")
+    for split in ("train", "test") if stage.eval.examples else ("train",):
+      try:
+        sources.check(source_spec(stage, split))
+      except UserError as error:
+        raise UserError(f"{field}.{error}") from error

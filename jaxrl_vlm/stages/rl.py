@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from jaxrl_vlm import objectives, parallel
 from jaxrl_vlm.data.processor import EncodedPrompt
@@ -74,12 +75,11 @@ def train(run: Run, index: int) -> None:
   with validation(f"config.stages[{index}]: "):
     objective = objectives.create(**stage.objective.to_dict())
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
-    sampling = Sampling(stage.num_samples, stage.max_tokens, stage.temperature, stage.top_p,
-                        stage.top_k)
+    draws = sampling(stage)
   programs = Programs(
       run.model, run.mesh, objective, optimizer, run.abstract_params,
       temperature=stage.temperature or 1.0, microbatches=stage.microbatches,
-      minibatches=stage.minibatches, sampling=sampling, black=run.processor.black_patch)
+      minibatches=stage.minibatches, sampling=draws, black=run.processor.black_patch)
 
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
                   run.config.reward_timeout) as pool:
@@ -100,6 +100,11 @@ def train(run: Run, index: int) -> None:
         _keep_rollouts(loop, groups, np.asarray(advantages))
 
 
+def sampling(stage: ConfigDict) -> Sampling:
+  """How the stage draws responses; ValueError names a field that is out of range."""
+  return Sampling(stage.num_samples, stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
+
+
 def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
   """Samples and grades until there are P groups that the objective keeps.
 
@@ -112,14 +117,16 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
   spare: Groups | None = None
   drawn: list[Groups] = []
   while True:
-    examples = next(loop.data)
-    encoded = run.encode(examples)
+    with loop.reading():
+      examples = next(loop.data)
+      encoded = run.encode(examples)
     prompt = parallel.put_batch(run.mesh, run.processor.collate(encoded))
     rollout = with_text(
         programs.rollout(loop.state.params, prompt, run.random_key(_ROLLOUT, len(drawn))),
         run.processor)
     assert loop.pool is not None  # an RL stage always has one
-    handle = loop.pool.submit(examples, rollout.text)
+    with validation():
+      handle = loop.pool.submit(examples, rollout.text)
     scored = None
     if not objective.filter_groups:  # the device scores while the host grades
       scored = programs.score(loop.state.params, prompt, rollout.tokens, rollout.mask)

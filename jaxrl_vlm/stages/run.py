@@ -19,7 +19,7 @@ from jaxrl_vlm import models, parallel, report, rewards
 from jaxrl_vlm.checkpoint import Checkpoints
 from jaxrl_vlm.data import pipeline, sources
 from jaxrl_vlm.data.processor import EncodedPrompt
-from jaxrl_vlm.errors import UserError, validation
+from jaxrl_vlm.errors import UserError, one_line, validation
 from jaxrl_vlm.evaluate import Evaluation, evaluate
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards.pool import RewardPool
@@ -30,6 +30,14 @@ from jaxrl_vlm.types import Params
 
 class Stopped(Exception):
   """The run was asked to stop and has saved; not an error."""
+
+
+def source_spec(stage: ConfigDict, split: str) -> dict[str, Any]:
+  """What `sources.open_source` opens for this split of a stage."""
+  spec = stage.data.to_dict()
+  if split == "test":
+    spec["options"] |= stage.eval.options.to_dict()
+  return spec
 
 
 class Run:
@@ -68,7 +76,7 @@ class Run:
       from jaxrl_vlm import scratch
 
       path = self.workdir / "scratch"
-      if not (path / "model.safetensors").exists():
+      if not (path / "config.json").exists():  # written last
         scratch.create(path, config.scratch.to_dict(), self._some_texts(), self.config.seed)
     shardings: Mapping[tuple[str, ...], Any] = {}
 
@@ -80,11 +88,13 @@ class Run:
         shardings = {tuple(k.key for k in p): s for p, s in jax.tree.leaves_with_path(tree)}
       return jax.device_put(value, shardings[keys])
 
-    model, params, processor = models.load_pretrained(
-        path, dtype=None if config.dtype == "auto" else config.dtype,
-        param_dtype=config.param_dtype, remat=config.remat, put=put,
-        prompt_buckets=self.config.prompt_buckets, patch_buckets=self.config.patch_buckets)
-    return model, params, processor
+    try:
+      return models.load_pretrained(
+          path, dtype=None if config.dtype == "auto" else config.dtype,
+          param_dtype=config.param_dtype, remat=config.remat, put=put,
+          prompt_buckets=self.config.prompt_buckets, patch_buckets=self.config.patch_buckets)
+    except (OSError, ValueError) as error:  # of the files; their messages name the file or field
+      raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
 
   def _some_texts(self, count: int = 4000) -> Iterator[str]:
     for stage in self.config.stages:
@@ -95,11 +105,8 @@ class Run:
 
   def open_source(self, stage: ConfigDict, split: str) -> sources.Source:
     """The stage's training examples, or its held-out questions with `eval.options` of their own."""
-    spec, imitates = stage.data.to_dict(), stage.kind == "sft"
-    if split == "test":
-      spec["options"] |= stage.eval.options.to_dict()
-    need = "target" if imitates and split == "train" else "answer"
-    return sources.open_source(spec, split, need=need)
+    need = "target" if stage.kind == "sft" and split == "train" else "answer"
+    return sources.open_source(source_spec(stage, split), split, need=need)
 
   @property
   def system(self) -> str | None:
@@ -206,12 +213,27 @@ class StageRun:
   def steps(self) -> Iterator[int]:
     """The steps of this stage that are still to do; sets run.step to the step being done."""
     for step in range(self.start, self.stage.steps):
+      self._begun = step, self.data.get_state()
       self.run.step += 1
       yield step
       self._after_step(step)
     if self.start < self.stage.steps or self.run.position["stage"] != self.index:
       self._flush()
     self.run.params = self.state.params
+
+  @contextlib.contextmanager
+  def reading(self) -> Iterator[None]:
+    """Around what reads the user's data: an error there first saves the steps that are done."""
+    try:
+      yield
+    except UserError:
+      done, data = self._begun
+      self.run.step -= 1
+      if done:
+        self._flush()
+        self._save(done, None, data)
+        self.run.checkpoints.wait()
+      raise
 
   def log(self, device_metrics: Any, host_metrics: dict[str, float], tokens: int) -> None:
     """Takes the metrics of a step; they are fetched and written while the next step runs."""
@@ -242,7 +264,7 @@ class StageRun:
           f"step {step}: the loss or gradient was NaN or infinite {limit} times in a row "
           f"(config.max_bad_steps={limit}); the last good checkpoint is kept in "
           f"{self.run.checkpoints.path}; try a lower "
-          f"config.stages[{self.index}].optimizer.learning_rate")
+          f"config.stages[{self.index}].optimizer.learning_rate in another --workdir")
 
   def _after_step(self, step: int) -> None:
     done = step + 1
@@ -256,12 +278,12 @@ class StageRun:
       self._flush()
     accuracy = self._evaluate_and_log() if evaluates else None
     if saves:
-      self._save(done, accuracy)
+      self._save(done, accuracy, self.data.get_state())
     if stop and not (last and self.index == len(self.run.config.stages) - 1):
       self.run.checkpoints.wait()
       raise Stopped(f"{stop}: stopped after step {self.run.step}")
 
-  def _save(self, done: int, accuracy: float | None) -> None:
+  def _save(self, done: int, accuracy: float | None, data: Any) -> None:
     state = {"train": self.state}
     if self.keep_reference:
       state["reference"] = self.reference
@@ -269,7 +291,7 @@ class StageRun:
     self.run.checkpoints.save(
         self.run.step, state,
         {"stage": self.index, "stage_step": done, "step": self.run.step,
-         "data": self.data.get_state()}, accuracy)
+         "data": data}, accuracy)
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
     """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""

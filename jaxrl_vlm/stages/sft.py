@@ -31,9 +31,10 @@ def train(run: Run, index: int) -> None:
   with grading as pool:
     loop = StageRun(run, index, programs, pool)
     for _ in loop.steps():
-      examples = next(loop.data)
-      prompt = run.processor.collate(run.encode(examples))
-      tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
+      with loop.reading():
+        examples = next(loop.data)
+        prompt = run.processor.collate(run.encode(examples))
+        tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)
       prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))

@@ -205,6 +205,11 @@ def test_a_sample_with_an_unknown_verifier_is_named(pool):
     pool.submit(examples(1, rewards={"mth": 1}), [["a"]])
 
 
+def test_a_sample_names_no_code_that_the_pool_does_not(pool):
+  with pytest.raises(ValueError, match="'os:getpid' is neither built in nor among the stage's own"):
+    pool.submit(examples(1, rewards={"os:getpid": 1}), [["a"]])
+
+
 @pytest.mark.parametrize("limit", ["workers", "timeout_s", "memory_gb", "max_chars"])
 def test_limits_must_be_positive(limit):
   with pytest.raises(ValueError, match=f"RewardPool: {limit}=0: expected a positive number"):

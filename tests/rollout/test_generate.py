@@ -1,5 +1,8 @@
 """Sampling against the scorer, and each way of cutting the distribution against its definition."""
 
+import dataclasses
+import importlib
+
 import jax
 import numpy as np
 import pytest
@@ -64,17 +67,27 @@ def test_nothing_after_the_end_and_no_vision_tokens(setup):
   assert (np.asarray(rollout.logp)[~mask] == 0).all()
 
 
-def test_stops_early(setup):
-  """The loop ends with the longest response: a bias towards the end token fills almost nothing."""
-  model, params, processor, prompt = setup
-  variables = dict(params)
-  head = np.array(params["head"])
-  wanted = model.config.stop_tokens[0]
-  greedy = jv.generate(model, params, prompt, jv.Sampling(1, 3, temperature=0))
-  head[:, wanted] = head[:, int(greedy.tokens[0, 0, 0])] * 3
-  variables["head"] = head
-  rollout = jv.generate(model, variables, prompt, jv.Sampling(1, 64, temperature=0))
-  assert np.asarray(rollout.mask)[0].sum() == 1
+def test_stops_early(setup, monkeypatch):
+  """The loop takes as many steps as the longest response has tokens."""
+  model, params, _, prompt = setup
+  generate = importlib.import_module("jaxrl_vlm.rollout.generate")  # also a function's name
+  steps = []
+
+  def counted(*args):
+    jax.debug.callback(lambda: steps.append(1))
+    return _pick(*args)
+
+  monkeypatch.setattr(generate, "_pick", counted)
+  for stops, expected in (((0,), 1), ((), 12)):
+    steps.clear()
+    # Equal logits: the greedy choice is token 0, an end token or not.
+    equal = {**params, "head": np.zeros_like(params["head"])}
+    short = model.clone(config=dataclasses.replace(model.config, stop_tokens=stops))
+    rollout = jax.jit(generate.sample_responses, static_argnums=(0, 4))(
+        short, equal, prompt, jax.random.key(0), jv.Sampling(1, 12, temperature=0))
+    jax.effects_barrier()
+    assert len(steps) == expected
+    assert (np.asarray(rollout.mask).sum(-1) == expected).all()
 
 
 def test_truncation_by_definition():

@@ -1,0 +1,27 @@
+"""Which platforms JAX is told to use, on machines made up here."""
+
+import jax
+import pytest
+
+from jaxrl_vlm.parallel import platform
+
+
+@pytest.mark.parametrize(("devices", "installed", "expected"), [
+    ((), (), "cpu"),
+    # JAX fails at once on a platform that is named and not there: a GPU without its plugin is none.
+    (("/dev/nvidia[0-9]*",), (), "cpu"),
+    (("/dev/nvidia[0-9]*",), ("jax_cuda13_plugin",), "cuda,cpu"),
+    ((), ("jax_cuda13_plugin",), "cpu"),
+    ((), ("jax_rocm7_plugin",), None),
+    (("/dev/accel*",), (), None),
+])
+def test_platforms_are_those_that_are_there(monkeypatch, devices, installed, expected):
+  chosen = []
+  for name in ("JAX_PLATFORMS", "TPU_NAME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(platform.glob, "glob", lambda pattern: [pattern] * (pattern in devices))
+  monkeypatch.setattr(platform.os.path, "exists", lambda path: path in devices)
+  monkeypatch.setattr(platform.importlib.util, "find_spec", lambda name: name in installed or None)
+  monkeypatch.setattr(jax.config, "update", lambda key, value: chosen.append(value))
+  platform.choose_platform()
+  assert chosen == ([] if expected is None else [expected])
