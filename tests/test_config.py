@@ -260,7 +260,7 @@ config.run_cli(main, "jaxrl_vlm.train", "Trains a model.")
   code, stdout, _ = run("--help")
   assert code == 0
   assert stdout.startswith("Trains a model.\n")
-  assert "'--config.stages[1].objective.name=vppo'" in stdout
+  assert "'--config.stages[0].objective.name=vppo'" in stdout
 
 
 def test_flags_of_other_entry_points():

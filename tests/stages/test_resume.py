@@ -311,7 +311,7 @@ def test_too_many_nan_in_a_row_stop_the_run_with_the_last_good_checkpoint(
   assert err == (
       "step 4: the loss or gradient was NaN or infinite 2 times in a row (config.max_bad_steps=2); "
       f"the last good checkpoint is kept in {workdir / 'checkpoints'}; try a lower "
-      "config.stages[0].optimizer.learning_rate\n")
+      "config.stages[0].optimizer.learning_rate in another --workdir\n")
   good, kept = saved_state(workdir, 2), saved_state(workdir, 3)
   assert_equal_trees(good["params"], kept["params"])
   assert not (workdir / "checkpoints" / "4").exists() and not (workdir / "model").exists()
