@@ -57,6 +57,7 @@ def get_config():
           **dict.fromkeys(("colour", "where", "count", "largest_colour"), 0.13),
           **dict.fromkeys(("read", "sum_row", "sum_column", "compare"), 0.09)},
       style={"direct": 0.52, "local": 0.48})
+  # At a low learning rate, so that it settles between the two ways.
   even = _stage(
       steps=200, max_tokens=64, learning_rate=2e-4, tasks=QUESTIONS,
       style={"direct": 0.5, "local": 0.5})

@@ -20,7 +20,7 @@ from jaxrl_vlm.rewards import answers, maths
 
 Verifier = Callable[[Example, str], float | Mapping[str, float]]
 
-BUILTIN: dict[str, Verifier] = {
+_BUILTIN: dict[str, Verifier] = {
   "choice": answers.choice,
   "exact": answers.exact,
   "format": answers.response_format,
@@ -28,7 +28,7 @@ BUILTIN: dict[str, Verifier] = {
   "number": answers.number,
 }
 
-__all__ = ["BUILTIN", "Reward", "Verifier", "create", "metric_names", "resolve"]
+__all__ = ["Reward", "Verifier", "create", "metric_names", "resolve"]
 
 
 class Reward:
@@ -93,15 +93,15 @@ def metric_names(weights: Mapping[str, float]) -> tuple[str, ...]:
 @functools.cache
 def resolve(key: str) -> Verifier:
   """The verifier that a key names (see `create`); ValueError when there is none."""
-  if key in BUILTIN:
-    return BUILTIN[key]
+  if key in _BUILTIN:
+    return _BUILTIN[key]
   where, colon, name = key.rpartition(":")
   if not colon:
-    guess = difflib.get_close_matches(key, BUILTIN, n=1)
+    guess = difflib.get_close_matches(key, _BUILTIN, n=1)
     raise ValueError(
       f"rewards: {key!r}: no such verifier;"
       + (f" did you mean {guess[0]!r}?" if guess else "")
-      + f" known: {', '.join(BUILTIN)}, or 'package.module:function', 'path/to/file.py:function'"
+      + f" known: {', '.join(_BUILTIN)}, or 'package.module:function', 'path/to/file.py:function'"
     )
   try:
     module = _load_file(where) if where.endswith(".py") else importlib.import_module(where)

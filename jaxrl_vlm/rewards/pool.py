@@ -95,7 +95,8 @@ class RewardPool:
       texts: [P][G] responses.
 
     Raises:
-      ValueError: shapes that do not fit, or an example's `rewards` name no verifier.
+      ValueError: shapes that do not fit, or an example's `rewards` name no verifier, or a function
+        that this pool's own weights do not name.
       TypeError: a response is not a string.
     """
     group = len(texts[0]) if len(texts) else 0
