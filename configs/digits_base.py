@@ -24,7 +24,7 @@ def get_config():
   c.model.scratch = {
       "tie_word_embeddings": True,
       "min_pixels": 16 * 16,
-      "max_pixels": 64 * 64,
+      "max_pixels": 48 * 48,
       "text": {
           "vocab_size": 448, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4,
           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,

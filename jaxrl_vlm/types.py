@@ -34,6 +34,7 @@ class Prompt:
     feature_index: i32[P, Lp]; which visual token of the row goes here, -1 for text.
     patches: f32[P, N, C·t·p·p]; normalised pixels, the patches of one merged token adjacent.
     patch_positions: i32[P, N, 2]; row and column of the patch in its image.
+    patch_grids: i32[P, N, 2]; rows and columns of patches of its image (1, 1 for padding).
     patch_segments: i32[P, N]; number of its image frame in the row, from 1; 0 is padding.
     patch_windows: i32[P, N]; number of its attention window in the row, from 1; 0 is padding.
   """
@@ -45,6 +46,7 @@ class Prompt:
   feature_index: Array
   patches: Array
   patch_positions: Array
+  patch_grids: Array
   patch_segments: Array
   patch_windows: Array
 

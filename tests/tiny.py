@@ -1,49 +1,79 @@
-"""A tiny Qwen2.5-VL with random weights, as a directory that transformers saved."""
+"""Tiny models of every family with random weights, as directories that transformers saved."""
 
+import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+import transformers
 
-from jaxrl_vlm import models
 from jaxrl_vlm.data.processor import Processor
+from jaxrl_vlm.data.video import Video
 from tests import tiny_processor
 
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
 
-def make_hf(path: pathlib.Path, *, tied: bool = False, seed: int = 0):
+
+def hf_config(family: str, processor_config: dict[str, Any], tied: bool) -> Any:
+  """A small architecture around the token ids and vision sizes of a processor's config.json."""
+  given = processor_config
+  vision = dict(given["vision_config"])
+  text: dict[str, Any] = dict(
+      vocab_size=given["vocab_size"], hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+      num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
+      bos_token_id=given["bos_token_id"], eos_token_id=given["eos_token_id"])
+  rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
+  if family == "qwen2_vl":
+    vision |= dict(depth=3, embed_dim=32, hidden_size=64, mlp_ratio=2, num_heads=2)
+    text |= dict(rope_parameters=rope)
+  elif family == "qwen2_5_vl":
+    vision |= dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2,
+                   out_hidden_size=64, fullatt_block_indexes=[1])
+    text |= dict(rope_parameters=rope)
+  elif family == "gemma3":
+    vision |= dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=48,
+                   num_hidden_layers=2, num_attention_heads=2, vision_use_head=False)
+    text |= dict(
+        num_hidden_layers=5, head_dim=16, query_pre_attn_scalar=24, sliding_window=9,
+        sliding_window_pattern=3,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
+  else:
+    vision |= dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2,
+                   out_hidden_size=64, num_position_embeddings=25,
+                   deepstack_visual_indexes=[0, 1])
+    text |= dict(head_dim=16, rope_parameters=rope | {"mrope_interleaved": True})
+    if family == "qwen3_vl_moe":
+      text |= dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
+  ids = {k: v for k, v in given.items()
+         if k.endswith(("_token_id", "_token_index")) and k[:3] not in ("bos", "eos")}
+  ids |= {k: given[k] for k in ("mm_tokens_per_image",) if k in given}
+  return transformers.AutoConfig.for_model(
+      family, text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+
+
+def make_hf(path: pathlib.Path, *, family: str = "qwen2_5_vl", tied: bool = False, seed: int = 0,
+            dtype: torch.dtype = torch.float32, **saving):
   """Writes the directory; returns the torch model."""
-  processor = tiny_processor.make_processor_dir(path)
-  del processor
-  ours = Processor.from_pretrained(path)
-  vocab = len(ours.tokenizer)
-  settings = ours.image_settings
-  config = Qwen2_5_VLConfig(
-      text_config=dict(
-          vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-          num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
-          bos_token_id=ours.pad_token_id, eos_token_id=ours.end_token_id,
-          pad_token_id=ours.pad_token_id,
-          rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}),
-      vision_config=dict(
-          depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64,
-          patch_size=settings.patch_size, spatial_merge_size=settings.merge_size,
-          temporal_patch_size=settings.temporal_patch_size, window_size=ours.window_size,
-          fullatt_block_indexes=[1]),
-      image_token_id=ours.image_token_id, video_token_id=ours.video_token_id,
-      vision_start_token_id=ours.vision_start_token_id,
-      vision_end_token_id=ours.vision_end_token_id, tie_word_embeddings=tied)
+  tiny_processor.make_processor_dir(path, family=family)
+  generation = (path / "generation_config.json").read_text()
+  config = hf_config(family, json.loads((path / "config.json").read_text()), tied)
   torch.manual_seed(seed)
-  model = Qwen2_5_VLForConditionalGeneration(config).eval()
+  model = transformers.AutoModelForImageTextToText.from_config(config).eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       # transformers starts biases at 0 and scales at 1, behind which a wrong name would hide;
       # and its small weights would give answers that hardly depend on the image.
       if parameter.ndim == 1:
         parameter.add_(0.1 * torch.randn_like(parameter))
+      elif not parameter.any():
+        parameter.add_(0.1 * torch.randn_like(parameter))
       elif "embed_tokens" not in name or not tied:
         parameter.mul_(4.0)
-  model.save_pretrained(path)
+  model.to(dtype).save_pretrained(path, **saving)
+  (path / "generation_config.json").write_text(generation)
   return model
 
 
@@ -53,34 +83,79 @@ def images(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
   return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
 
 
+def turn(*content: str | None):
+  """A user's message; None is an image, "<video>" a video."""
+  parts = [{"type": "image"} if c is None else {"type": "video"} if c == "<video>"
+           else {"type": "text", "text": c} for c in content]
+  return [{"role": "user", "content": parts}]
+
+
 def conversations(seed: int = 0):
   """A mixed batch: text only, one image, several images of different sizes."""
-  def turn(*content):
-    parts = [{"type": "image"} if c is None else {"type": "text", "text": c} for c in content]
-    return [{"role": "user", "content": parts}]
-
   messages = [turn("what is three plus four"), turn(None, "what digit is this"),
               turn("first", None, "then", None, "which is larger")]
   return messages, [[], images((40, 56), seed=seed), images((64, 32), (28, 84), seed=seed + 1)]
 
 
+def mixed_batch(processor: Processor, family: str):
+  """A Prompt of text only, one image, several of all shapes, the smallest and the largest image
+  allowed and, where the family has them, a video and a video beside an image."""
+  messages, pictures = conversations()
+  side = int(getattr(processor.image_settings, "max_pixels", 0)**0.5)
+  messages += [turn(None, "small"), turn(None, "large"), turn("wide", None, "and tall", None)]
+  pictures += [images((1, 1)), images((side or 90, side or 90)), images((20, 160), (170, 15))]
+  videos: list[list[Video]] = [[] for _ in messages]
+  if family != "gemma3":
+    frames = np.stack(images(*[(40, 60)] * 7, seed=3))
+    messages += [turn("<video>", "what moves"), turn(None, "see", "<video>", "and compare")]
+    pictures += [[], images((30, 70), seed=5)]
+    videos += [[Video(frames, fps=2.0)], [Video(frames[:4], fps=1.0)]]
+  return processor(messages, pictures, videos)
+
+
+def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
+  """What transformers' model takes, from the patches and token ids of one row of a Prompt."""
+  config = model.config
+  length = int(prompt.length[row])
+  ids = np.asarray(prompt.tokens[row, :length]).astype(np.int64)
+  inputs = {"input_ids": torch.tensor(ids)[None]}
+  image = ids == config.image_token_id
+  video = ids == getattr(config, "video_token_id", -1)
+  real = np.asarray(prompt.patch_segments[row]) > 0
+  patches, grids = np.asarray(prompt.patches[row])[real], np.asarray(prompt.patch_grids[row])[real]
+  segments = np.asarray(prompt.patch_segments[row])[real]
+  where = np.asarray(prompt.patch_positions[row])[real]
+  if config.model_type == "gemma3":
+    size, p = config.vision_config.image_size, config.vision_config.patch_size
+    pixels = np.zeros((segments.max(initial=0), 3, size, size), np.float32)
+    for patch, segment, (r, c) in zip(patches, segments, where, strict=True):
+      pixels[segment - 1, :, r * p:(r + 1) * p, c * p:(c + 1) * p] = patch.reshape(3, p, p)
+    inputs["token_type_ids"] = torch.tensor(image.astype(np.int64))[None]
+    return inputs | ({"pixel_values": torch.tensor(pixels)} if len(pixels) else {})
+  inputs["mm_token_type_ids"] = torch.tensor(image + 2 * video.astype(np.int64))[None]
+  merge = config.vision_config.spatial_merge_size**2
+  start = 0  # of the visual tokens of this run, in patches
+  found: dict[bool, list] = {False: [], True: []}
+  kinds = np.where(image, 1, np.where(video, 2, 0))
+  edges = np.flatnonzero(np.diff(kinds, prepend=0, append=0))
+  for begin, end in zip(edges[::1], edges[1:], strict=False):
+    if kinds[begin]:
+      part = slice(start, start + (end - begin) * merge)
+      frames = len(np.unique(segments[part]))
+      found[bool(kinds[begin] == 2)].append((patches[part], (frames, *grids[start])))
+      start = part.stop
+  for is_video, pixels, grid in ((False, "pixel_values", "image_grid_thw"),
+                                 (True, "pixel_values_videos", "video_grid_thw")):
+    if found[is_video]:
+      inputs[pixels] = torch.tensor(np.concatenate([a for a, _ in found[is_video]]))
+      inputs[grid] = torch.tensor([[int(n) for n in g] for _, g in found[is_video]])
+  if video.any():  # their times follow from the frames per second, which are not in a Prompt
+    positions = np.asarray(prompt.positions[row, :length]).astype(np.int64)
+    inputs["position_ids"] = torch.tensor(positions.T)[:, None]
+  return inputs
+
+
 def torch_logits(model, prompt, row: int):
   """Logits [L, V] of one row of a Prompt by transformers, from its patches and token ids alone."""
-  length = int(prompt.length[row])
-  ids = torch.tensor(np.asarray(prompt.tokens[row, :length]).astype(np.int64))[None]
-  segments = np.asarray(prompt.patch_segments[row])
-  grids = []
-  for segment in range(1, int(segments.max(initial=0)) + 1):
-    rows, cols = np.asarray(prompt.patch_positions[row])[segments == segment].max(0) + 1
-    grids.append((1, int(rows), int(cols)))
-  inputs = {}
-  if grids:
-    inputs = dict(pixel_values=torch.tensor(np.asarray(prompt.patches[row])[segments > 0]),
-                  image_grid_thw=torch.tensor(grids))
-  types = (ids == model.config.image_token_id).long()
   with torch.no_grad():
-    return model(input_ids=ids, mm_token_type_ids=types, **inputs).logits[0].numpy()
-
-
-def load(path: pathlib.Path, **kwargs):
-  return models.load_pretrained(path, **kwargs)
+    return model(**torch_inputs(model, prompt, row)).logits[0].float().numpy()

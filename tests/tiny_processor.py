@@ -1,10 +1,12 @@
-"""A Qwen-like tokenizer, chat template and processor configs, small enough to make in a test."""
+"""Tokenizers, chat templates and processor configs of every family, small enough for a test."""
 
 import json
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 # In the order of the Qwen2.5-VL vocabulary.
 SPECIAL_TOKENS = (
@@ -24,6 +26,19 @@ SPECIAL_TOKENS = (
   "<|video_pad|>",
 )
 TOOL_TOKENS = ("<tool_call>", "</tool_call>")  # added to the vocabulary, but not special
+
+# In the order of the Gemma 3 vocabulary: the first ones come before the words.
+GEMMA_FIRST_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+GEMMA_LAST_TOKENS = (
+  "<start_of_turn>",
+  "<end_of_turn>",
+  "<start_of_image>",
+  "<end_of_image>",
+  "<image_soft_token>",
+)
+GEMMA_SPECIAL_TOKENS = GEMMA_FIRST_TOKENS + GEMMA_LAST_TOKENS
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
 
 # The layout that Qwen2.5-VL was trained on.
 CHAT_TEMPLATE = """\
@@ -50,6 +65,39 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\n' }}
 {%- endif %}"""
+
+# The layout that Gemma 3 was trained on: the system turn is the beginning of the user's first.
+GEMMA_CHAT_TEMPLATE = """\
+{{ bos_token }}
+{%- set ns = namespace(first='') -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- if message['content'] is string -%}
+{%- set ns.first = message['content'] + '\n\n' -%}
+{%- else -%}
+{%- set ns.first = message['content'][0]['text'] + '\n\n' -%}
+{%- endif -%}
+{%- else -%}
+{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}
+{{- ns.first }}
+{%- set ns.first = '' -%}
+{%- if message['content'] is string -%}
+{{ message['content'] | trim }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{{ '<start_of_image>' }}
+{%- elif part['type'] == 'text' -%}
+{{ part['text'] | trim }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{ '<end_of_turn>\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<start_of_turn>model\n' }}
+{%- endif -%}"""
 
 _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -80,31 +128,92 @@ def make_tokenizer() -> tokenizers.Tokenizer:
   return tokenizer
 
 
+def make_gemma_tokenizer() -> tokenizers.Tokenizer:
+  """BPE over spaces as "▁" with byte fallback; runs of newlines are added tokens, as in Gemma."""
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+  )
+  tokenizer.normalizer = normalizers.Replace(" ", "▁")
+  tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+  tokenizer.decoder = decoders.Sequence([
+    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
+  ])
+  letters = sorted(set("".join(_CORPUS)) - {" "}) + ["▁"]
+  lines = ["\n" * count for count in range(1, 5)]
+  some_bytes = [f"<0x{value:02X}>" for value in range(256)]
+  trainer = trainers.BpeTrainer(
+    vocab_size=500,
+    initial_alphabet=letters,
+    # Not only special ones: the trainer puts whatever it is given here before the words.
+    special_tokens=[*GEMMA_FIRST_TOKENS, *some_bytes, *lines],
+    show_progress=False,
+  )
+  # A trained word may not reach over a space, as the splitting rule (which no longer sees spaces)
+  # would let it.
+  words = [" " * (i > 0) + word for text in _CORPUS for i, word in enumerate(text.split(" "))]
+  tokenizer.train_from_iterator(words * 2, trainer)
+  tokenizer = _without_added_tokens(tokenizer)
+  tokenizer.add_tokens(lines)
+  tokenizer.add_special_tokens([*GEMMA_FIRST_TOKENS, *GEMMA_LAST_TOKENS])
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="<bos> $A",
+    pair="<bos> $A <bos> $B",
+    special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))],
+  )
+  return tokenizer
+
+
+def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+  """The same vocabulary, but what the trainer made special is an ordinary token."""
+  state = json.loads(tokenizer.to_str())
+  state["added_tokens"] = []
+  return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
 def make_processor_dir(
   path: str | pathlib.Path,
   *,
+  family: str = "qwen2_5_vl",
   patch_size: int = 14,
   temporal_patch_size: int = 2,
   merge_size: int = 2,
   window_size: int | None = 112,
   min_pixels: int | None = None,
-  max_pixels: int = 64 * 28 * 28,
+  max_pixels: int | None = None,
+  image_size: int = 56,
 ) -> pathlib.Path:
   """Writes everything `Processor.from_pretrained` reads; returns the directory.
 
   A `config.json` that is already there (a model's) keeps its fields; the token ids and the vision
-  fields given here are put into it. `min_pixels=None` is one visual token.
+  fields given here are put into it.
+
+  Args:
+    path: the directory.
+    family: one of FAMILIES, the `model_type` of a config.json that is not there yet.
+    patch_size: side of a patch in pixels.
+    temporal_patch_size: frames in a patch; Gemma has none.
+    merge_size: side of a visual token in patches.
+    window_size: only of qwen2_5_vl.
+    min_pixels, max_pixels: of images and of the frames of videos (qwen3: all together); None is
+      one visual token and 64 of them. Gemma has none.
+    image_size: only of Gemma, side of every image.
   """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
+  if family == "gemma3":
+    _write_gemma(path, patch_size, merge_size, image_size)
+    return path
   tokenizer = make_tokenizer()
   tokenizer.save(str(path / "tokenizer.json"))
   ids = {text: tokenizer.token_to_id(text) for text in SPECIAL_TOKENS}
-
-  def write(name: str, value: dict):
-    (path / name).write_text(json.dumps(value, indent=2))
-
-  write(
+  token_area = (patch_size * merge_size) ** 2
+  min_pixels = token_area if min_pixels is None else min_pixels
+  max_pixels = 64 * token_area if max_pixels is None else max_pixels
+  names = {
+    "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"
+  }
+  _write(
+    path,
     "tokenizer_config.json",
     {
       "tokenizer_class": "Qwen2Tokenizer",
@@ -115,47 +224,126 @@ def make_processor_dir(
       "model_max_length": 131072,
     },
   )
-  write(
-    "preprocessor_config.json",
-    {
-      "image_processor_type": "Qwen2VLImageProcessor",
-      "processor_class": "Qwen2_5_VLProcessor",
-      "patch_size": patch_size,
-      "temporal_patch_size": temporal_patch_size,
-      "merge_size": merge_size,
-      "min_pixels": (patch_size * merge_size) ** 2 if min_pixels is None else min_pixels,
-      "max_pixels": max_pixels,
-      "image_mean": [0.48145466, 0.4578275, 0.40821073],
-      "image_std": [0.26862954, 0.26130258, 0.27577711],
-    },
-  )
-  write(
+  half = [0.5, 0.5, 0.5]
+  is_qwen3 = family.startswith("qwen3")
+  preprocessor = {
+    "processor_class": f"{names.get(family, 'Qwen3VL')}Processor",
+    "patch_size": patch_size,
+    "temporal_patch_size": temporal_patch_size,
+    "merge_size": merge_size,
+    "image_mean": half if is_qwen3 else [0.48145466, 0.4578275, 0.40821073],
+    "image_std": half if is_qwen3 else [0.26862954, 0.26130258, 0.27577711],
+  }
+  bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+  size = {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+  image = {"image_processor_type": "Qwen2VLImageProcessor"}
+  _write(path, "preprocessor_config.json", preprocessor | image | (size if is_qwen3 else bounds))
+  if is_qwen3:  # the older families have no file of their own for videos
+    video = {"video_processor_type": "Qwen3VLVideoProcessor"}
+    _write(path, "video_preprocessor_config.json", preprocessor | video | size)
+  _write(
+    path,
     "generation_config.json",
     {
       "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
       "pad_token_id": ids["<|endoftext|>"],
     },
   )
-  config_path = path / "config.json"
-  config = json.loads(config_path.read_text()) if config_path.exists() else {}
-  config.setdefault("model_type", "qwen2_5_vl")
-  config.setdefault("vocab_size", tokenizer.get_vocab_size())
-  config.setdefault("bos_token_id", ids["<|endoftext|>"])
-  config.setdefault("eos_token_id", ids["<|im_end|>"])
-  config |= {
-    "vision_start_token_id": ids["<|vision_start|>"],
-    "vision_end_token_id": ids["<|vision_end|>"],
-    "vision_token_id": ids["<|vision_pad|>"],
-    "image_token_id": ids["<|image_pad|>"],
-    "video_token_id": ids["<|video_pad|>"],
-  }
-  vision = config.setdefault("vision_config", {})
-  vision |= {
+  vision: dict[str, Any] = {
     "patch_size": patch_size,
     "temporal_patch_size": temporal_patch_size,
     "spatial_merge_size": merge_size,
   }
-  if window_size is not None:
+  if window_size is not None and family == "qwen2_5_vl":
     vision["window_size"] = window_size
-  write("config.json", config)
+  _merge_config(
+    path,
+    {
+      "model_type": family,
+      "vocab_size": tokenizer.get_vocab_size(),
+      "bos_token_id": ids["<|endoftext|>"],
+      "eos_token_id": ids["<|im_end|>"],
+    },
+    {
+      "vision_start_token_id": ids["<|vision_start|>"],
+      "vision_end_token_id": ids["<|vision_end|>"],
+      "vision_token_id": ids["<|vision_pad|>"],
+      "image_token_id": ids["<|image_pad|>"],
+      "video_token_id": ids["<|video_pad|>"],
+    },
+    vision,
+  )
   return path
+
+
+def _write_gemma(path: pathlib.Path, patch_size: int, merge_size: int, image_size: int) -> None:
+  tokenizer = make_gemma_tokenizer()
+  tokenizer.save(str(path / "tokenizer.json"))
+  ids = {text: tokenizer.token_to_id(text) for text in GEMMA_SPECIAL_TOKENS}
+  tokens = (image_size // patch_size // merge_size) ** 2
+  _write(
+    path,
+    "tokenizer_config.json",
+    {
+      "tokenizer_class": "GemmaTokenizer",
+      "bos_token": "<bos>",
+      "eos_token": "<eos>",
+      "pad_token": "<pad>",
+      "unk_token": "<unk>",
+      "boi_token": "<start_of_image>",
+      "eoi_token": "<end_of_image>",
+      "image_token": "<image_soft_token>",
+      "chat_template": GEMMA_CHAT_TEMPLATE,
+      "model_max_length": 131072,
+    },
+  )
+  # The published file has nulls where the class of the processor decides.
+  preprocessor = {
+    "processor_class": "Gemma3Processor",
+    "image_processor_type": "Gemma3ImageProcessor",
+    "size": {"height": image_size, "width": image_size},
+    "resample": 2,
+    "do_convert_rgb": None,
+    "do_pan_and_scan": None,
+    "pan_and_scan_max_num_crops": None,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+  }
+  _write(path, "preprocessor_config.json", preprocessor)
+  processor = {"processor_class": "Gemma3Processor", "image_seq_length": tokens}
+  _write(path, "processor_config.json", processor)
+  eos = [ids["<eos>"], ids["<end_of_turn>"]]
+  _write(path, "generation_config.json", {"eos_token_id": eos, "pad_token_id": ids["<pad>"]})
+  _merge_config(
+    path,
+    {
+      "model_type": "gemma3",
+      "vocab_size": tokenizer.get_vocab_size(),
+      "bos_token_id": ids["<bos>"],
+      "eos_token_id": eos,
+    },
+    {
+      "image_token_index": ids["<image_soft_token>"],
+      "boi_token_index": ids["<start_of_image>"],
+      "eoi_token_index": ids["<end_of_image>"],
+      "mm_tokens_per_image": tokens,
+    },
+    {"patch_size": patch_size, "image_size": image_size},
+  )
+
+
+def _write(path: pathlib.Path, name: str, value: Mapping[str, Any]) -> None:
+  (path / name).write_text(json.dumps(value, indent=2))
+
+
+def _merge_config(
+  path: pathlib.Path,
+  defaults: Mapping[str, Any],
+  fields: Mapping[str, Any],
+  vision: Mapping[str, Any],
+) -> None:
+  """config.json with `defaults` where it lacks them, `fields`, and `vision` in vision_config."""
+  file = path / "config.json"
+  config = json.loads(file.read_text()) if file.exists() else {}
+  vision = {**config.get("vision_config", {}), **vision}
+  _write(path, "config.json", {**defaults, **config, **fields, "vision_config": vision})

@@ -1,13 +1,15 @@
-"""Encoded images to the patches that a Qwen2-VL or Qwen2.5-VL vision tower reads.
+"""Encoded images to the patches that a vision tower reads.
 
-numpy and Pillow only. Equal, value for value, to `Qwen2VLImageProcessorPil` of transformers.
+numpy and Pillow only. Equal, value for value, to `Qwen2VLImageProcessorPil` and
+`Gemma3ImageProcessorPil` of transformers, but for the order of Gemma's patches: always those of one
+visual token are adjacent.
 """
 
 import dataclasses
 import io
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,49 +27,101 @@ class ImageError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSettings:
-  """How images become patches; the fields of a `preprocessor_config.json`.
+class PatchSettings:
+  """How pixels become patches, whatever their size is.
 
   Attributes:
     patch_size: side of a patch in pixels (p).
     temporal_patch_size: frames in one patch (t); a still image is repeated that often.
     merge_size: merge_size² neighbouring patches become one visual token.
-    min_pixels: images are enlarged to at least this area.
-    max_pixels: images are shrunk to at most this area.
     image_mean: of each channel, after rescaling.
     image_std: of each channel, after rescaling.
     rescale_factor: multiplies the 0..255 values before normalisation.
   """
 
+  RESAMPLE: ClassVar[Image.Resampling]
+
   patch_size: int = 14
   temporal_patch_size: int = 2
   merge_size: int = 2
-  min_pixels: int = 56 * 56
-  max_pixels: int = 28 * 28 * 1280
   image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
   image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
   rescale_factor: float = 1 / 255
 
-  @classmethod
-  def from_config(cls, config: Mapping[str, Any]) -> "ImageSettings":
-    """From the contents of a `preprocessor_config.json`, with `size` or `min/max_pixels`."""
+  def updated(self, config: Mapping[str, Any], file: str) -> Self:
+    """With what `config`, the contents of `file`, says about the fields; null says nothing.
+
+    Raises:
+      ValueError: `config` asks for a step that is always or never taken here.
+    """
     for field in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-      if not config.get(field, True):
-        raise ValueError(f"preprocessor config: {field}=False is not supported")
-    if config.get("resample", Image.Resampling.BICUBIC) != Image.Resampling.BICUBIC:
-      raise ValueError(f"preprocessor config: resample={config['resample']}, only 3 (bicubic) is")
-    values = {f.name: config[f.name] for f in dataclasses.fields(cls) if f.name in config}
-    size = config.get("size") or {}
-    # As in transformers, min_pixels and max_pixels win over `size`.
-    for field, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-      if values.get(field) is None:
-        values.pop(field, None)
-        if size.get(edge) is not None:
-          values[field] = size[edge]
+      if config.get(field) is False:
+        raise ValueError(f"{file}: {field}=False is not supported")
+    resample = config.get("resample")
+    if resample not in (None, self.RESAMPLE):
+      raise ValueError(
+        f"{file}: resample={resample} is not supported, only {self.RESAMPLE:d} "
+        f"({self.RESAMPLE.name.lower()}) is"
+      )
+    names = {f.name for f in dataclasses.fields(self)}
+    values = {k: v for k, v in config.items() if k in names and v is not None}
     for field in ("image_mean", "image_std"):
       if field in values:
         values[field] = tuple(values[field])
-    return cls(**values)
+    return dataclasses.replace(self, **values)
+
+  @property
+  def patch_dim(self) -> int:
+    """C·t·p·p, the length of one flattened patch."""
+    return 3 * self.temporal_patch_size * self.patch_size**2
+
+  @property
+  def token_side(self) -> int:
+    """Side in pixels of the square behind one visual token."""
+    return self.patch_size * self.merge_size
+
+  @property
+  def max_patches(self) -> int:
+    """Patches of the largest image. (Extremely narrow ones may have more, see `smart_resize`.)"""
+    raise NotImplementedError
+
+  def bound(self, patches: int) -> tuple[str, str]:
+    """For an error: the setting that allows too large images, and how to get it to `patches`."""
+    raise NotImplementedError
+
+  def size(self, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) to resize an image to; ValueError if it is too narrow."""
+    raise NotImplementedError
+
+  def views(self, image: Image.Image) -> list[Image.Image]:
+    """The pictures that stand for one image, itself first."""
+    return [image]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings(PatchSettings):
+  """Images keep their aspect ratio, within bounds of their area: Qwen.
+
+  Attributes:
+    min_pixels: images are enlarged to at least this area.
+    max_pixels: images are shrunk to at most this area.
+  """
+
+  RESAMPLE = Image.Resampling.BICUBIC
+
+  min_pixels: int = 56 * 56
+  max_pixels: int = 28 * 28 * 1280
+
+  @classmethod
+  def from_config(cls, config: Mapping[str, Any], file: str = "preprocessor_config.json") -> Self:
+    """From the contents of a `preprocessor_config.json`, with `size` or `min/max_pixels`."""
+    return cls().updated(config, file)
+
+  def updated(self, config: Mapping[str, Any], file: str) -> Self:
+    size = config.get("size") or {}
+    # As in transformers, min_pixels and max_pixels win over `size`.
+    edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+    return super().updated(edges | {k: v for k, v in config.items() if v is not None}, file)
 
   def __post_init__(self):
     if not 0 < self.min_pixels <= self.max_pixels:
@@ -76,9 +130,90 @@ class ImageSettings:
       )
 
   @property
-  def patch_dim(self) -> int:
-    """C·t·p·p, the length of one flattened patch."""
-    return 3 * self.temporal_patch_size * self.patch_size**2
+  def max_patches(self) -> int:
+    return max(1, self.max_pixels // self.token_side**2) * self.merge_size**2
+
+  def bound(self, patches: int) -> tuple[str, str]:
+    most = patches // self.merge_size**2 * self.token_side**2
+    remedy = f"set config.model.max_pixels to at most {most}, or add a bucket"
+    return f"max_pixels={self.max_pixels}", remedy
+
+  def size(self, height: int, width: int) -> tuple[int, int]:
+    return smart_resize(height, width, self.token_side, self.min_pixels, self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedImageSettings(PatchSettings):
+  """Every image is squeezed to one size; long ones may come with crops of themselves: Gemma 3.
+
+  Attributes:
+    height, width: of every image.
+    do_pan_and_scan: add crops of images far from square. In transformers the file cannot ask for
+      them, only the caller of Gemma3Processor; here the file does.
+    pan_and_scan_min_ratio_to_activate: longer over shorter side, from which on crops are made.
+    pan_and_scan_min_crop_size: no crops are made when one would have a shorter side, in pixels.
+    pan_and_scan_max_num_crops: of one image.
+  """
+
+  RESAMPLE = Image.Resampling.BILINEAR
+
+  temporal_patch_size: int = 1
+  merge_size: int = 4
+  image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  height: int = 224
+  width: int = 224
+  do_pan_and_scan: bool = False
+  pan_and_scan_min_ratio_to_activate: float = 1.2
+  pan_and_scan_min_crop_size: int = 256
+  pan_and_scan_max_num_crops: int = 4
+
+  def updated(self, config: Mapping[str, Any], file: str) -> Self:
+    for field in ("min_pixels", "max_pixels"):
+      if config.get(field) is not None:
+        raise ValueError(
+          f"{file}: {field}={config[field]}: expected none, every image becomes "
+          f"{self.width}x{self.height}"
+        )
+    size = {k: v for k, v in (config.get("size") or {}).items() if k in ("height", "width")}
+    return super().updated({**config, **size}, file)
+
+  @property
+  def max_patches(self) -> int:
+    views = 1 + self.pan_and_scan_max_num_crops if self.do_pan_and_scan else 1
+    return views * self.height * self.width // self.patch_size**2
+
+  def bound(self, patches: int) -> tuple[str, str]:
+    if self.do_pan_and_scan:
+      crops = self.pan_and_scan_max_num_crops
+      return f"do_pan_and_scan=True with pan_and_scan_max_num_crops={crops}", "add a bucket"
+    return f"size={self.height}x{self.width}", "add a bucket"
+
+  def size(self, height: int, width: int) -> tuple[int, int]:
+    return self.height, self.width
+
+  def views(self, image: Image.Image) -> list[Image.Image]:
+    return [image, *self.crops(image)] if self.do_pan_and_scan else [image]
+
+  def crops(self, image: Image.Image) -> list[Image.Image]:
+    """Equal crops along the longer side; none of an image that is nearly square or small.
+
+    Equals `pan_and_scan` of Gemma3ImageProcessorPil in transformers.
+    """
+    longer, shorter = max(image.size), min(image.size)
+    ratio = longer / shorter
+    if ratio < self.pan_and_scan_min_ratio_to_activate:
+      return []
+    count = min(math.floor(ratio + 0.5), longer // self.pan_and_scan_min_crop_size)
+    count = min(max(2, count), self.pan_and_scan_max_num_crops)
+    length = math.ceil(longer / count)
+    if min(length, shorter) < self.pan_and_scan_min_crop_size:
+      return []
+    starts = range(0, length * count, length)
+    width, height = image.size
+    if width >= height:
+      return [image.crop((x, 0, min(x + length, width), height)) for x in starts]
+    return [image.crop((0, y, width, min(y + length, height))) for y in starts]
 
 
 def decode_image(image: ImageLike, name: str = "image") -> Image.Image:
@@ -148,7 +283,7 @@ def smart_resize(
   return new_height, new_width
 
 
-def patchify(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
+def patchify(pixels: np.ndarray, settings: PatchSettings) -> np.ndarray:
   """pixels: u8[t·T, H, W, 3] -> f32[T·rows·cols, 3·t·p·p], normalised.
 
   The merge_size² patches of one visual token are adjacent; tokens follow in reading order.
@@ -170,7 +305,7 @@ def patchify(pixels: np.ndarray, settings: ImageSettings) -> np.ndarray:
 
 
 def preprocess_image(
-  image: ImageLike, settings: ImageSettings, name: str = "image"
+  image: ImageLike, settings: PatchSettings, name: str = "image"
 ) -> tuple[np.ndarray, Grid]:
   """One still image -> patches f32[N, C·t·p·p] and its grid (1, rows, cols), N = rows·cols.
 
@@ -178,14 +313,11 @@ def preprocess_image(
     ImageError: see `decode_image`; or an aspect ratio above 200. The message starts with `name`.
   """
   rgb = decode_image(image, name)
-  factor = settings.patch_size * settings.merge_size
   try:
-    height, width = smart_resize(
-      rgb.height, rgb.width, factor, settings.min_pixels, settings.max_pixels
-    )
+    height, width = settings.size(rgb.height, rgb.width)
   except ValueError as error:
     raise ImageError(f"{name}: {error}") from error
-  pixels = np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC))
+  pixels = np.asarray(rgb.resize((width, height), settings.RESAMPLE))
   pixels = np.broadcast_to(pixels, (settings.temporal_patch_size, *pixels.shape))
   grid = (1, height // settings.patch_size, width // settings.patch_size)
   return patchify(pixels, settings), grid

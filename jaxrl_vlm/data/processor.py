@@ -1,18 +1,13 @@
-"""Chat messages and images to `Prompt` arrays, for the Qwen2-VL and Qwen2.5-VL architectures.
+"""Chat messages, images and videos to `Prompt` arrays.
 
-The tokenizer and the chat template come from the Hugging Face directory; everything the device
-would otherwise have to compute from values (M-RoPE ids, attention windows, where each visual token
-goes) is computed here in numpy.
-
-Text from data never becomes a special token: a question that contains `<|image_pad|>` or
-`<|im_end|>` is encoded as those characters. Only the chat template writes special tokens.
+The tokenizer, the chat template and all sizes come from the Hugging Face directory; what its
+architecture does in its own way is in `families.py`, messages become ids in `chat.py`, and what
+is known of visual tokens without their pixels is in `layout.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -20,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrl_vlm.data.images import Grid, ImageLike, ImageSettings, preprocess_image
+from jaxrl_vlm.data import families
+from jaxrl_vlm.data.chat import ChatTokenizer, Message, has_video
+from jaxrl_vlm.data.files import ProcessorFiles, parse_json
+from jaxrl_vlm.data.images import ImageLike, PatchSettings, decode_image, preprocess_image
+from jaxrl_vlm.data.layout import Visual, expand_visuals, lay_out_patches
+from jaxrl_vlm.data.video import Video, VideoSettings, preprocess_video
 from jaxrl_vlm.example import Example
 
 if TYPE_CHECKING:
   from jaxrl_vlm.types import Prompt
 
 IMAGE_MARK = "<image>"  # in Example.question
-PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-PATCH_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-
-# A stretch of text that must not be seen by the chat template or by the search for special tokens,
-# written with private-use characters as its index in a list.
-_HIDDEN = "\ue000(\\d+)\ue001"
-
-Message = Mapping[str, Any]
+# Up to the largest image that the published checkpoints allow.
+PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+PATCH_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class PromptTooLong(ValueError):
@@ -53,6 +48,7 @@ class EncodedPrompt:
     feature_index: i32[L].
     patches: f32[N, C·t·p·p].
     patch_positions: i32[N, 2].
+    patch_grids: i32[N, 2].
     patch_segments: i32[N], from 1.
     patch_windows: i32[N], from 1.
   """
@@ -64,6 +60,7 @@ class EncodedPrompt:
   feature_index: np.ndarray
   patches: np.ndarray
   patch_positions: np.ndarray
+  patch_grids: np.ndarray
   patch_segments: np.ndarray
   patch_windows: np.ndarray
 
@@ -73,10 +70,13 @@ class Processor:
 
   Attributes:
     tokenizer: the Hugging Face tokenizer.
-    image_settings: sizes, resizing bounds and normalisation of images.
+    family: what its architecture does otherwise than others.
+    image_settings: sizes and normalisation of images.
+    video_settings: which frames of a video are seen, and how; None where it takes no videos.
     window_size: side of a vision attention window in pixels; None where the tower has no windows.
-    image_token_id, video_token_id, vision_start_token_id, vision_end_token_id: ids.
-    end_token_id: `<|im_end|>`, which ends every response.
+    image_token_id, video_token_id: stand in `tokens` for visual tokens; there may be no video.
+    vision_start_token_id, vision_end_token_id: around them.
+    end_token_id: `<|im_end|>` or `<end_of_turn>`, which ends every response.
     eos_token_ids: ids that end sampling, `end_token_id` first.
     pad_token_id: fills tokens after the end.
     image_token_ids_never_sampled: ids a sampler must suppress, sorted: a generated image token
@@ -87,55 +87,38 @@ class Processor:
   def __init__(
     self,
     tokenizer: Any,
-    config: Mapping[str, Any],
-    preprocessor_config: Mapping[str, Any],
-    generation_config: Mapping[str, Any] | None = None,
+    family: families.Family,
+    files: ProcessorFiles,
     *,
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
   ):
-    """Use `from_pretrained`; the three mappings are the JSON files of the same names."""
-    if not tokenizer.chat_template:
-      raise ValueError("the tokenizer has no chat template")
+    """Use `from_pretrained`."""
     self.tokenizer = tokenizer
-    self.image_settings = ImageSettings.from_config(preprocessor_config)
-    self._preprocessor_config = dict(preprocessor_config)
-    self._generation_config = dict(generation_config or {})
+    self.family = family
+    self._files = files
+    self._chat = ChatTokenizer(tokenizer)
 
-    vision = config.get("vision_config", {})
-    self.window_size: int | None = vision.get("window_size")
-    for field, ours in (
-      ("patch_size", "patch_size"),
-      ("temporal_patch_size", "temporal_patch_size"),
-      ("spatial_merge_size", "merge_size"),
-    ):
-      expected = getattr(self.image_settings, ours)
-      if vision.get(field, expected) != expected:
-        raise ValueError(
-          f"config.vision_config.{field}={vision[field]}, but the preprocessor config has "
-          f"{ours}={expected}"
-        )
-
-    token_side = self.image_settings.patch_size * self.image_settings.merge_size
-    if self.window_size is not None and self.window_size < token_side:
-      raise ValueError(
-        f"config.vision_config.window_size={self.window_size}: expected at least {token_side}, "
-        "the side of one visual token"
-      )
-
-    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    self._special_ids = added
-    self.image_token_id = self._special_id(config, "image_token_id", "<|image_pad|>")
-    self.video_token_id = self._special_id(config, "video_token_id", "<|video_pad|>")
-    self.vision_start_token_id = self._special_id(
-      config, "vision_start_token_id", "<|vision_start|>"
+    image_file, config = files.image_processor()
+    self.image_settings: PatchSettings = family.image_settings(config, image_file)
+    file, config = files.video_processor()
+    self.video_settings: VideoSettings | None = family.video_settings(
+      config, file, self.image_settings
     )
-    self.vision_end_token_id = self._special_id(config, "vision_end_token_id", "<|vision_end|>")
+    self.window_size: int | None = family.window_size(self.image_settings)
+
+    special = self._chat.special_ids
+    ids = family.vision_ids(special)
+    self.image_token_id: int = ids["IMAGE_TOKEN"]
+    self.video_token_id: int | None = ids.get("VIDEO_TOKEN")
+    self.vision_start_token_id: int = ids["START_TOKEN"]
+    self.vision_end_token_id: int = ids["END_TOKEN"]
     self.image_token_ids_never_sampled = tuple(
-      sorted(i for text, i in added.items() if re.search("image|video|vision", text))
+      sorted(i for text, i in special.items() if re.search("image|video|vision", text))
     )
-    self.end_token_id: int = added.get("<|im_end|>", tokenizer.eos_token_id)
-    eos = self._generation_config.get("eos_token_id") or []
+    end = special.get(family.END_OF_TURN)
+    self.end_token_id: int = tokenizer.eos_token_id if end is None else end
+    eos = files.json("generation_config.json").get("eos_token_id") or []
     eos = [eos] if isinstance(eos, int) else eos
     self.eos_token_ids: tuple[int, ...] = tuple(
       dict.fromkeys(i for i in (self.end_token_id, *eos, tokenizer.eos_token_id) if i is not None)
@@ -143,30 +126,20 @@ class Processor:
     pad = tokenizer.pad_token_id
     self.pad_token_id: int = self.end_token_id if pad is None else pad
 
+    merged = self.image_settings.merge_size**2
     self.prompt_buckets = _ascending("prompt_buckets", prompt_buckets, 1)
-    self.patch_buckets = _ascending(
-      "patch_buckets", patch_buckets, self.image_settings.merge_size**2
-    )
-
-    # Longest first, because regular expressions take the first alternative that matches.
-    names = "|".join(re.escape(text) for text in sorted(added, key=len, reverse=True))
-    self._special = re.compile(f"({names})")
-    self._to_hide = re.compile(f"{names}|{_HIDDEN}")
-    # A copy, because the flag is a state of the tokenizer that its other users set too.
-    self._plain = copy.deepcopy(tokenizer.backend_tokenizer)
-    self._plain.no_truncation()
-    self._plain.no_padding()
-    self._plain.encode_special_tokens = True
-
-  def __setstate__(self, state: dict[str, Any]):
-    self.__dict__.update(state)
-    self._plain.encode_special_tokens = True  # pickling (to data workers) forgets it
-
-  def _special_id(self, config: Mapping[str, Any], field: str, text: str) -> int:
-    token_id = config.get(field, self._special_ids.get(text))
-    if token_id is None or token_id not in self._special_ids.values():
-      raise ValueError(f"config.{field}={token_id}: no such special token in the tokenizer")
-    return token_id
+    self.patch_buckets = _ascending("patch_buckets", patch_buckets, merged)
+    for field, largest, patches, what in (
+      ("patch_buckets", self.patch_buckets[-1], 1, "patches"),
+      ("prompt_buckets", self.prompt_buckets[-1], merged, "tokens"),
+    ):
+      count = self.image_settings.max_patches // patches
+      if count > largest:
+        cause, remedy = self.image_settings.bound(largest * patches)
+        raise ValueError(
+          f"{image_file}: {cause} is up to {count} {what} of one image, but the largest of "
+          f"config.{field} is {largest}; {remedy}"
+        )
 
   @classmethod
   def from_pretrained(
@@ -178,80 +151,73 @@ class Processor:
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
   ) -> Processor:
-    """Reads a Hugging Face directory; `min_pixels` and `max_pixels` override its own."""
+    """Reads a Hugging Face directory; `min_pixels` and `max_pixels` override its own.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: the files contradict each other, ask for what is not supported, or allow images
+        that fit no bucket; names file, field, value and what was expected.
+    """
     import transformers  # slow to import
 
     path = pathlib.Path(path)
-    preprocessor = _read_json(path / "preprocessor_config.json")
-    if preprocessor is None:  # transformers 5 may keep it here instead
-      preprocessor = (_read_json(path / "processor_config.json") or {}).get("image_processor")
-    config = _read_json(path / "config.json")
-    for name, found in (("config.json", config), ("preprocessor_config.json", preprocessor)):
-      if found is None:
-        raise FileNotFoundError(f"{path / name}: no such file")
-    assert config is not None and preprocessor is not None
-    for field, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-      if value is not None:
-        preprocessor[field] = value
+    if not (path / "config.json").exists():
+      raise FileNotFoundError(f"{path / 'config.json'}: no such file")
+    config = parse_json("config.json", (path / "config.json").read_bytes())
+    files = ProcessorFiles(path)
+    files.override_bounds(min_pixels, max_pixels)
+    family = families.create(config, files.processor)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if not tokenizer.chat_template:  # older checkpoints keep it apart
-      tokenizer.chat_template = (_read_json(path / "chat_template.json") or {}).get("chat_template")
+    if files.chat_template is not None:
+      tokenizer.chat_template = files.chat_template
     return cls(
-      tokenizer,
-      config,
-      preprocessor,
-      _read_json(path / "generation_config.json"),
-      prompt_buckets=prompt_buckets,
-      patch_buckets=patch_buckets,
+      tokenizer, family, files, prompt_buckets=prompt_buckets, patch_buckets=patch_buckets
     )
 
   def save_pretrained(self, path: str | pathlib.Path) -> None:
-    """Writes tokenizer, chat template, preprocessor_config.json and generation_config.json.
+    """Writes the files that were read, unchanged but for the pixel bounds that were overridden.
 
-    The preprocessor config holds the pixel bounds in use. `config.json`, which `from_pretrained`
-    also needs, is the model's to write.
+    `config.json`, which `from_pretrained` also needs, is the model's to write.
     """
-    path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    self.tokenizer.save_pretrained(path)
-    bounds = self.image_settings.min_pixels, self.image_settings.max_pixels
-    preprocessor = self._preprocessor_config | {
-      "min_pixels": bounds[0],
-      "max_pixels": bounds[1],
-      "size": {"shortest_edge": bounds[0], "longest_edge": bounds[1]},
-    }
-    _write_json(path / "preprocessor_config.json", preprocessor)
-    if self._generation_config:
-      _write_json(path / "generation_config.json", self._generation_config)
+    self._files.write(path)
 
   def __call__(
     self,
     messages: Sequence[Message] | Sequence[Sequence[Message]],
     images: Sequence[Any] | None = None,
+    videos: Sequence[Any] | None = None,
   ) -> Prompt:
     """One conversation or a list of them -> `Prompt` with numpy leaves, P = conversations.
 
     Args:
       messages: dicts with `role` and `content`, the content a string or a list of
-        `{"type": "image"}` and `{"type": "text", "text": ...}`.
+        `{"type": "image"}`, `{"type": "video"}` and `{"type": "text", "text": ...}`.
       images: bytes, Pillow images or u8[H, W, 3] arrays in order of appearance; for a list of
         conversations, one such list for each.
+      videos: `Video`s, likewise.
 
     Raises:
       ImageError, PromptTooLong: both name the conversation by its index.
-      ValueError: the number of images is not what the messages say.
+      ValueError: the number of images or videos is not what the messages say, or the model takes
+        no videos.
     """
     if not messages:
       raise ValueError("messages=[]: expected at least one message")
     conversations: Any = messages
     if isinstance(messages[0], Mapping):
-      conversations, images = [messages], [images]
-    images = [None] * len(conversations) if images is None else images
-    if len(images) != len(conversations):
-      raise ValueError(f"{len(conversations)} conversations, but {len(images)} lists of images")
+      conversations, images, videos = [messages], [images], [videos]
+
+    def rows(field: str, given: Sequence[Any] | None) -> list[Sequence[Any]]:
+      given = [None] * len(conversations) if given is None else given
+      if len(given) != len(conversations):
+        raise ValueError(f"{len(conversations)} conversations, but {len(given)} lists of {field}")
+      return [() if row is None else row for row in given]
+
     return self.collate([
-      self.encode_messages(messages, () if row is None else row, name=f"conversation {i}")
-      for i, (messages, row) in enumerate(zip(conversations, images, strict=True))
+      self.encode_messages(messages, images, f"conversation {i}", videos)
+      for i, (messages, images, videos) in enumerate(
+        zip(conversations, rows("images", images), rows("videos", videos), strict=True)
+      )
     ])
 
   def encode(self, example: Example, system: str | None = None) -> EncodedPrompt:
@@ -286,24 +252,47 @@ class Processor:
     messages: Sequence[Message],
     images: Sequence[ImageLike] = (),
     name: str = "conversation",
+    videos: Sequence[Video] = (),
   ) -> EncodedPrompt:
     """One conversation up to the header of the assistant's turn; raises as `__call__`."""
-    ids = np.asarray(self._encode_chat(messages), np.int32)
-    marks = int((ids == self.image_token_id).sum())
-    if marks != len(images):
-      raise ValueError(f"{name}: {marks} images in the messages, but {len(images)} given")
-    if (ids == self.video_token_id).any():
-      raise ValueError(f"{name}: video input is not supported")
-    settings = self.image_settings
-    encoded = [
-      preprocess_image(image, settings, f"{name}, image {i}") for i, image in enumerate(images)
-    ]
-    grids = [grid for _, grid in encoded]
-    tokens, positions, feature_index = expand_images(
-      ids, grids, self.image_token_id, settings.merge_size
-    )
-    patch_positions, segments, windows = lay_out_patches(
-      grids, settings.merge_size, settings.patch_size, self.window_size
+    family, settings = self.family, self.image_settings
+    if self.video_settings is None and (videos or has_video(messages)):
+      raise ValueError(f"{name}: a video, but {family.config['model_type']} takes only images")
+    chat = self._chat.render(messages)
+    pieces = chat.pieces
+    for mark, given, what in (
+      (family.IMAGE_MARK, images, "images"),
+      (family.VIDEO_MARK, videos, "videos"),
+    ):
+      marks = pieces[1::2].count(mark)
+      if marks != len(given):
+        raise ValueError(f"{name}: {marks} {what} in the messages, but {len(given)} given")
+
+    patches = [np.zeros((0, settings.patch_dim), np.float32)]
+    visuals: list[Visual] = []
+    next_image, next_video = enumerate(images), enumerate(videos)
+    for at in range(1, len(pieces), 2):
+      if pieces[at] == family.IMAGE_MARK:
+        i, image = next(next_image)
+        more, stretches, pieces[at] = self._encode_image(image, f"{name}, image {i}")
+      elif pieces[at] == family.VIDEO_MARK:
+        i, video = next(next_video)
+        more, stretches, pieces[at] = self._encode_video(video, f"{name}, video {i}")
+      else:
+        continue
+      patches += more
+      visuals += stretches
+
+    # Only now, because what took the places of the marks may merge with the text around it.
+    ids = np.asarray(self._chat.encode(chat), np.int32)
+    tokens, positions, feature_index = expand_visuals(ids, visuals, settings.merge_size)
+    if not family.MROPE:
+      positions = np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], 3, axis=1)
+    patch_positions, grids, segments, windows = lay_out_patches(
+      [visual.grid for visual in visuals],
+      settings.merge_size,
+      settings.patch_size,
+      self.window_size,
     )
     _fit(len(tokens), self.prompt_buckets, "tokens", "prompt_buckets", name)
     _fit(len(segments), self.patch_buckets, "image patches", "patch_buckets", name)
@@ -313,13 +302,32 @@ class Processor:
       positions=positions,
       next_position=int(positions.max()) + 1,
       feature_index=feature_index,
-      patches=np.concatenate(
-        [np.zeros((0, settings.patch_dim), np.float32), *(patches for patches, _ in encoded)]
-      ),
+      patches=np.concatenate(patches),
       patch_positions=patch_positions,
+      patch_grids=grids,
       patch_segments=segments,
       patch_windows=windows,
     )
+
+  def _encode_image(
+    self, image: ImageLike, name: str
+  ) -> tuple[list[np.ndarray], list[Visual], str]:
+    """Patches of its views, where they stand, and the text they stand in."""
+    views = self.image_settings.views(decode_image(image, name))
+    encoded = [preprocess_image(view, self.image_settings, name) for view in views]
+    visuals = [Visual(grid, self.image_token_id) for _, grid in encoded]
+    return [patches for patches, _ in encoded], visuals, self.family.image_text(len(views))
+
+  def _encode_video(self, video: Video, name: str) -> tuple[list[np.ndarray], list[Visual], str]:
+    """Patches of its frames, where they stand, and the text they stand in."""
+    assert self.video_settings is not None and self.video_token_id is not None
+    patches, grid, indices = preprocess_video(video, self.video_settings, name)
+    visuals = [
+      Visual(part, self.video_token_id, step)
+      for part, step in self.family.video_stretches(grid, video, len(indices))
+    ]
+    times = families.group_times(indices, video.fps, self.image_settings.temporal_patch_size)
+    return [patches], visuals, self.family.video_text(times)
 
   def collate(
     self,
@@ -370,6 +378,7 @@ class Processor:
       feature_index=stack("feature_index", length, -1),
       patches=stack("patches", count),
       patch_positions=stack("patch_positions", count),
+      patch_grids=stack("patch_grids", count, 1),
       patch_segments=stack("patch_segments", count),
       patch_windows=stack("patch_windows", count),
     )
@@ -383,135 +392,13 @@ class Processor:
     return np.repeat(black, settings.patch_dim // len(black))
 
   def encode_target(self, text: str) -> list[int]:
-    """Token ids of a response to imitate, `<|im_end|>` last; special tokens in it stay text."""
-    return [*self._encode_plain(text), self.end_token_id]
+    """Token ids of a response to imitate, `end_token_id` last; special tokens in it stay text."""
+    return [*self._chat.encode_plain(text), self.end_token_id]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """i[T] -> text without special tokens."""
     ids = np.asarray(ids).tolist()
     return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-  def _encode_plain(self, text: str) -> list[int]:
-    return self._plain.encode(text, add_special_tokens=False).ids
-
-  def _encode_chat(self, messages: Sequence[Message]) -> list[int]:
-    """Token ids of the rendered chat, special tokens only where the template wrote them."""
-    hidden: list[str] = []
-    rendered = self.tokenizer.apply_chat_template(
-      self._hide(messages, hidden), tokenize=False, add_generation_prompt=True
-    )
-    ids = []
-    for text in self._special.split(rendered):
-      if text in self._special_ids:
-        ids.append(self._special_ids[text])
-      elif text:
-        if hidden:
-          text = re.sub(_HIDDEN, lambda match: hidden[int(match[1])], text)
-        ids.extend(self._encode_plain(text))
-    return ids
-
-  def _hide(self, value: Any, hidden: list[str]) -> Any:
-    """`value` with every special token inside a string replaced by a reference into `hidden`."""
-
-    def refer(text: str) -> str:
-      hidden.append(text)
-      return f"\ue000{len(hidden) - 1}\ue001"
-
-    if isinstance(value, str):
-      return self._to_hide.sub(lambda match: refer(match[0]), value)
-    if isinstance(value, Mapping):
-      return {key: self._hide(item, hidden) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-      items = [self._hide(item, hidden) for item in value]
-      # Two texts without anything between them could make a special token together.
-      for before, item in zip(items, items[1:], strict=False):
-        if _is_text(before) and _is_text(item):
-          item["text"] = refer("") + item["text"]
-      return items
-    return value
-
-
-def expand_images(
-  ids: np.ndarray, grids: Sequence[Grid], image_token_id: int, merge_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Each image token becomes as many as its image has visual tokens, and all get M-RoPE ids.
-
-  A text token has one id on all three axes; an image's tokens have (frame, row, column) ids from
-  where the text stopped, and the text goes on after the largest of rows and columns. Equals
-  `get_rope_index` of Qwen2_5_VLModel in transformers.
-
-  Args:
-    ids: i32[l], one image token for each of the `grids`.
-    grids: (frames, rows, columns) of patches.
-    image_token_id: the token to expand.
-    merge_size: merge_size² patches are one visual token.
-
-  Returns:
-    tokens i32[L], positions i32[L, 3], feature_index i32[L] (-1 for text).
-  """
-  tokens, positions, features = [], [], []
-  start = position = feature = 0
-
-  def add_text(end: int):
-    tokens.append(ids[start:end])
-    line = np.arange(position, position + end - start)
-    positions.append(np.repeat(line[:, None], 3, axis=1))
-    features.append(np.full(end - start, -1))
-
-  for mark, (frames, rows, cols) in zip(
-    np.flatnonzero(ids == image_token_id).tolist(), grids, strict=True
-  ):
-    add_text(mark)
-    position += mark - start
-    rows, cols = rows // merge_size, cols // merge_size
-    grid = np.indices((frames, rows, cols)).reshape(3, -1).T
-    tokens.append(np.full(len(grid), image_token_id))
-    positions.append(grid + position)
-    features.append(np.arange(feature, feature + len(grid)))
-    position += max(rows, cols)
-    feature += len(grid)
-    start = mark + 1
-  add_text(len(ids))
-  return (
-    np.concatenate(tokens).astype(np.int32),
-    np.concatenate(positions).astype(np.int32),
-    np.concatenate(features).astype(np.int32),
-  )
-
-
-def lay_out_patches(
-  grids: Sequence[Grid], merge_size: int, patch_size: int, window_size: int | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Where each patch is, and with which others it attends.
-
-  Windows are squares of window_size pixels, rounded down to whole visual tokens, cut at the right
-  and lower border. Equals `get_vision_position_ids` and, as a partition, `get_vision_window_index`
-  of transformers; without window_size a frame is one window.
-
-  Returns:
-    patch_positions i32[N, 2] (row, column), patch_segments i32[N] (frames, from 1),
-    patch_windows i32[N] (from 1, all images together).
-  """
-  positions = [np.zeros((0, 2), np.int32)]
-  segments = [np.zeros(0, np.int32)]
-  windows = [np.zeros(0, np.int32)]
-  num_segments = num_windows = 0
-  for frames, rows, cols in grids:
-    side = max(rows, cols)
-    if window_size is not None:
-      side = window_size // merge_size // patch_size * merge_size
-    down, across = -(-rows // side), -(-cols // side)
-    grid = np.indices((rows, cols), dtype=np.int32)
-    grid = grid.reshape(2, rows // merge_size, merge_size, cols // merge_size, merge_size)
-    grid = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)  # the patches of one token adjacent
-    window = grid[:, 0] // side * across + grid[:, 1] // side
-    for _ in range(frames):
-      positions.append(grid)
-      num_segments += 1
-      segments.append(np.full(len(grid), num_segments, np.int32))
-      windows.append(window + num_windows + 1)
-      num_windows += down * across
-  return np.concatenate(positions), np.concatenate(segments), np.concatenate(windows)
 
 
 def _fit(size: int, buckets: Sequence[int], what: str, field: str, name: str) -> int:
@@ -526,15 +413,3 @@ def _ascending(field: str, buckets: Sequence[int], multiple: int) -> tuple[int, 
   if not buckets or any(b < 1 or b % multiple for b in buckets):
     raise ValueError(f"{field}={tuple(buckets)}: expected positive multiples of {multiple}")
   return tuple(sorted(buckets))
-
-
-def _is_text(item: Any) -> bool:
-  return isinstance(item, dict) and isinstance(item.get("text"), str)
-
-
-def _read_json(path: pathlib.Path) -> Any:
-  return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,11 +6,13 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
 from jaxrl_vlm.data import images
 
-SIZES = [(1, 1), (28, 28), (29, 13), (14, 42), (99, 99), (5, 900), (199, 1), (640, 480), (33, 517)]
+SIZES = [(1, 1), (28, 28), (29, 13), (14, 42), (99, 99), (5, 900), (640, 480), (33, 517)]
+EXTREMES = [(200, 1), (1, 200), (3, 600), (2000, 10)]  # 200 is the most that is allowed
 
 
 def random_image(height, width, channels=3, seed=0):
@@ -40,7 +42,7 @@ def hf_patches(image, settings):
   return out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", SIZES + EXTREMES)
 def test_patches_equal_transformers(size):
   settings = images.ImageSettings(max_pixels=300 * 28 * 28)
   image = random_image(*size)
@@ -69,6 +71,97 @@ def test_patches_equal_transformers_for_random_sizes_and_settings(seed):
   expected, expected_grid = hf_patches(Image.fromarray(image), settings)
   assert grid == expected_grid
   np.testing.assert_array_equal(patches, expected)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (3584, 3584), (3600, 3570), (280, 28000)])
+def test_smallest_and_largest_image_of_published_settings(size):
+  settings = images.ImageSettings(min_pixels=56 * 56, max_pixels=12_845_056)
+  height, width = settings.size(*size)
+  assert (height, width) == hf.smart_resize(*size, 28, 56 * 56, 12_845_056)
+  assert height * width // 14**2 <= settings.max_patches == 65_536
+  if size == (56, 56):
+    patches, grid = images.preprocess_image(random_image(*size), settings)
+    assert grid == (1, 4, 4) and len(patches) == 16
+  if size == (3584, 3584):
+    assert height * width // 14**2 == 65_536
+
+
+def test_patches_of_the_largest_image_are_never_more_than_said():
+  """But of very narrow ones, when max_pixels is less than 200 visual tokens."""
+  rng = np.random.default_rng(0)
+  for _ in range(3000):
+    size = [int(2 ** rng.uniform(0, 13)) for _ in range(2)]
+    bound = int(rng.integers(100 * 784, 4000 * 784))
+    settings = images.ImageSettings(min_pixels=784, max_pixels=bound)
+    ratio = max(size) / min(size)
+    if ratio > 200 or ratio > bound / 784:
+      continue
+    height, width = settings.size(*size)
+    assert height * width // 14**2 <= settings.max_patches
+
+
+def gemma_views(image, settings):
+  """f32[views, C, H, W]."""
+  processor = Gemma3ImageProcessorPil(
+    size={"height": settings.height, "width": settings.width},
+    do_pan_and_scan=settings.do_pan_and_scan,
+    pan_and_scan_min_crop_size=settings.pan_and_scan_min_crop_size,
+    pan_and_scan_max_num_crops=settings.pan_and_scan_max_num_crops,
+    pan_and_scan_min_ratio_to_activate=settings.pan_and_scan_min_ratio_to_activate,
+  )
+  return processor([image], return_tensors="np")["pixel_values"]
+
+
+def check_gemma(image, settings):
+  expected = gemma_views(image, settings)
+  views = settings.views(images.decode_image(image))
+  assert len(views) == len(expected)
+  m, p = settings.merge_size, settings.patch_size
+  for view, pixels in zip(views, expected, strict=True):
+    patches, grid = images.preprocess_image(view, settings)
+    rows, cols = settings.height // p, settings.width // p
+    assert grid == (1, rows, cols)
+    # [tokens down, across, m, m, C, p, p] back to a picture.
+    picture = patches.reshape(rows // m, cols // m, m, m, 3, p, p).transpose(4, 0, 2, 5, 1, 3, 6)
+    np.testing.assert_array_equal(picture.reshape(pixels.shape), pixels)
+  return len(views)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (56, 56), (224, 224), (300, 7), (7, 300), (1, 900)])
+def test_gemma_equals_transformers(size):
+  settings = images.FixedImageSettings(height=56, width=56, merge_size=2)
+  assert check_gemma(Image.fromarray(random_image(*size)), settings) == 1
+
+
+def test_published_gemma_settings():
+  settings = images.FixedImageSettings(height=896, width=896)
+  assert settings.max_patches == 4096 and settings.patch_dim == 588
+  assert check_gemma(Image.fromarray(random_image(480, 640)), settings) == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_gemma_modes_equal_transformers(mode):
+  settings = images.FixedImageSettings(height=56, width=56, merge_size=2)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # transformers on deprecated arguments
+    check_gemma(Image.fromarray(random_image(60, 80, 4), "RGBA").convert(mode), settings)
+
+
+def test_pan_and_scan_equals_transformers():
+  rng = np.random.default_rng(0)
+  seen = set()
+  for _ in range(60):
+    settings = images.FixedImageSettings(
+      height=28, width=28, merge_size=2, do_pan_and_scan=True,
+      pan_and_scan_min_crop_size=int(rng.integers(5, 50)),
+      pan_and_scan_max_num_crops=int(rng.integers(2, 6)),
+      pan_and_scan_min_ratio_to_activate=float(rng.choice([1.0, 1.2, 2.0])),
+    )
+    size = [int(2 ** rng.uniform(3, 9)) for _ in range(2)]
+    views = check_gemma(Image.fromarray(random_image(*size)), settings)
+    assert views * 4 <= settings.max_patches
+    seen.add(views)
+  assert seen == {1, 3, 4, 5, 6}
 
 
 def test_smart_resize_equals_transformers():
