@@ -1,41 +1,164 @@
-"""What the vision tower and the decoder share: norm, gated MLP, rotary positions, attention."""
+"""What vision towers and decoders share: linear layers, norms, MLPs, rotation, attention."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxrl_vlm.models.config import LoRA, ModelConfig, MoE
+from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
 
 _MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
 
+# Under their names in `config.json`.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+class Adapter(nn.Module):
+  """alpha / rank · B·A·x, 0 at first because B is. x: [..., in] -> [..., features]."""
+
+  features: int
+  lora: LoRA
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    # Uniform in ±1/√in, as in PEFT.
+    start = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+    a = self.param("a", start, (x.shape[-1], self.lora.rank))
+    b = self.param("b", nn.initializers.zeros, (self.lora.rank, self.features))
+    down = jnp.matmul(x, a.astype(x.dtype))
+    return jnp.matmul(down, b.astype(x.dtype)) * (self.lora.alpha / self.lora.rank)
+
+
+class Dense(nn.Module):
+  """x·kernel + bias, and an adapter where the parameters hold one. x: [..., in].
+
+  The parameters decide: the same model applied to the same pytree without adapters is the model
+  that they adapt.
+  """
+
+  features: int
+  use_bias: bool
+  dtype: str
+  lora: LoRA | None = None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = x.astype(self.dtype)
+    kernel = self.param(
+        "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+    y = jnp.matmul(x, kernel.astype(x.dtype))
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+    if self.lora is not None and matches(self.lora.targets, self.path) and (
+        self.is_initializing() or "lora" in self.variables["params"]):
+      y = y + Adapter(self.features, self.lora, name="lora")(x)
+    return y
+
 
 class RMSNorm(nn.Module):
-  """x / rms(x) · scale, computed in float32. x: [..., D]."""
+  """x / rms(x) · scale, or · (1 + scale) with `offset`; in float32. x: [..., D]."""
+
+  eps: float = 1e-6
+  offset: bool = False
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    start = nn.initializers.zeros if self.offset else nn.initializers.ones
+    scale = self.param("scale", start, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    if self.offset:  # rounded once, after the product
+      return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
+    return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / std · scale + bias, in float32. x: [..., D]."""
 
   eps: float = 1e-6
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
     y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-    return scale.astype(x.dtype) * y.astype(x.dtype)
+    return (y * scale + bias).astype(x.dtype)
 
 
-class GatedMLP(nn.Module):
-  """SwiGLU: down(silu(gate(x)) · up(x)). x: [..., D]."""
+class MLP(nn.Module):
+  """down(act(up(x))), or down(act(gate(x)) · up(x)) when gated. x: [..., D]."""
 
   hidden: int
+  activation: str
+  gated: bool
   use_bias: bool
   dtype: str
+  lora: LoRA | None = None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     def dense(size, name):
-      return nn.Dense(size, use_bias=self.use_bias, dtype=self.dtype, name=name)
+      return Dense(size, self.use_bias, self.dtype, self.lora, name=name)
 
-    gated = nn.silu(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
-    return dense(x.shape[-1], "down")(gated)
+    act = ACTIVATIONS[self.activation]
+    if self.gated:
+      hidden = act(dense(self.hidden, "gate")(x)) * dense(self.hidden, "up")(x)
+    else:
+      hidden = act(dense(self.hidden, "up")(x))
+    return dense(x.shape[-1], "down")(hidden)
+
+
+class Experts(nn.Module):
+  """Each token through its k likeliest experts, weighted by their renormalised probabilities.
+
+  x: [..., D]. Tokens are sorted by expert, so that every expert multiplies only its own (ragged
+  matrix products); nothing is dropped. Source: Qwen3-VL-MoE in transformers.
+  """
+
+  moe: MoE
+  activation: str
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    e, k, hidden = self.moe.num_experts, self.moe.experts_per_token, self.moe.intermediate_size
+    width = x.shape[-1]
+    init = nn.initializers.lecun_normal(in_axis=1, out_axis=-1, batch_axis=0)
+    gate_up = self.param("gate_up", init, (e, width, 2, hidden)).astype(x.dtype)
+    down = self.param("down", init, (e, hidden, width)).astype(x.dtype)
+    tokens = x.reshape(-1, width)
+    scores = Dense(e, False, self.dtype, name="router")(tokens)
+    share, chosen = jax.lax.top_k(nn.softmax(scores.astype(jnp.float32)), k)  # [N, k]
+    share = (share / share.sum(axis=-1, keepdims=True)).astype(x.dtype)
+
+    order = jnp.argsort(chosen.reshape(-1))  # of the N·k (token, expert) pairs, by expert
+    counts = jnp.bincount(chosen.reshape(-1), length=e).astype(jnp.int32)
+    rows = tokens[order // k]
+    product = functools.partial(jax.lax.ragged_dot, group_sizes=counts)
+    act = ACTIVATIONS[self.activation]
+    y = act(product(rows, gate_up[:, :, 0])) * product(rows, gate_up[:, :, 1])
+    y = product(y, down)[jnp.argsort(order)].reshape(-1, k, width)
+    return jnp.einsum("nkd,nk->nd", y, share).reshape(x.shape)
+
+
+def mlp(config: ModelConfig, name: str) -> nn.Module:
+  """The decoder's MLP, or its experts."""
+  if config.moe is not None:
+    return Experts(config.moe, config.activation, config.dtype, name=name)
+  return MLP(config.intermediate_size, config.activation, True, False, config.dtype, config.lora,
+             name=name)
 
 
 def frequencies(dim: int, theta: float) -> Array:
@@ -51,7 +174,7 @@ def rotate(x: Array, angles: Array) -> Array:
   return rotated.astype(x.dtype)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+def attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
   """Softmax attention with grouped key/value heads, and its log-sum-exp.
 
   Args:
@@ -59,6 +182,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
     k: [B, S, K, D]; H is a multiple of K.
     v: [B, S, K, D].
     mask: bool, broadcastable to [B, Q, S]; true where a query sees a key.
+    scale: of the products of queries and keys.
 
   Returns:
     out [B, Q, H, D] and lse f32[B, Q, H]: the log of the softmax's denominator, by which two
@@ -67,8 +191,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
   b, n, h, d = q.shape
   kv = k.shape[2]
   grouped = q.reshape(b, n, kv, h // kv, d)
-  scores = jnp.einsum("bqkrd,bskd->bkrqs", grouped, k, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores * d**-0.5, _MASKED)
+  scores: Any = jnp.einsum("bqkrd,bskd->bkrqs", grouped, k, preferred_element_type=jnp.float32)
+  scores = jnp.where(mask[:, None, None], scores * scale, _MASKED)
   top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)

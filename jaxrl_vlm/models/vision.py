@@ -1,64 +1,136 @@
-"""The vision tower of Qwen2.5-VL: patches in, visual tokens in the decoder's width out."""
+"""The vision tower: patches in, visual tokens in the decoder's width out.
 
-import jax
+One tower for all families: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923: windows, RMS norm,
+gated MLP), Qwen3-VL (learned positions, DeepStack, 2406.04334) and Gemma 3's SigLIP (2303.15343,
+pooled as in 2503.19786); each as implemented in transformers.
+"""
+
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_vlm.models import layers
-from jaxrl_vlm.models.config import ModelConfig
-from jaxrl_vlm.types import Array
+from jaxrl_vlm.models.config import ModelConfig, VisionConfig
+from jaxrl_vlm.types import Array, Prompt
+
+
+def _norm(vision: VisionConfig, name: str) -> nn.Module:
+  kind = {"rms": layers.RMSNorm, "layer": layers.LayerNorm}[vision.norm]
+  return kind(vision.norm_eps, name=name)
 
 
 class VisionBlock(nn.Module):
-  """Pre-norm attention and gated MLP. Window attention unless this layer attends fully."""
+  """Pre-norm attention and MLP. Window attention unless this layer attends fully."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array, full: Array, angles: Array, segments: Array, windows: Array):
-    vision, dtype = self.config.vision, self.config.dtype
+  def __call__(self, x: Array, full: Array, angles: Array | None, segments: Array, windows: Array):
+    vision, dtype, lora = self.config.vision, self.config.dtype, self.config.lora
     b, n, d = x.shape
-    y = layers.RMSNorm(name="norm1")(x)
-    qkv = nn.Dense(3 * d, dtype=dtype, name="qkv")(y).reshape(b, n, 3, vision.num_heads, -1)
-    q, k = layers.rotate(qkv[:, :, 0], angles), layers.rotate(qkv[:, :, 1], angles)
+    heads = (b, n, vision.num_heads, d // vision.num_heads)
+    y = _norm(vision, "norm1")(x)
+    if vision.fused_qkv:
+      qkv = layers.Dense(3 * d, True, dtype, lora, name="qkv")(y).reshape(b, n, 3, *heads[2:])
+      q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    else:
+      q, k, v = (layers.Dense(d, True, dtype, lora, name=part)(y).reshape(heads)
+                 for part in "qkv")
+    if angles is not None:
+      q, k = layers.rotate(q, angles), layers.rotate(k, angles)
     # Attention does not depend on the order of patches, so a window is a mask, not a permutation.
     ids = jnp.where(full, segments, windows)
     mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
-    y, _ = layers.attend(q, k, qkv[:, :, 2], mask)
-    x = x + nn.Dense(d, dtype=dtype, name="proj")(y.reshape(b, n, d))
-    y = layers.RMSNorm(name="norm2")(x)
-    return x + layers.GatedMLP(vision.intermediate_size, True, dtype, name="mlp")(y), None
+    y, _ = layers.attend(q, k, v, mask, heads[-1]**-0.5)
+    x = x + layers.Dense(d, True, dtype, lora, name="proj")(y.reshape(b, n, d))
+    y = _norm(vision, "norm2")(x)
+    mlp = layers.MLP(vision.intermediate_size, vision.activation, vision.gated_mlp, True, dtype,
+                     lora, name="mlp")
+    return x + mlp(y), None
 
 
-class VisionTower(nn.Module):
-  """Patch embedding, blocks with 2-D rotary positions, and the merger.
+class Merger(nn.Module):
+  """merge² neighbouring patches become one visual token. x: [P, N, d] -> [P, N / merge², D]."""
 
-  Source: Qwen2.5-VL technical report (arXiv 2502.13923) and its implementation in transformers.
-  """
+  config: ModelConfig
+  norm_after: bool = False  # of all that is merged together, instead of every patch
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    config, vision = self.config, self.config.vision
+    merged = (x.shape[0], -1, vision.spatial_merge_size**2 * x.shape[-1])
+    norm = _norm(vision, "norm")
+    x = norm(x.reshape(merged)) if self.norm_after else norm(x).reshape(merged)
+    x = layers.Dense(x.shape[-1], True, config.dtype, config.lora, name="up")(x)
+    x = layers.ACTIVATIONS["gelu"](x)
+    return layers.Dense(vision.out_hidden_size, True, config.dtype, config.lora, name="down")(x)
+
+
+class PoolingMerger(nn.Module):
+  """The mean of merge² patches, normed and projected. x: [P, N, d] -> [P, N / merge², D]."""
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, patches: Array, positions: Array, segments: Array, windows: Array) -> Array:
-    """patches f32[P, N, patch_dim], positions i32[P, N, 2], ids i32[P, N] -> [P, N / merge², D]."""
+  def __call__(self, x: Array) -> Array:
+    config, vision = self.config, self.config.vision
+    x = _norm(vision, "post_norm")(x)
+    x = x.reshape(x.shape[0], -1, vision.spatial_merge_size**2, x.shape[-1]).mean(axis=2)
+    x = layers.RMSNorm(vision.norm_eps, config.norm_offset, name="norm")(x)
+    return layers.Dense(vision.out_hidden_size, False, config.dtype, config.lora, name="proj")(x)
+
+
+class VisionTower(nn.Module):
+  """Patch embedding, positions, blocks, merger."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, prompt: Prompt) -> tuple[Array, tuple[Array, ...]]:
+    """Visual tokens [P, F, D], and those of the DeepStack layers, in order."""
     config, vision = self.config, self.config.vision
     dtype, width = config.dtype, vision.hidden_size
-    x = nn.Dense(width, use_bias=False, dtype=dtype, name="patch_embed")(patches.astype(dtype))
-    freq = layers.frequencies(width // vision.num_heads // 2, vision.rope_theta)
-    angles = positions[..., None].astype(jnp.float32) * freq  # [P, N, 2, head_dim / 4]
-    angles = angles.reshape(*angles.shape[:2], -1)
+    x = layers.Dense(width, vision.patch_bias, dtype, config.lora, name="patch_embed")(
+        prompt.patches)
+    if vision.position_grid:
+      table = self.param("positions", nn.initializers.normal(0.02),
+                         (vision.position_grid**2, width))
+      x = x + _interpolate(table, vision.position_grid, prompt).astype(x.dtype)
+    angles = None
+    if vision.rope_theta:
+      freq = layers.frequencies(width // vision.num_heads // 2, vision.rope_theta)
+      angles = prompt.patch_positions[..., None].astype(jnp.float32) * freq  # [P, N, 2, head / 4]
+      angles = angles.reshape(*angles.shape[:2], -1)
 
-    full = jnp.isin(jnp.arange(vision.depth), jnp.array(vision.full_attention_layers, jnp.int32))
+    everywhere = range(vision.depth)
+    full = [i in (everywhere if vision.full_attention_layers is None
+                  else vision.full_attention_layers) for i in everywhere]
     block = nn.remat(VisionBlock, prevent_cse=False) if config.remat else VisionBlock
-    blocks = nn.scan(
-        block, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-        length=vision.depth,
-    )
-    x, _ = blocks(config, name="blocks")(x, full, angles, segments, windows)
+    taken = []
+    for i, (first, end) in enumerate(vision.segments):
+      blocks = nn.scan(
+          block, variable_axes={"params": 0}, split_rngs={"params": True},
+          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+          length=end - first)
+      x, _ = blocks(config, name=f"blocks{i}" if i else "blocks")(
+          x, jnp.array(full[first:end]), angles, prompt.patch_segments, prompt.patch_windows)
+      if i < len(vision.deepstack_layers):
+        taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(x))
+    merger = {"mlp": Merger, "pool": PoolingMerger}[vision.merger]
+    return merger(config, name="merger")(x), tuple(taken)
 
-    x = layers.RMSNorm(name="merger_norm")(x)
-    x = x.reshape(x.shape[0], -1, width * vision.spatial_merge_size**2)
-    x = nn.Dense(x.shape[-1], dtype=dtype, name="merger_in")(x)
-    x = jax.nn.gelu(x, approximate=False)
-    return nn.Dense(vision.out_hidden_size, dtype=dtype, name="merger_out")(x)
+
+def _interpolate(table: Array, side: int, prompt: Prompt) -> Array:
+  """Rows of a learned [side², D] table at each patch, bilinear, corners aligned. f32[P, N, D]."""
+  rows_and_cols = jnp.maximum(prompt.patch_grids - 1, 1).astype(jnp.float32)
+  at = prompt.patch_positions.astype(jnp.float32) * (side - 1) / rows_and_cols  # [P, N, 2]
+  low = jnp.floor(at)
+  share = at - low
+  taps = jnp.clip(jnp.stack([low, low + 1], axis=-1).astype(jnp.int32), 0, side - 1)
+  weights = jnp.stack([1 - share, share], axis=-1)
+  total = 0.0
+  for down in range(2):
+    for across in range(2):
+      index = taps[..., 0, down] * side + taps[..., 1, across]
+      weight = weights[..., 0, down] * weights[..., 1, across]
+      total = total + table[index].astype(jnp.float32) * weight[..., None]
+  return total

@@ -13,14 +13,14 @@ from jaxrl_vlm.types import Array, Params, Prompt
 
 
 class VLM(nn.Module):
-  """Qwen2.5-VL. `VLM(config).apply({"params": params}, ..., method="prefill")` and so on."""
+  """All families. `VLM(config).apply({"params": params}, ..., method="prefill")` and so on."""
 
   config: ModelConfig
 
   def setup(self):
     config = self.config
     self.vision = VisionTower(config)
-    self.embed = nn.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype)
+    self.tokens = nn.Embed(config.vocab_size, config.hidden_size, dtype=config.dtype, name="embed")
     self.decoder = Decoder(config)
     if not config.tied:
       self.head = self.param(
@@ -31,10 +31,11 @@ class VLM(nn.Module):
     hidden, _ = self.prefill(prompt)
     return self.unembed(hidden)
 
-  def features(self, prompt: Prompt) -> Array:
-    """Visual tokens [P, F, D]."""
-    return self.vision(
-        prompt.patches, prompt.patch_positions, prompt.patch_segments, prompt.patch_windows)
+  def embed(self, tokens: Array) -> Array:
+    """i32[...] -> [..., D]."""
+    x = self.tokens(tokens)
+    scale = self.config.embed_scale
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
   def prefill(self, prompt: Prompt) -> tuple[Array, Prefix]:
     """Runs the prompts once. Returns hidden [P, Lp, D] and the prefix that responses stand on.
@@ -42,12 +43,24 @@ class VLM(nn.Module):
     The prefix stops before the last prompt token: that one opens every response stream.
     """
     x = self.embed(prompt.tokens)
+    index = prompt.feature_index
+    is_image = index >= 0
+    deepstack = None
     if prompt.patches.shape[1]:
-      features = self.features(prompt)
-      index = prompt.feature_index
-      placed = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
-      x = jnp.where((index >= 0)[..., None], placed.astype(x.dtype), x)
-    hidden, (k, v), _ = self.decoder(x[:, None], prompt.positions[:, None])
+      def placed(features):
+        taken = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where(is_image[..., None], taken.astype(x.dtype), 0)
+
+      features, taken = self.vision(prompt)
+      x = jnp.where(is_image[..., None], placed(features), x)
+      if taken:
+        deepstack = jnp.stack([placed(features) for features in taken])
+    blocks = None
+    if self.config.bidirectional_images:
+      starts = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
+      blocks = jnp.cumsum(starts, axis=1) * is_image
+    hidden, (k, v), _ = self.decoder(
+        x[:, None], prompt.positions[:, None], blocks=blocks, deepstack=deepstack)
     return hidden[:, 0], Prefix(k=k[:, :, 0], v=v[:, :, 0], length=prompt.length - 1)
 
   def respond(self, prompt: Prompt, prefix: Prefix, tokens: Array) -> Array:
@@ -72,7 +85,7 @@ class VLM(nn.Module):
 
   def unembed(self, hidden: Array) -> Array:
     """Logits f32[..., V] of hidden [..., D]."""
-    head = self.embed.embedding.T if self.config.tied else self.head
+    head = self.tokens.embedding.T if self.config.tied else self.head
     return jnp.matmul(
         hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 

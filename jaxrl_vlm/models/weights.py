@@ -1,11 +1,16 @@
 """Hugging Face checkpoints in and out: names, shapes and layouts of every parameter."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -13,82 +18,225 @@ from safetensors.numpy import save_file
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Params
 
+Path = tuple[str, ...]
+
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
   """One parameter of ours and the tensor(s) of theirs that it equals.
 
   Attributes:
     path: in our pytree.
-    name: in theirs; `{}` stands for the layer number, and ours then stacks `layers` of them.
-    layers: how many, 0 for a parameter that is not stacked.
-    linear: theirs is [out, in], ours [in, out].
-    flatten: theirs has trailing axes that ours flattens (the 3-D convolution of the patches).
+    name: in transformers' model; `{}` stands for the layer number.
+    layers: numbers of the layers that ours stacks; None for a parameter that is not stacked.
+    kind: how the layouts differ:
+      "same": not at all;
+      "linear": theirs is [out, in], ours [in, out];
+      "patches": theirs is a convolution [out, C, (t,) p, p], ours [C·t·p·p, out];
+      "experts_in": theirs is [E, 2·I, D] in memory and [E, D, 2·I] in files, ours [E, D, 2, I];
+      "experts_out": theirs is [E, D, I] in memory and [E, I, D] in files, as is ours.
   """
 
-  path: tuple[str, ...]
+  path: Path
   name: str
-  layers: int = 0
-  linear: bool = False
-  flatten: bool = False
+  layers: range | None = None
+  kind: str = "same"
 
   def names(self) -> list[str]:
-    return [self.name.format(i) for i in range(self.layers)] if self.layers else [self.name]
+    return [self.name] if self.layers is None else [self.name.format(i) for i in self.layers]
 
-  def ours(self, tensor: np.ndarray) -> np.ndarray:
-    if self.flatten:
-      tensor = tensor.reshape(tensor.shape[0], -1)
-    return tensor.T if self.linear else tensor
+  def memory_shape(self, ours: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Shape of theirs in transformers' model, from that of (one layer of) ours."""
+    vision = config.vision
+    if self.kind == "linear":
+      return ours[::-1]
+    if self.kind == "patches":
+      time = () if config.family == "gemma3" else (vision.temporal_patch_size,)
+      return (ours[1], vision.in_channels, *time, vision.patch_size, vision.patch_size)
+    if self.kind == "experts_in":
+      return (ours[0], ours[2] * ours[3], ours[1])
+    return (ours[0], ours[2], ours[1]) if self.kind == "experts_out" else ours
 
-  def theirs(self, array: np.ndarray, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    array = array.T if self.linear else array
-    return np.ascontiguousarray(array.reshape(shape) if self.flatten and shape else array)
+  def file_shape(self, ours: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Shape of theirs in a published file."""
+    shape = self.memory_shape(ours, config)
+    return (shape[0], shape[2], shape[1]) if self.kind.startswith("experts") else shape
+
+  def read(self, tensor: Any, ours: tuple[int, ...], index: tuple[slice, ...],
+           config: ModelConfig) -> np.ndarray:
+    """Part `index` of (one layer of) ours, reading only that part of `tensor` where possible.
+
+    `tensor` can be sliced and has the shape of a file or, for experts, that in memory.
+    """
+    if self.kind == "same":
+      return tensor[index]
+    if self.kind == "linear":
+      return tensor[index[::-1]].T
+    if self.kind == "patches":  # small
+      return np.ascontiguousarray(tensor[:].reshape(ours[1], -1).T[index])
+    # As in transformers, what already has the shape in memory is not transposed.
+    swapped = _shape(tensor) == self.memory_shape(ours, config)
+    if self.kind == "experts_out":
+      return tensor[index[0], index[2], index[1]].swapaxes(1, 2) if swapped else tensor[index]
+    part = (tensor[index[0], :, index[1]].swapaxes(1, 2) if swapped
+            else tensor[index[0], index[1], :])
+    return part.reshape(*part.shape[:2], 2, -1)[:, :, index[2], index[3]]
+
+  def write(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Theirs, as in a published file, from (one layer of) ours."""
+    shape = self.file_shape(array.shape, config)
+    if self.kind in ("linear", "patches"):
+      array = array.T
+    elif self.kind.startswith("experts") and shape == self.memory_shape(array.shape, config):
+      # A square tensor: transformers takes it for the layout in memory.
+      return np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2))
+    return np.ascontiguousarray(array.reshape(shape))
 
 
-def entries(config: ModelConfig) -> Iterator[_Entry]:
-  """Every parameter of the model beside its name in a published checkpoint."""
-
-  def linear(path, name, layers=0, bias=False, **kw):
-    yield _Entry((*path, "kernel"), f"{name}.weight", layers, linear=True, **kw)
-    if bias:
-      yield _Entry((*path, "bias"), f"{name}.bias", layers)
-
-  blocks, depth = ("vision", "blocks"), config.vision.depth
-  yield from linear(("vision", "patch_embed"), "visual.patch_embed.proj", flatten=True)
-  for norm in ("norm1", "norm2"):
-    yield _Entry((*blocks, norm, "scale"), f"visual.blocks.{{}}.{norm}.weight", depth)
-  for ours, theirs in (("qkv", "attn.qkv"), ("proj", "attn.proj")):
-    yield from linear((*blocks, ours), f"visual.blocks.{{}}.{theirs}", depth, bias=True)
-  for part in ("gate", "up", "down"):
-    yield from linear((*blocks, "mlp", part), f"visual.blocks.{{}}.mlp.{part}_proj", depth, True)
-  yield _Entry(("vision", "merger_norm", "scale"), "visual.merger.ln_q.weight")
-  yield from linear(("vision", "merger_in"), "visual.merger.mlp.0", bias=True)
-  yield from linear(("vision", "merger_out"), "visual.merger.mlp.2", bias=True)
-
-  yield _Entry(("embed", "embedding"), "model.embed_tokens.weight")
-  layers, count = ("decoder", "layers"), config.num_layers
-  for ours, theirs in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm")):
-    yield _Entry((*layers, ours, "scale"), f"model.layers.{{}}.{theirs}.weight", count)
+def entries(config: ModelConfig) -> Iterator[Entry]:
+  """Every parameter of the model beside its name in transformers' model."""
+  yield from _vision_entries(config)
+  text = "model.language_model"
+  yield Entry(("embed", "embedding"), f"{text}.embed_tokens.weight")
+  ours, theirs, layers = ("decoder", "layers"), f"{text}.layers.{{}}", range(config.num_layers)
+  norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+  if config.post_norms:
+    norms = {"norm1": "input_layernorm", "post_norm1": "post_attention_layernorm",
+             "norm2": "pre_feedforward_layernorm", "post_norm2": "post_feedforward_layernorm"}
+  if config.qk_norm:
+    norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+  for part, name in norms.items():
+    yield Entry((*ours, part, "scale"), f"{theirs}.{name}.weight", layers)
   for part in ("q", "k", "v", "o"):
-    yield from linear(
-        (*layers, part), f"model.layers.{{}}.self_attn.{part}_proj", count, bias=part != "o")
-  for part in ("gate", "up", "down"):
-    yield from linear((*layers, "mlp", part), f"model.layers.{{}}.mlp.{part}_proj", count)
-  yield _Entry(("decoder", "norm", "scale"), "model.norm.weight")
+    yield from _linear((*ours, part), f"{theirs}.self_attn.{part}_proj", layers,
+                       bias=config.qkv_bias and part != "o")
+  if config.moe is None:
+    for part in ("gate", "up", "down"):
+      yield from _linear((*ours, "mlp", part), f"{theirs}.mlp.{part}_proj", layers)
+  else:
+    yield from _linear((*ours, "mlp", "router"), f"{theirs}.mlp.gate", layers)
+    for part, kind in (("gate_up", "experts_in"), ("down", "experts_out")):
+      yield Entry((*ours, "mlp", part), f"{theirs}.mlp.experts.{part}_proj", layers, kind)
+  yield Entry(("decoder", "norm", "scale"), f"{text}.norm.weight")
   if not config.tied:
-    yield _Entry(("head",), "lm_head.weight", linear=True)
+    yield Entry(("head",), "lm_head.weight", kind="linear")
 
 
-def _published_name(name: str) -> str:
-  """The name that hub checkpoints use, from either generation of transformers' names."""
-  for new, old in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-    if name.startswith(new):
-      return old + name.removeprefix(new)
+def _linear(path: Path, name: str, layers: range | None = None, bias: bool = False,
+            kind: str = "linear") -> Iterator[Entry]:
+  yield Entry((*path, "kernel"), f"{name}.weight", layers, kind)
+  if bias:
+    yield Entry((*path, "bias"), f"{name}.bias", layers)
+
+
+# Names of the parts of a vision tower, by family.
+_QWEN2 = {
+    "tower": "model.visual", "patch_embed": "patch_embed.proj", "block": "blocks.{}",
+    "norm1": "norm1", "norm2": "norm2", "qkv": "attn.qkv", "proj": "attn.proj",
+    "up": "mlp.fc1", "down": "mlp.fc2",
+    "merger_norm": "merger.ln_q", "merger_up": "merger.mlp.0", "merger_down": "merger.mlp.2"}
+_QWEN3 = _QWEN2 | {
+    "up": "mlp.linear_fc1", "down": "mlp.linear_fc2", "positions": "pos_embed.weight",
+    "merger_norm": "merger.norm", "merger_up": "merger.linear_fc1",
+    "merger_down": "merger.linear_fc2"}
+_VISION_NAMES = {
+    "qwen2_vl": _QWEN2,
+    "qwen2_5_vl": _QWEN2 | {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
+    "gemma3": {
+        "tower": "model.vision_tower", "patch_embed": "embeddings.patch_embedding",
+        "positions": "embeddings.position_embedding.weight", "block": "encoder.layers.{}",
+        "norm1": "layer_norm1", "norm2": "layer_norm2", "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "proj": "self_attn.out_proj",
+        "up": "mlp.fc1", "down": "mlp.fc2"},
+}
+
+
+def _vision_entries(config: ModelConfig) -> Iterator[Entry]:
+  vision, names = config.vision, _VISION_NAMES[config.family]
+  tower = names["tower"]
+
+  def norm(path, name, layers=None):
+    yield Entry((*path, "scale"), f"{name}.weight", layers)
+    if vision.norm == "layer":
+      yield Entry((*path, "bias"), f"{name}.bias", layers)
+
+  yield from _linear(("vision", "patch_embed"), f"{tower}.{names['patch_embed']}",
+                     bias=vision.patch_bias, kind="patches")
+  if vision.position_grid:
+    yield Entry(("vision", "positions"), f"{tower}.{names['positions']}")
+  for i, ends in enumerate(vision.segments):
+    path, layers = ("vision", f"blocks{i}" if i else "blocks"), range(*ends)
+    block = f"{tower}.{names['block']}"
+    for part in ("norm1", "norm2"):
+      yield from norm((*path, part), f"{block}.{names[part]}", layers)
+    for part in ("qkv", "q", "k", "v", "proj", "gate", "up", "down"):
+      if part in names:
+        where = ("mlp", part) if part in ("gate", "up", "down") else (part,)
+        yield from _linear((*path, *where), f"{block}.{names[part]}", layers, bias=True)
+  if vision.merger == "pool":
+    projector = "model.multi_modal_projector"
+    yield from norm(("vision", "merger", "post_norm"), f"{tower}.post_layernorm")
+    yield Entry(("vision", "merger", "norm", "scale"), f"{projector}.mm_soft_emb_norm.weight")
+    yield Entry(("vision", "merger", "proj", "kernel"), f"{projector}.mm_input_projection_weight")
+    return
+  mergers = [(("vision", "merger"), "")]
+  mergers += [(("vision", f"deepstack{i}"), f"deepstack_merger_list.{i}")
+              for i in range(len(vision.deepstack_layers))]
+  for path, other in mergers:
+    for part in ("norm", "up", "down"):
+      name = names[f"merger_{part}"]
+      name = f"{tower}.{other}.{name.partition('.')[2]}" if other else f"{tower}.{name}"
+      if part == "norm":
+        yield from norm((*path, part), name)
+      else:
+        yield from _linear((*path, part), name, bias=True)
+
+
+# Names in files -> names in transformers' model, for every generation of either.
+_CANONICAL = tuple((re.compile(pattern), name) for pattern, name in (
+    (r"^(model\.)?visual\.", "model.visual."),
+    (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+    (r"^(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
+    (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
+))
+# Names in transformers' model -> names in published files.
+_GEMMA3 = (("lm_head.", "language_model.lm_head."),
+           ("model.language_model.", "language_model.model."),
+           ("model.vision_tower.", "vision_tower.vision_model."),
+           ("model.multi_modal_projector.", "multi_modal_projector."))
+_OLD_QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
+_PUBLISHED = {"qwen2_vl": _OLD_QWEN, "qwen2_5_vl": _OLD_QWEN, "gemma3": _GEMMA3}
+
+
+def canonical_name(name: str) -> str:
+  """The name in transformers' model of a tensor in a file."""
+  for pattern, new in _CANONICAL:
+    if pattern.match(name):
+      return pattern.sub(new, name)
   return name
 
 
-class _Checkpoint:
-  """Tensors of a directory by published name; each is read from disk when it is asked for."""
+def published_name(name: str, family: str) -> str:
+  """The name in published files of a tensor of transformers' model."""
+  for old, new in _PUBLISHED.get(family, ()):
+    if name.startswith(old):
+      return new + name.removeprefix(old)
+  return name
+
+
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+  return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)
+
+
+class Checkpoint:
+  """Tensors of a directory by their names in transformers' model; read when they are asked for."""
 
   def __init__(self, path: pathlib.Path):
     index = path / "model.safetensors.index.json"
@@ -98,108 +246,208 @@ class _Checkpoint:
       files = ["model.safetensors"]
     self.path, self._where = path, {}
     for file in files:
-      try:
-        handle = safe_open(path / file, framework="numpy")
-      except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path / file}: no such file; expected model weights here") from None
-      except SafetensorError as e:
-        raise ValueError(f"{path / file}: not a complete safetensors file ({e})") from None
-      for name in handle.keys():  # noqa: SIM118 - not a mapping
-        self._where[_published_name(name)] = (handle, name, file)
+      with self._open(file) as handle:
+        for name in handle.keys():  # noqa: SIM118 - not a mapping
+          self._where[canonical_name(name)] = (file, name)
+
+  @contextlib.contextmanager
+  def _open(self, file: str) -> Iterator[Any]:
+    where = self.path / file
+    if where.parent.resolve() != self.path.resolve():
+      raise ValueError(f"{self.path / 'model.safetensors.index.json'}: names {file!r}, which is "
+                       "not a file of this directory")
+    try:
+      handle = safe_open(where, framework="numpy")
+    except FileNotFoundError:
+      raise FileNotFoundError(f"{where}: no such file; expected model weights here") from None
+    except SafetensorError as e:
+      raise ValueError(f"{where}: not a complete safetensors file ({e})") from None
+    with handle as opened:
+      yield opened
 
   def names(self) -> set[str]:
     return set(self._where)
 
-  def read(self, name: str) -> np.ndarray:
+  def file(self, name: str) -> str:
+    return self._where[name][0]
+
+  @contextlib.contextmanager
+  def tensor(self, name: str) -> Iterator[Any]:
+    """The tensor, to be sliced inside the `with`: its file is mapped into memory only there."""
     if name not in self._where:
       raise ValueError(f"{self.path}: tensor {name!r} is missing")
-    handle, stored, _ = self._where[name]
-    return handle.get_tensor(stored)
+    file, stored = self._where[name]
+    with self._open(file) as handle:
+      yield handle.get_slice(stored)
 
 
 def load_params(
     path: str | pathlib.Path,
     config: ModelConfig,
     shapes: Params,
-    put: Callable[[tuple[str, ...], np.ndarray], jax.Array],
+    shardings: Params | None = None,
 ) -> Params:
-  """Reads a checkpoint directory into our pytree, one parameter at a time.
+  """Reads a checkpoint directory into our pytree, one tensor at a time.
+
+  Stacked parameters are filled on the device layer by layer, so that the host never holds more
+  than one tensor besides what its devices hold; each host reads only what its devices hold.
 
   Args:
     path: a directory with `model.safetensors` or an index of shards.
     config: the architecture.
     shapes: pytree of ShapeDtypeStructs that the result must have.
-    put: moves one host array to its devices, given its path in the pytree.
+    shardings: where each parameter goes, a pytree like `shapes`; None is the default device.
 
   Raises:
     FileNotFoundError, ValueError: file missing or cut, tensor missing, left over or of another
       shape; one line naming file, tensor and expectation.
   """
-  source = _Checkpoint(pathlib.Path(path))
-  flat = {tuple(k.key for k in keys): leaf for keys, leaf in jax.tree.leaves_with_path(shapes)}
-  used: set[str] = set()
+  source = Checkpoint(pathlib.Path(path))
+  flat, places = by_path(shapes), by_path(shardings) if shardings is not None else {}
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  every = list(entries(config))
+  _check(source, every, flat, config)
   loaded = {}
+  for entry in every:
+    want, place = flat[entry.path], places.get(entry.path, here)
+    loaded[entry.path] = _load(source, entry, want, place, config)
+  return jax.tree.map_with_path(lambda keys, x: loaded.get(_keys(keys), x), shapes)
+
+
+def stored_shapes(path: str | pathlib.Path, config: ModelConfig, shapes: Params) -> Params:
+  """`shapes` with the dtypes that a checkpoint directory stores."""
+  source, stored = Checkpoint(pathlib.Path(path)), {}
   for entry in entries(config):
-    want = flat[entry.path]
-    one = want.shape[1:] if entry.layers else want.shape
-    out = np.empty(want.shape, want.dtype)
-    for i, name in enumerate(entry.names()):
-      tensor = entry.ours(source.read(name))
-      if tensor.shape != one:
-        raise ValueError(
-            f"{path}: tensor {name!r} has shape {entry.theirs(tensor).shape}, expected "
-            f"{tuple(reversed(one)) if entry.linear else one}")
-      out[i if entry.layers else ...] = tensor
+    with source.tensor(entry.names()[0]) as tensor:
+      stored[entry.path] = jnp.dtype(_DTYPES[tensor.get_dtype()])
+  return jax.tree.map_with_path(
+      lambda keys, x: jax.ShapeDtypeStruct(x.shape, stored[_keys(keys)]), shapes)
+
+
+def _check(source: Checkpoint, every: list[Entry], flat: Mapping[Path, Any], config: ModelConfig):
+  """All tensors are there with the right shapes, and no other; before anything is read."""
+  used: set[str] = set()
+  for entry in every:
+    want = flat[entry.path].shape
+    one = want if entry.layers is None else want[1:]
+    expected = entry.file_shape(one, config)
+    for name in entry.names():
+      with source.tensor(name) as tensor:
+        shape = _shape(tensor)
+      if shape not in (expected, entry.memory_shape(one, config)):
+        raise ValueError(f"{source.path / source.file(name)}: tensor {name!r} has shape {shape}, "
+                         f"expected {expected}")
       used.add(name)
-    loaded[entry.path] = put(entry.path, out)
   # A tied head may be stored a second time.
   extra = source.names() - used - ({"lm_head.weight"} if config.tied else set())
   if extra:
-    raise ValueError(f"{path}: tensor {min(extra)!r} has no place in this model "
-                     f"({len(extra)} such; does config.json belong to these weights?)")
-  return jax.tree.map_with_path(lambda keys, _: loaded[tuple(k.key for k in keys)], shapes)
+    name = min(extra)
+    raise ValueError(f"{source.path / source.file(name)}: tensor {name!r} has no place in this "
+                     f"model ({len(extra)} such; does config.json belong to these weights?)")
+
+
+def _load(source: Checkpoint, entry: Entry, want: Any, place: Any, config: ModelConfig
+          ) -> jax.Array:
+  shape, dtype = tuple(want.shape), want.dtype
+
+  def put(name: str, shape: tuple[int, ...], place: Any) -> jax.Array:
+    with source.tensor(name) as tensor:
+      def part(index):
+        got = entry.read(tensor, shape, index, config)
+        return np.ascontiguousarray(got.astype(dtype))
+
+      return jax.make_array_from_callback(shape, place, part)
+
+  if entry.layers is None:
+    return put(entry.name, shape, place)
+  if isinstance(place, jax.sharding.NamedSharding):
+    assert not place.spec or place.spec[0] is None, "the axis of layers is never split"
+    layer = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+  else:
+    layer = place
+  out = jnp.zeros(shape, dtype, device=place)
+  fill = _filler(place)
+  for i, name in enumerate(entry.names()):
+    out = fill(out, put(name, shape[1:], layer), np.int32(i))
+    out.block_until_ready()  # or the host would run ahead and hold many layers
+  return out
+
+
+@functools.lru_cache(maxsize=64)
+def _filler(place: Any):
+  """Writes one layer into a stacked parameter, in place."""
+  return jax.jit(
+      lambda whole, one, i: jax.lax.dynamic_update_index_in_dim(whole, one, i, 0),
+      donate_argnums=0, out_shardings=place)
+
+
+def by_path(tree: Any) -> dict[Path, Any]:
+  """Leaves of nested dictionaries by their path."""
+  return {_keys(keys): leaf for keys, leaf in jax.tree.leaves_with_path(
+      tree, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))}
+
+
+def _keys(keys: Any) -> Path:
+  return tuple(k.key for k in keys)
+
+
+def tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+  """Names in published files and, when called, the tensors themselves, fetched one at a time."""
+  flat = by_path(params)
+  for entry in entries(config):
+    array = flat[entry.path]
+    for i, name in enumerate(entry.names()):
+      def fetch(entry=entry, array=array, i=i):
+        one = array if entry.layers is None else array[i]
+        return entry.write(np.asarray(jax.device_get(one)), config)
+
+      yield published_name(name, config.family), fetch
 
 
 def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
                 shard_bytes: int = 5 * 2**30) -> None:
   """Writes `config.json` and safetensors under published names; shards above `shard_bytes`.
 
-  The files appear under their names only when complete.
+  The files appear under their names only when complete; no more than one shard is held at a time.
   """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
-  vision = config.vision
-  conv = (vision.hidden_size, vision.in_channels, vision.temporal_patch_size,
-          vision.patch_size, vision.patch_size)
-  flat = {tuple(k.key for k in keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
-  shards: list[dict[str, np.ndarray]] = [{}]
+  flat = by_path(params)
+  shards: list[list[str]] = [[]]
   size = total = 0
   for entry in entries(config):
-    array = np.asarray(jax.device_get(flat[entry.path]))
-    for i, name in enumerate(entry.names()):
-      tensor = entry.theirs(array[i] if entry.layers else array, conv)
-      if size and size + tensor.nbytes > shard_bytes:
-        shards.append({})
+    nbytes = flat[entry.path].nbytes // len(entry.layers or [0])
+    for name in entry.names():
+      if size and size + nbytes > shard_bytes:
+        shards.append([])
         size = 0
-      shards[-1][name] = tensor
-      size, total = size + tensor.nbytes, total + tensor.nbytes
-
-  def write(name: str, save: Callable[[pathlib.Path], object]) -> None:
-    temporary = path / f".{name}.tmp"
-    save(temporary)
-    temporary.chmod(0o644)  # safetensors leaves it to its owner alone
-    temporary.replace(path / name)
+      shards[-1].append(published_name(name, config.family))
+      size, total = size + nbytes, total + nbytes
 
   count = len(shards)
-  names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-  names = ["model.safetensors"] if count == 1 else names
-  for name, tensors in zip(names, shards, strict=True):
-    write(name, lambda f, t=tensors: save_file(t, f, metadata={"format": "pt"}))
+  files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+  files = ["model.safetensors"] if count == 1 else files
+  source = tensors(config, params)
+  for file, names in zip(files, shards, strict=True):
+    held = {}
+    for _ in names:
+      name, fetch = next(source)
+      held[name] = fetch()
+    write_file(path / file, lambda f, held=held: save_file(held, f, metadata={"format": "pt"}))
+  index = path / "model.safetensors.index.json"
   if count > 1:
-    index = {"metadata": {"total_size": total},
-             "weight_map": {k: n for n, t in zip(names, shards, strict=True) for k in t}}
-    write("model.safetensors.index.json", lambda f: f.write_text(json.dumps(index, indent=1)))
+    content = {"metadata": {"total_size": total},
+               "weight_map": {k: f for f, names in zip(files, shards, strict=True) for k in names}}
+    write_file(index, lambda f: f.write_text(json.dumps(content, indent=1)))
   else:  # an index that an earlier model left would name other files
-    (path / "model.safetensors.index.json").unlink(missing_ok=True)
-  write("config.json", lambda f: f.write_text(json.dumps(json.loads(config.hf), indent=2)))
+    index.unlink(missing_ok=True)
+  write_file(path / "config.json",
+             lambda f: f.write_text(json.dumps(json.loads(config.hf), indent=2)))
+
+
+def write_file(path: pathlib.Path, save: Callable[[pathlib.Path], object]) -> None:
+  """Writes a file that appears under its name only when it is complete."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  save(temporary)
+  temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+  temporary.replace(path)
