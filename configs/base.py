@@ -13,10 +13,28 @@ def model() -> ConfigDict:
   c.path = ""
   # An untrained model made on the spot instead of `path` (see jaxrl_vlm/scratch.py); {} for none.
   c.scratch = ConfigDict()
+  # Sizes between which images are scaled, in pixels; 0: as the directory says.
+  c.min_pixels = 0
+  c.max_pixels = 0
   # Of activations: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
   c.dtype = "auto"
-  # Of parameters and optimizer state.
+  # Of parameters that train, and of optimizer state.
   c.param_dtype = "float32"
+  # Patterns of the parameters that train: ("decoder",), ("!vision",), ("decoder", "head"),
+  # ("vision/merger",), ("lora",); names of levels as in jaxrl_vlm/models/patterns.py, the top ones
+  # being vision, embed, decoder and head. () is everything or, with LoRA, the adapters. Gradients
+  # and optimizer state exist only for what trains; the rest lies in `dtype`.
+  c.trainable = ()
+  # Adapters (LoRA), saved both folded into the model and as a PEFT directory.
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # 0 for none
+  c.lora.alpha = 32.0  # an adapter's output is scaled by alpha / rank
+  # Patterns of the linear layers that get one. All of the decoder: ("decoder",); also of the vision
+  # tower and its merger: ("decoder", "vision"); only some: ("layers/q", "layers/v"), ("decoder",
+  # "!mlp"). Experts of a mixture and their router never get one, nor embeddings.
+  c.lora.targets = ("decoder",)
+  # A PEFT directory of this rank, alpha and targets to continue from; "" starts new adapters.
+  c.lora.path = ""
   # Recompute each layer in the backward pass: less memory, a third more compute.
   c.remat = False
   return c

@@ -6,7 +6,7 @@ result is an ordinary Hugging Face directory, so everything after it is the ordi
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -53,6 +53,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
   return fast
 
 
+def _config_json(architecture: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
+  """`ids` of <|image_pad|>, <|video_pad|>, <|vision_start|>, <|vision_end|>, end and padding."""
+  text, vision = dict(architecture["text"]), dict(architecture["vision"])
+  image, video, start, end, eos, pad = ids
+  return {
+      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+      "model_type": "qwen2_5_vl",
+      "dtype": "float32",
+      "tie_word_embeddings": bool(architecture["tie_word_embeddings"]),
+      "image_token_id": image, "video_token_id": video,
+      "vision_start_token_id": start, "vision_end_token_id": end,
+      "text_config": {"model_type": "qwen2_5_vl_text", "rms_norm_eps": 1e-6, "bos_token_id": pad,
+                      "eos_token_id": eos, "pad_token_id": pad, **text},
+      "vision_config": {"model_type": "qwen2_5_vl_vision", "out_hidden_size": text["hidden_size"],
+                        **vision},
+  }
+
+
+def model_config(architecture: Mapping[str, Any]) -> models.ModelConfig:
+  """What `create` would make, but for the numbers of its special tokens."""
+  return models.from_hf(_config_json(architecture, range(6)))
+
+
 def create(path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Iterable[str],
            seed: int = 0) -> None:
   """Writes the directory with random weights.
@@ -67,25 +90,14 @@ def create(path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Ite
   """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
-  text, vision = dict(architecture["text"]), dict(architecture["vision"])
-  tokenizer = train_tokenizer(texts, text["vocab_size"])
+  vision = architecture["vision"]
+  tokenizer = train_tokenizer(texts, architecture["text"]["vocab_size"])
   tokenizer.save_pretrained(path)
   ids: Any = tokenizer.convert_tokens_to_ids(
       ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>",
        "<|endoftext|>"])
-  image, video, start, end, eos, pad = ids
-  hf = {
-      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-      "model_type": "qwen2_5_vl",
-      "dtype": "float32",
-      "tie_word_embeddings": bool(architecture["tie_word_embeddings"]),
-      "image_token_id": image, "video_token_id": video,
-      "vision_start_token_id": start, "vision_end_token_id": end,
-      "text_config": {"model_type": "qwen2_5_vl_text", "rms_norm_eps": 1e-6, "bos_token_id": pad,
-                      "eos_token_id": eos, "pad_token_id": pad, **text},
-      "vision_config": {"model_type": "qwen2_5_vl_vision", "out_hidden_size": text["hidden_size"],
-                        **vision},
-  }
+  hf = _config_json(architecture, ids)
+  eos, pad = ids[-2:]
   generation = {"eos_token_id": [eos], "pad_token_id": pad, "bos_token_id": pad}
   preprocessor = {
       "image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "do_rescale": True,

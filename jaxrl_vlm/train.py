@@ -27,7 +27,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
   parallel.choose_platform()
   parallel.cache_compilations()
-  from jaxrl_vlm import models, report, stages
+  from jaxrl_vlm import report, stages
 
   workdir = pathlib.Path(workdir)
   stages.check(config)
@@ -36,7 +36,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
   try:
     run = stages.run_all(config, workdir)
     final = workdir / "model"
-    models.save_pretrained(final, run.model, run.params, run.processor)
+    adapter = _save(run, workdir)
   except stages.Stopped as stopped:
     report.write_report(workdir)
     print(f"{stopped}; the same command continues.")
@@ -51,11 +51,27 @@ def train(config, workdir: str | pathlib.Path) -> None:
     metrics.results_table(changes)
   print(f"""
 finished in {metrics.duration(time.monotonic() - began)}
-  model        {final}
+  model        {final}{adapter}
   report       {page}
   metrics      {workdir / 'metrics.jsonl'} (TensorBoard: --logdir {workdir})
   rollouts     {workdir / 'rollouts'}
   checkpoints  {workdir / 'checkpoints'}""")
+
+
+def _save(run, workdir: pathlib.Path) -> str:
+  """Writes the model and, where nothing but adapters trained, these; a line that says so."""
+  from jaxrl_vlm import models
+  from jaxrl_vlm.models import lora
+
+  params, config, line = run.params, run.model.config, ""
+  if config.lora is not None:
+    # Otherwise the adapters do not belong to the model that the run began with.
+    if not lora.strip(run.trained):
+      lora.save_adapter(workdir / "adapter", config, params, run.model_path)
+      line = f"\n  adapter      {workdir / 'adapter'} (of {run.model_path})"
+    params = lora.merged(params, config, donate=True)
+  models.save_pretrained(workdir / "model", run.model, params, run.processor)
+  return line
 
 
 def main(args: types.SimpleNamespace) -> None:

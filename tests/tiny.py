@@ -66,9 +66,7 @@ def make_hf(path: pathlib.Path, *, family: str = "qwen2_5_vl", tied: bool = Fals
     for name, parameter in model.named_parameters():
       # transformers starts biases at 0 and scales at 1, behind which a wrong name would hide;
       # and its small weights would give answers that hardly depend on the image.
-      if parameter.ndim == 1:
-        parameter.add_(0.1 * torch.randn_like(parameter))
-      elif not parameter.any():
+      if parameter.ndim == 1 or not parameter.any():
         parameter.add_(0.1 * torch.randn_like(parameter))
       elif "embed_tokens" not in name or not tied:
         parameter.mul_(4.0)
@@ -149,9 +147,14 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
     if found[is_video]:
       inputs[pixels] = torch.tensor(np.concatenate([a for a, _ in found[is_video]]))
       inputs[grid] = torch.tensor([[int(n) for n in g] for _, g in found[is_video]])
-  if video.any():  # their times follow from the frames per second, which are not in a Prompt
-    positions = np.asarray(prompt.positions[row, :length]).astype(np.int64)
-    inputs["position_ids"] = torch.tensor(positions.T)[:, None]
+  if video.any() and config.model_type == "qwen2_5_vl":
+    # The seconds between temporal patches, from the ids of the first two of each video.
+    times = np.asarray(prompt.positions[row, :length, 0])
+    per_second = config.vision_config.tokens_per_second
+    starts = [b for b in edges[:-1] if kinds[b] == 2]
+    inputs["second_per_grid_ts"] = torch.tensor([
+        (times[b + int(t[1:].prod()) // merge] - times[b]) / per_second
+        for b, t in zip(starts, inputs["video_grid_thw"], strict=True)])
   return inputs
 
 

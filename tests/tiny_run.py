@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ARCHITECTURE = {
     "tie_word_embeddings": False,
     "min_pixels": 16 * 16,
-    "max_pixels": 64 * 64,
+    "max_pixels": 48 * 48,
     "text": {
         "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -64,6 +64,21 @@ def get_config():
   c.reward_workers = 1
   c.reward_timeout = 60.0  # a busy machine must not cost a reward
   c.max_bad_steps = 2
+  return c
+
+
+def get_lora_config():
+  """The RL stage twice, training adapters alone: the first compares with the model without them,
+  the second with those that the first trained."""
+  c = get_config()
+  c.model.lora.rank, c.model.lora.alpha = 4, 8.0
+  c.model.lora.targets = ("decoder", "vision/blocks")
+  _, rl = c.stages
+  rl.steps = 3
+  rl.eval.examples = 0
+  rl.optimizer.learning_rate = 1e-2
+  c.stages = (rl.copy_and_resolve_references(), rl.copy_and_resolve_references())
+  c.checkpoint.keep = 10
   return c
 
 

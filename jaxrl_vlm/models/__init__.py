@@ -2,22 +2,26 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_vlm.models import lora as lora_lib
 from jaxrl_vlm.models import weights
-from jaxrl_vlm.models.config import ModelConfig, VisionConfig, from_hf
+from jaxrl_vlm.models.config import LoRA, ModelConfig, VisionConfig
+from jaxrl_vlm.models.families import from_hf
+from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.models.vlm import VLM, empty_cache, logits
 from jaxrl_vlm.types import Params, Prompt
 
 if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
-__all__ = ["VLM", "ModelConfig", "VisionConfig", "abstract_params", "dummy_prompt", "empty_cache",
-           "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
+__all__ = ["VLM", "LoRA", "ModelConfig", "VisionConfig", "abstract_params", "dummy_prompt",
+           "empty_cache", "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
            "save_pretrained"]
 
 
@@ -34,14 +38,30 @@ def dummy_prompt(config: ModelConfig, num_prompts: int = 1, length: int = 8,
       feature_index=np.full((num_prompts, length), -1, np.int32),
       patches=np.zeros((num_prompts, n, config.vision.patch_dim), np.float32),
       patch_positions=np.zeros((num_prompts, n, 2), np.int32),
+      patch_grids=np.ones((num_prompts, n, 2), np.int32),
       patch_segments=ids, patch_windows=ids)
 
 
-def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
-  """Shapes and dtypes of the parameters; nothing is allocated."""
+# What is computed in float32 whatever the dtype of activations; all else is cast to that first.
+_FLOAT32 = ("scale", "*norm*/bias", "positions")
+
+
+def abstract_params(config: ModelConfig, dtype: str = "float32", trainable: Sequence[str] = ()
+                    ) -> Params:
+  """Shapes and dtypes of the parameters; nothing is allocated.
+
+  Those that `trainable` (patterns; () is all) leaves out have the dtype of activations in place
+  of `dtype`, where that does not change the results.
+  """
   shapes = jax.eval_shape(
       lambda: VLM(config).init(jax.random.key(0), dummy_prompt(config))["params"])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
+
+  def one(keys, x):
+    path = tuple(k.key for k in keys)
+    keep = matches(trainable, path) or matches(_FLOAT32, path)
+    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype if keep else config.dtype))
+
+  return jax.tree.map_with_path(one, shapes)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
@@ -58,15 +78,18 @@ def from_directory(path: str | pathlib.Path, dtype: str | None = None, remat: bo
         f"{path / 'config.json'}: no such file; expected a Hugging Face model directory")
   generation = path / "generation_config.json"
   stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+  stops = {} if not stops else {
+      "stop_tokens": tuple(stops) if isinstance(stops, list) else (stops,)}
   if dtype is None:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   return from_hf(json.loads((path / "config.json").read_text()), dtype=dtype, remat=remat,
-                 stop_tokens=stops)
+                 **stops)
 
 
 def load_pretrained(
     path: str | pathlib.Path, *, dtype: str | None = None, param_dtype: str = "float32",
-    remat: bool = False, put=None, **processor_options) -> "tuple[VLM, Params, Processor]":
+    remat: bool = False, lora: LoRA | None = None, trainable: Sequence[str] = (), seed: int = 0,
+    shardings: Params | None = None, **processor_options) -> "tuple[VLM, Params, Processor]":
   """Loads a Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor.
 
   Args:
@@ -74,7 +97,11 @@ def load_pretrained(
     dtype: of activations; None means bfloat16 on accelerators and float32 on CPU.
     param_dtype: of the parameters.
     remat: recompute layers in the backward pass.
-    put: (path in the pytree, host array) -> device array; None puts all on the default device.
+    lora: adapters to add, which change nothing yet.
+    trainable: patterns (`models/patterns.py`); parameters that they leave out lie in `dtype`.
+      () is all.
+    seed: of the adapters.
+    shardings: a pytree like the parameters: where each goes; None is the default device.
     **processor_options: of `Processor.from_pretrained`: buckets, pixel limits.
 
   Returns:
@@ -85,9 +112,13 @@ def load_pretrained(
   """
   from jaxrl_vlm.data.processor import Processor
 
-  config = from_directory(path, dtype=dtype, remat=remat)
-  put = put or (lambda _, x: jax.device_put(x))
-  params = weights.load_params(path, config, abstract_params(config, param_dtype), put)
+  config = from_directory(path, dtype=dtype, remat=remat).replace(lora=lora)
+  shapes = abstract_params(config, param_dtype, trainable)
+  params = weights.load_params(path, config, lora_lib.strip(shapes),
+                               None if shardings is None else lora_lib.strip(shardings))
+  if lora is not None:
+    adapters = lora_lib.init_adapters(shapes, jax.random.key(seed), shardings)
+    params = lora_lib.merge(params, adapters)
   processor = Processor.from_pretrained(path, **processor_options)
   # config.json does not name every vision token; the tokenizer does.
   banned = {*config.suppressed_tokens, *processor.image_token_ids_never_sampled}
@@ -96,6 +127,9 @@ def load_pretrained(
 
 def save_pretrained(path: str | pathlib.Path, model: VLM, params: Params,
                     processor: "Processor") -> None:
-  """Writes a Hugging Face directory that transformers loads to the same logits."""
-  weights.save_params(path, model.config, params)
+  """Writes a Hugging Face directory that transformers loads to the same logits.
+
+  Adapters are folded into the weights.
+  """
+  weights.save_params(path, model.config, lora_lib.merged(params, model.config))
   processor.save_pretrained(path)

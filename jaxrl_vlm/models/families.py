@@ -27,15 +27,20 @@ def from_hf(config: Json, **overrides) -> ModelConfig:
                      + ", ".join(map(repr, FAMILIES)))
   try:
     text = {**_DEFAULTS.get(family, {}), **config, **(config.get("text_config") or {})}
-    fields = FAMILIES[family](config, text)
+    fields = _common(config, text) | FAMILIES[family](config, text) | overrides
+    return ModelConfig(**fields)
   except KeyError as error:
     raise ValueError(f"config.json: {error.args[0]} is missing") from None
-  stops = overrides.pop("stop_tokens", None) or text.get("eos_token_id") or ()
+
+
+def _common(config: Json, text: Json) -> dict[str, Any]:
+  stops = text.get("eos_token_id") or ()
   stops = tuple(stops) if isinstance(stops, list | tuple) else (stops,)
-  pad = text.get("pad_token_id")
-  heads = text["num_attention_heads"]
-  common = {
-      "family": family,
+  pad, heads = text.get("pad_token_id"), text["num_attention_heads"]
+  special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
+             "vision_token_id", "image_token_index", "boi_token_index", "eoi_token_index")
+  return {
+      "family": config["model_type"],
       "vocab_size": text["vocab_size"],
       "hidden_size": text["hidden_size"],
       "intermediate_size": text["intermediate_size"],
@@ -45,14 +50,11 @@ def from_hf(config: Json, **overrides) -> ModelConfig:
       "head_dim": _head_dim(text),
       "rms_norm_eps": text.get("rms_norm_eps", 1e-6),
       "suppressed_tokens": tuple(sorted({
-          value for key, value in config.items() if isinstance(value, int) and key in (
-              "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-              "vision_token_id", "image_token_index", "boi_token_index", "eoi_token_index")})),
+          config[key] for key in special if config.get(key) is not None})),
       "stop_tokens": stops,
       "pad_token": pad if pad is not None else (stops[0] if stops else 0),
       "hf": json.dumps(config, sort_keys=True),
   }
-  return ModelConfig(**(common | fields | overrides))
 
 
 def _qwen2_vl(config: Json, text: Json) -> dict[str, Any]:

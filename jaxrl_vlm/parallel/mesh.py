@@ -16,9 +16,13 @@ from jax.sharding import PartitionSpec as Spec
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
     (r"head", ("fsdp", "tensor")),
-    (r"(q|k|v|qkv|gate|up|merger_in|patch_embed)/kernel", ("fsdp", "tensor")),
-    (r"(o|proj|down|merger_out)/kernel", ("tensor", "fsdp")),
-    (r"(q|k|v|qkv|gate|up|merger_in)/bias", ("tensor",)),
+    (r"(q|k|v|qkv|gate|up|patch_embed)/kernel", ("fsdp", "tensor")),
+    (r"(o|proj|down)/kernel", ("tensor", "fsdp")),
+    (r"(q|k|v|qkv|gate|up)/bias", ("tensor",)),
+    (r"mlp/gate_up", ("fsdp", None, "tensor")),  # of experts
+    (r"mlp/down", ("tensor", "fsdp")),
+    (r"lora/a", ("fsdp", None)),
+    (r"lora/b", (None, "tensor")),
 )
 
 

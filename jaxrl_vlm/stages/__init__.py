@@ -6,13 +6,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import objectives, parallel, rewards
+from jaxrl_vlm import models, objectives, parallel, rewards
 from jaxrl_vlm.checkpoint import Unreadable
 from jaxrl_vlm.data import sources
-from jaxrl_vlm.errors import UserError, hint, validation
+from jaxrl_vlm.errors import UserError, hint, one_line, validation
+from jaxrl_vlm.models import lora
 from jaxrl_vlm.stages import rl, sft
 from jaxrl_vlm.stages.programs import make_optimizer
-from jaxrl_vlm.stages.run import Run, Stopped, source_spec
+from jaxrl_vlm.stages.run import Run, Stopped, lora_of, source_spec, trainable_of
 
 __all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_stage"]
 
@@ -65,6 +66,20 @@ def check(config: ConfigDict) -> None:
            "an existing directory")
   expect(model.dtype in ("auto", "float32", "bfloat16"), "config.model.dtype", model.dtype,
          "'auto', 'float32' or 'bfloat16'")
+  for name in ("min_pixels", "max_pixels"):
+    expect(model[name] >= 0, f"config.model.{name}", model[name], "at least 0 (not changed)")
+  settings = model.lora
+  expect(settings.rank >= 0, "config.model.lora.rank", settings.rank, "at least 0 (no adapters)")
+  expect(settings.alpha > 0, "config.model.lora.alpha", settings.alpha, "a number above 0")
+  expect(not (settings.path and not settings.rank), "config.model.lora.rank", settings.rank,
+         f"the rank of config.model.lora.path={settings.path!r}")
+  for field, patterns in (("trainable", model.trainable), ("lora.targets", settings.targets)):
+    expect(all(isinstance(p, str) and p.strip("!") for p in patterns), f"config.model.{field}",
+           tuple(patterns), "a tuple of patterns, e.g. ('decoder',)")
+  expect(not settings.rank or len(settings.targets) > 0, "config.model.lora.targets", (),
+         "at least one pattern")
+  if model.trainable or settings.rank:
+    _check_patterns(config)
   for name in ("checkpoint.every", "checkpoint.keep", "reward_workers", "max_bad_steps",
                "log_every", "rollouts_every"):
     value: Any = functools.reduce(getattr, name.split("."), config)
@@ -103,3 +118,27 @@ def check(config: ConfigDict) -> None:
         sources.check(source_spec(stage, split))
       except UserError as error:
         raise UserError(f"{field}.{error}") from error
+
+
+def _check_patterns(config: ConfigDict) -> None:
+  """Checks `trainable` and `lora.targets` against the parameters that the model will have."""
+  model = config.model
+  try:
+    if model.scratch:
+      from jaxrl_vlm import scratch
+
+      architecture = scratch.model_config(model.scratch.to_dict())
+    else:
+      architecture = models.from_directory(model.path)
+  except (OSError, ValueError) as error:
+    raise UserError(f"config.model.path={model.path!r}: {one_line(str(error))}") from error
+  everywhere = models.LoRA(rank=1, alpha=1.0, targets=("*",))
+  adapters = lora_of(config)
+  if adapters is not None and model.lora.path:
+    try:
+      lora.check_adapter(model.lora.path, adapters)
+    except (OSError, ValueError) as error:
+      raise UserError(f"config.model.lora.path={model.lora.path!r}: {error}") from error
+  with validation():
+    lora.check(models.abstract_params(architecture.replace(lora=everywhere)), adapters,
+               trainable_of(config))

@@ -1,6 +1,7 @@
 """The compiled programs of a stage. Each states where its inputs and outputs live on the mesh."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from jaxrl_vlm import parallel, scoring, views
+from jaxrl_vlm.models import lora
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
 from jaxrl_vlm.rollout import Sampling, sample_responses
@@ -21,7 +23,7 @@ class TrainState:
   """What an update changes.
 
   Attributes:
-    params, opt_state: pytrees.
+    params, opt_state: pytrees; of the parameters that train, no others.
     bad_steps: i32 scalar; updates in a row that were skipped, for a loss or gradient that was NaN
       or infinite.
   """
@@ -57,24 +59,32 @@ class Programs:
 
   Each is a `jax.jit` of a pure function. `params` and the optimizer's state lie as
   `parallel.param_shardings` says, everything with a leading axis P is split over `fsdp`.
+
+  `update(state, frozen, ...)` takes the parameters in the two parts of `lora.split(params,
+  trainable)` and gives only the first away; all others take them whole: `lora.merge` of both.
+  `score_base` takes them without adapters.
   """
 
   def __init__(
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
-      abstract_params: Params, *, temperature: float = 1.0, microbatches: int = 1,
-      minibatches: int = 1, sampling: Sampling | None = None, black: Array | None = None):
+      abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
+      microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
+      black: Array | None = None):
     self.model, self.mesh, self.objective, self.optimizer = model, mesh, objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
     self.black = black
 
-    self.abstract_state = jax.eval_shape(self._init_state, abstract_params)
+    trained, frozen = lora.split(abstract_params, trainable)
+    self.abstract_state = jax.eval_shape(self._init_state, trained)
     self.state_shardings = parallel.param_shardings(mesh, self.abstract_state)
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    params = self.state_shardings.params
+    params, frozen = (parallel.param_shardings(mesh, tree) for tree in (abstract_params, frozen))
 
     self.init_state = jax.jit(self._init_state, out_shardings=self.state_shardings)
     self.score = jax.jit(
         self._score, in_shardings=(params, batch, batch, batch), out_shardings=batch)
+    self.score_base = jax.jit(
+        self._score, in_shardings=(lora.strip(params), batch, batch, batch), out_shardings=batch)
     self.score_masked = jax.jit(
         self._score_masked, in_shardings=(params, batch, batch, batch, whole),
         out_shardings=batch)
@@ -83,7 +93,7 @@ class Programs:
     self.compare = jax.jit(
         self._compare, in_shardings=(batch, batch, batch), out_shardings=whole)
     self.update = jax.jit(
-        self._update, in_shardings=(self.state_shardings, batch, batch, batch, whole),
+        self._update, in_shardings=(self.state_shardings, frozen, batch, batch, batch, whole),
         out_shardings=(self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
       self.rollout = make_rollout(model, mesh, sampling, params)
@@ -113,21 +123,23 @@ class Programs:
   def _advantages(self, rewards: Array, mask: Array) -> Array:
     return jnp.broadcast_to(self.objective.advantages(rewards, mask), mask.shape)
 
-  def _loss(self, params, prompt, tokens, experience: Experience, key):
+  def _loss(self, trained, frozen, prompt, tokens, experience: Experience, key):
+    params = lora.merge(frozen, trained)
     stats = self._score(params, prompt, tokens, experience.mask)
     extra = {}
     if "masked" in self.objective.grad_views:
       extra["masked"] = self._score_masked(params, prompt, tokens, experience.mask, key)
     return self.objective.loss(stats, experience, **extra)
 
-  def _minibatch(self, state: TrainState, batch, key) -> tuple[TrainState, dict[str, Array]]:
+  def _minibatch(self, state: TrainState, frozen, batch, key
+                 ) -> tuple[TrainState, dict[str, Array]]:
     prompt, tokens, experience = batch
     experience = self.objective.prepare(experience)
     metrics = self.objective.prepare_metrics(experience)
     grad = jax.value_and_grad(self._loss, has_aux=True)
 
     if self.microbatches == 1:
-      (loss, sums), grads = grad(state.params, prompt, tokens, experience, key)
+      (loss, sums), grads = grad(state.params, frozen, prompt, tokens, experience, key)
     else:
       # Strided, so that every microbatch is spread over all devices as the minibatch is.
       parts = jax.tree.map(
@@ -136,12 +148,12 @@ class Programs:
 
       def one(total, part_and_key):
         part, key = part_and_key
-        out = grad(state.params, *part, key)
+        out = grad(state.params, frozen, *part, key)
         return jax.tree.map(jnp.add, total, out), None
 
       keys = jax.random.split(key, self.microbatches)
       first = jax.tree.map(lambda a: a[0], parts)
-      shapes = jax.eval_shape(grad, state.params, *first, key)
+      shapes = jax.eval_shape(grad, state.params, frozen, *first, key)
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
       ((loss, sums), grads), _ = jax.lax.scan(one, zeros, (parts, keys))
 
@@ -157,16 +169,17 @@ class Programs:
     metrics |= sums | {"loss": loss, "grad_norm": norm, "bad_steps": state.bad_steps}
     return state, metrics
 
-  def _update(self, state: TrainState, prompt: Prompt, tokens: Array, experience: Experience, key):
+  def _update(self, state: TrainState, frozen: Params, prompt: Prompt, tokens: Array,
+              experience: Experience, key: Array):
     """One optimizer step for each minibatch of P / minibatches prompts."""
     batch = (prompt, tokens, experience)
     if self.minibatches == 1:
-      return self._minibatch(state, batch, key)
+      return self._minibatch(state, frozen, batch, key)
     parts = jax.tree.map(
         lambda a: jnp.moveaxis(a.reshape(-1, self.minibatches, *a.shape[1:]), 1, 0), batch)
     keys = jax.random.split(key, self.minibatches)
     state, metrics = jax.lax.scan(
-        lambda s, x: self._minibatch(s, x[0], x[1]), state, (parts, keys))
+        lambda s, x: self._minibatch(s, frozen, x[0], x[1]), state, (parts, keys))
     last = metrics.pop("bad_steps")[-1]
     return state, jax.tree.map(lambda a: a.mean(axis=0), metrics) | {"bad_steps": last}
 

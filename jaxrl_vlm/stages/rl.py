@@ -78,8 +78,9 @@ def train(run: Run, index: int) -> None:
     draws = sampling(stage)
   programs = Programs(
       run.model, run.mesh, objective, optimizer, run.abstract_params,
-      temperature=stage.temperature or 1.0, microbatches=stage.microbatches,
-      minibatches=stage.minibatches, sampling=draws, black=run.processor.black_patch)
+      trainable=run.trainable, temperature=stage.temperature or 1.0,
+      microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
+      black=run.processor.black_patch)
 
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
                   run.config.reward_timeout) as pool:
@@ -94,7 +95,7 @@ def train(run: Run, index: int) -> None:
       tokens = parallel.put_batch(run.mesh, groups.tokens)
       metrics = programs.compare(experience.old.logp, groups.logp, mask)
       loop.state, updated = programs.update(
-          loop.state, prompt, tokens, experience, run.random_key(_UPDATE))
+          loop.state, run.frozen, prompt, tokens, experience, run.random_key(_UPDATE))
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or step + 1 == stage.steps:
         _keep_rollouts(loop, groups, np.asarray(advantages))
@@ -122,14 +123,14 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
       encoded = run.encode(examples)
     prompt = parallel.put_batch(run.mesh, run.processor.collate(encoded))
     rollout = with_text(
-        programs.rollout(loop.state.params, prompt, run.random_key(_ROLLOUT, len(drawn))),
+        programs.rollout(loop.params, prompt, run.random_key(_ROLLOUT, len(drawn))),
         run.processor)
     assert loop.pool is not None  # an RL stage always has one
     with validation():
       handle = loop.pool.submit(examples, rollout.text)
     scored = None
     if not objective.filter_groups:  # the device scores while the host grades
-      scored = programs.score(loop.state.params, prompt, rollout.tokens, rollout.mask)
+      scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask)
     graded = handle.result()
     for kind, message in graded.messages.items():
       run.progress.log(f"grader {kind}: {message}")
@@ -160,12 +161,13 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
 
 def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any) -> dict[str, Any]:
   """TokenStats by name: `old` (current parameters, clean image) and the objective's views."""
-  run, programs, params = loop.run, loop.programs, loop.state.params
+  run, programs, params = loop.run, loop.programs, loop.params
   tokens, mask = parallel.put_batch(run.mesh, (groups.tokens, groups.mask))
   views = {"old": scored if scored is not None else programs.score(params, prompt, tokens, mask)}
   for name in programs.objective.views:
     if name == "ref":
-      views[name] = programs.score(loop.reference, prompt, tokens, mask)
+      score = programs.score_base if loop.reference_is_base else programs.score
+      views[name] = score(loop.reference_params, prompt, tokens, mask)
     elif name == "masked":
       views[name] = programs.score_masked(params, prompt, tokens, mask, run.random_key(_MASK))
     else:

@@ -22,6 +22,7 @@ from jaxrl_vlm.data.processor import EncodedPrompt
 from jaxrl_vlm.errors import UserError, one_line, validation
 from jaxrl_vlm.evaluate import Evaluation, evaluate
 from jaxrl_vlm.example import Example
+from jaxrl_vlm.models import lora
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.programs import Programs, make_rollout
@@ -40,6 +41,24 @@ def source_spec(stage: ConfigDict, split: str) -> dict[str, Any]:
   return spec
 
 
+def lora_of(config: ConfigDict) -> models.LoRA | None:
+  """`config.model.lora`; None for no adapters."""
+  settings = config.model.lora
+  if not settings.rank:
+    return None
+  return models.LoRA(settings.rank, settings.alpha, tuple(settings.targets))
+
+
+def trainable_of(config: ConfigDict) -> tuple[str, ...]:
+  """`config.model.trainable`, or its default: with LoRA the adapters, otherwise everything."""
+  return tuple(config.model.trainable) or (("lora",) if config.model.lora.rank else ())
+
+
+def model_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """The directory that a run begins with."""
+  return workdir / "scratch" if config.model.scratch else pathlib.Path(config.model.path)
+
+
 class Run:
   """One run: everything that outlives a stage.
 
@@ -47,7 +66,10 @@ class Run:
     config: resolved.
     workdir: where it writes.
     mesh, model, processor: as loaded.
-    params: at the end of the last finished stage.
+    model_path: directory that the model was loaded from.
+    trainable: patterns of the parameters that train; () is all.
+    trained: those parameters at the end of the last finished stage; None while a stage has them.
+    frozen: the other parameters.
     step: global step, over all stages.
   """
 
@@ -59,8 +81,14 @@ class Run:
     self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, unreadable)
     self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
     self.step: int = self.position["step"]
-    self.model, self.params, self.processor = self._load_model()
-    self.abstract_params = models.abstract_params(self.model.config, config.model.param_dtype)
+    self.trainable = trainable_of(config)
+    self.model_path = self._find_model()
+    self.model, params, self.processor = self._load_model()
+    self.trained: Params | None
+    self.trained, self.frozen = lora.split(params, self.trainable)
+    del params
+    self.abstract_params = models.abstract_params(
+        self.model.config, config.model.param_dtype, self.trainable)
     self.param_shardings = parallel.param_shardings(self.mesh, self.abstract_params)
     self.metrics = metrics_lib.MetricsWriter(workdir, start=self.step + 1 if self.step else 0)
     self.rollouts = report.RolloutLog(workdir)
@@ -68,33 +96,43 @@ class Run:
     self.stop_signal = ""
     self.compilations = _count_compilations()
 
-  def _load_model(self):
-    """Fresh parameters for the first stage; a resumed run replaces them from its checkpoint."""
-    config = self.config.model
-    path = pathlib.Path(config.path)
-    if config.scratch:
+  @property
+  def params(self) -> Params:
+    """All parameters at the end of the last finished stage."""
+    assert self.trained is not None, "a stage is changing them"
+    return lora.merge(self.frozen, self.trained)
+
+  def _find_model(self) -> pathlib.Path:
+    path, architecture = model_path(self.config, self.workdir), self.config.model.scratch
+    if architecture and not (path / "config.json").exists():  # written last
       from jaxrl_vlm import scratch
 
-      path = self.workdir / "scratch"
-      if not (path / "config.json").exists():  # written last
-        scratch.create(path, config.scratch.to_dict(), self._some_texts(), self.config.seed)
-    shardings: Mapping[tuple[str, ...], Any] = {}
+      scratch.create(path, architecture.to_dict(), self._some_texts(), self.config.seed)
+    return path
 
-    def put(keys: tuple[str, ...], value: np.ndarray) -> jax.Array:
-      nonlocal shardings
-      if not shardings:
-        tree = parallel.param_shardings(self.mesh, models.abstract_params(
-            models.from_directory(path), config.param_dtype))
-        shardings = {tuple(k.key for k in p): s for p, s in jax.tree.leaves_with_path(tree)}
-      return jax.device_put(value, shardings[keys])
-
+  def _load_model(self):
+    """Fresh parameters for the first stage; a resumed run replaces those that train."""
+    config, path = self.config.model, self.model_path
+    adapters, dtype = lora_of(self.config), None if config.dtype == "auto" else config.dtype
     try:
-      return models.load_pretrained(
-          path, dtype=None if config.dtype == "auto" else config.dtype,
-          param_dtype=config.param_dtype, remat=config.remat, put=put,
+      architecture = models.from_directory(path, dtype).replace(lora=adapters)
+      shapes = models.abstract_params(architecture, config.param_dtype, self.trainable)
+      shardings = parallel.param_shardings(self.mesh, shapes)
+      model, params, processor = models.load_pretrained(
+          path, dtype=dtype, param_dtype=config.param_dtype, remat=config.remat, lora=adapters,
+          trainable=self.trainable, seed=self.config.seed, shardings=shardings,
+          min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None,
           prompt_buckets=self.config.prompt_buckets, patch_buckets=self.config.patch_buckets)
     except (OSError, ValueError) as error:  # of the files; their messages name the file or field
       raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
+    if adapters is not None and config.lora.path:
+      try:
+        loaded = lora.load_adapter(config.lora.path, model.config, shapes, shardings)
+      except (OSError, ValueError) as error:
+        raise UserError(
+            f"config.model.lora.path={config.lora.path!r}: {one_line(str(error))}") from error
+      params = lora.merge(lora.strip(params), loaded)
+    return model, params, processor
 
   def _some_texts(self, count: int = 4000) -> Iterator[str]:
     for stage in self.config.stages:
@@ -157,7 +195,9 @@ class StageRun:
 
   Attributes:
     state: TrainState; the stage's loop replaces it.
-    reference: parameters at the start of the stage if the objective compares with them, else None.
+    reference: the parameters that train as they were at the start of the stage, if the objective
+      compares with them, else None.
+    reference_is_base: adapters added nothing at the start: the reference has none.
     start: the step of this stage to begin with.
     data: iterator of lists of P Examples.
     pool: grades answers; None in a supervised stage that evaluates nothing.
@@ -174,22 +214,45 @@ class StageRun:
       self.accuracy = rewards.metric_names(self.stage.rewards.to_dict())[0]
     self.data = data if data is not None else self._make_data()
     self.keep_reference = "ref" in programs.objective.views
+    self.reference: Params | None = None
+    settings = run.config.model.lora
+    self.reference_is_base = bool(settings.rank and not settings.path and index == 0)
     self._pending: tuple[int, Any, dict[str, float]] | None = None
     self._clock = time.monotonic()
     self._eval_rollout: Callable | None = None
     self._eval_examples: list[Example] = []
 
     position = run.position
+    # From here on the stage has them: nothing else keeps a second copy alive.
+    start, run.trained = run.trained, None
     if position["step"] and position["stage"] == index:
       self.start = position["stage_step"]
-      self.state, self.reference = self._restore()
+      del start
+      self._restore()
       if position.get("data") is not None:
         self.data.set_state(position["data"])
     else:
       self.start = 0
-      self.reference = run.params if self.keep_reference else None
-      self.state = programs.init_state(_copy(run.params))
+      if self.keep_reference:
+        self.reference = self._part_of_reference(start)
+        start = _copy(start)
+      self.state = programs.init_state(start)
+      del start
       self._evaluate_and_log()
+
+  @property
+  def params(self) -> Params:
+    """All parameters as they are now."""
+    return lora.merge(self.run.frozen, self.state.params)
+
+  @property
+  def reference_params(self) -> Params:
+    """All parameters of the reference; those that are frozen are the policy's own."""
+    assert self.reference is not None, "the objective compares with none"
+    return lora.merge(self._part_of_reference(self.run.frozen), self.reference)
+
+  def _part_of_reference(self, params: Any) -> Any:
+    return lora.strip(params) if self.reference_is_base else params
 
   def _make_data(self):
     stage = self.stage
@@ -197,18 +260,22 @@ class StageRun:
     return pipeline.make_iterator(
         source, batch_size=stage.prompts_per_step, seed=self.run.config.seed + self.index)
 
-  def _restore(self):
+  def _restore(self) -> None:
+    """The state, and the reference if there is one, from the newest checkpoint."""
     programs = self.programs
 
     def abstract(tree, shardings):
       return jax.tree.map(
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    target = {"train": abstract(programs.abstract_state, programs.state_shardings)}
-    if self.keep_reference:
-      target["reference"] = abstract(self.run.abstract_params, self.run.param_shardings)
+    target: dict[str, Any] = {"train": abstract(programs.abstract_state, programs.state_shardings)}
+    reference = self._part_of_reference(target["train"].params)
+    if self.keep_reference and reference:
+      target["reference"] = reference
     state = self.run.checkpoints.restore(target)
-    return state["train"], state.get("reference")
+    self.state = state["train"]
+    if self.keep_reference:
+      self.reference = state.get("reference", {})
 
   def steps(self) -> Iterator[int]:
     """The steps of this stage that are still to do; sets run.step to the step being done."""
@@ -219,7 +286,7 @@ class StageRun:
       self._after_step(step)
     if self.start < self.stage.steps or self.run.position["stage"] != self.index:
       self._flush()
-    self.run.params = self.state.params
+    self.run.trained = self.state.params
 
   @contextlib.contextmanager
   def reading(self) -> Iterator[None]:
@@ -284,8 +351,8 @@ class StageRun:
       raise Stopped(f"{stop}: stopped after step {self.run.step}")
 
   def _save(self, done: int, accuracy: float | None, data: Any) -> None:
-    state = {"train": self.state}
-    if self.keep_reference:
+    state: dict[str, Any] = {"train": self.state}
+    if self.reference:
       state["reference"] = self.reference
     # Parameters that a bad step left alone are good parameters: there is nothing else to check.
     self.run.checkpoints.save(
@@ -314,7 +381,7 @@ class StageRun:
           run.model, run.mesh, Sampling(max_tokens=self.stage.max_tokens, temperature=0.0),
           run.param_shardings)
     return evaluate(
-        self._eval_rollout, self.state.params, run.processor, self._eval_examples, self.pool,
+        self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh, system=run.system)
 
   def _evaluate_and_log(self) -> float | None:

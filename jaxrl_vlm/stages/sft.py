@@ -22,7 +22,7 @@ def train(run: Run, index: int) -> None:
     objective = objectives.create(**stage.objective.to_dict())
     optimizer = make_optimizer(stage.optimizer, stage.steps)
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
-                      microbatches=stage.microbatches)
+                      trainable=run.trainable, microbatches=stage.microbatches)
 
   grading: contextlib.AbstractContextManager[RewardPool | None] = contextlib.nullcontext()
   if stage.eval.examples:
@@ -39,7 +39,7 @@ def train(run: Run, index: int) -> None:
                               old=None, rewards=None)
       prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
       loop.state, metrics = programs.update(
-          loop.state, prompt, tokens, experience, run.random_key(0))
+          loop.state, run.frozen, prompt, tokens, experience, run.random_key(0))
       loop.log(metrics, {}, int(mask.sum()))
 
 

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import models, objectives, parallel, scratch
 from jaxrl_vlm.data import digit_boards
+from jaxrl_vlm.models import lora
 from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Experience
@@ -15,47 +16,52 @@ from tests import tiny_run
 
 P, G, T = 8, 2, 8
 STEPS = 3
+ADAPTERS = models.LoRA(rank=4, alpha=8.0, targets=("decoder", "vision/blocks"))
 
 
-def train(path, examples, axes, devices):
+def train(path, examples, axes, devices, adapters=None):
   """Trains a few steps; returns what each sampled and lost, and the last state."""
   mesh = parallel.make_mesh(axes, devices)
-  config = models.from_directory(path)
+  config = models.from_directory(path).replace(lora=adapters)
+  trainable = () if adapters is None else ("lora",)
   shardings = parallel.param_shardings(mesh, models.abstract_params(config))
-  flat = {tuple(k.key for k in keys): s for keys, s in jax.tree.leaves_with_path(shardings)}
   model, params, processor = models.load_pretrained(
-      path, prompt_buckets=(64,), patch_buckets=(36,),
-      put=lambda keys, value: jax.device_put(value, flat[keys]))
+      path, prompt_buckets=(64,), patch_buckets=(36,), lora=adapters, trainable=trainable,
+      shardings=shardings)
   program = Programs(
       model, mesh, objectives.create("grpo"),
-      optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9)), params,
-      sampling=Sampling(G, T))
+      optax.chain(optax.clip_by_global_norm(1.0),
+                  optax.sgd(0.1 if adapters is None else 1.0, momentum=0.9)), params,
+      trainable=trainable, sampling=Sampling(G, T))
   prompt = parallel.put_batch(mesh, processor.collate([processor.encode(e) for e in examples]))
-  state, history = program.init_state(params), []
+  trained, frozen = lora.split(params, trainable)
+  state, history = program.init_state(trained), []
   for step in range(STEPS):
     key = jax.random.fold_in(jax.random.key(0), step)
-    rollout = program.rollout(state.params, prompt, key)
+    params = lora.merge(frozen, state.params)
+    rollout = program.rollout(params, prompt, key)
     tokens = np.asarray(rollout.tokens)
     rewards = parallel.put_batch(mesh, (tokens % 7).mean(-1).astype("f4"))
-    old = program.score(state.params, prompt, rollout.tokens, rollout.mask)
+    old = program.score(params, prompt, rollout.tokens, rollout.mask)
+    base = program.score_base(lora.strip(params), prompt, rollout.tokens, rollout.mask)
     history.append({"tokens": tokens, "logp": np.asarray(old.logp)})
-    reference = history[0].setdefault("reference", old)
+    reference = history[0].setdefault("reference", old) if adapters is None else base
     experience = Experience(
         mask=rollout.mask, advantages=program.advantages(rewards, rollout.mask), old=old,
         rewards=rewards, views={"ref": reference})
-    state, metrics = program.update(state, prompt, rollout.tokens, experience, key)
+    state, metrics = program.update(state, frozen, prompt, rollout.tokens, experience, key)
     history[-1] |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "ref_kl")}
   return history, state
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
+@pytest.fixture(scope="module", params=[None, ADAPTERS], ids=["everything", "adapters"])
+def both(request, tmp_path_factory):
   path = tmp_path_factory.mktemp("scratch")
   boards = digit_boards.LiveBoards("train", P, tasks=("read", "count"), style="direct")
   examples = [boards[i] for i in range(P)]
   scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
-  one = train(path, examples, {"fsdp": 1, "tensor": 1}, jax.devices()[:1])
-  eight = train(path, examples, {"fsdp": 4, "tensor": 2}, jax.devices())
+  one = train(path, examples, {"fsdp": 1, "tensor": 1}, jax.devices()[:1], request.param)
+  eight = train(path, examples, {"fsdp": 4, "tensor": 2}, jax.devices(), request.param)
   return one, eight
 
 
@@ -88,9 +94,14 @@ def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
     leaves = jax.tree.leaves(tree)
     return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
 
+  assert share(state.opt_state) == share(state.params)
+  if "head" not in state.params:  # of an adapter, a is split over fsdp and b over tensor
+    for keys, x in jax.tree.leaves_with_path(state.params):
+      parts = {"a": 4, "b": 2}[keys[-1].key]
+      assert np.prod(x.addressable_shards[0].data.shape) * parts == x.size, keys
+    return
   # An eighth each, but for norms (whole) and biases (split over tensor alone).
   assert 1 / 8 <= share(state.params) < 1.2 / 8
-  assert share(state.opt_state) == share(state.params)
   for keys, x in jax.tree.leaves_with_path(state.params):
     shard = x.addressable_shards[0].data.shape
     name = jax.tree_util.keystr(keys)

@@ -24,6 +24,7 @@ import optax
 from jax.experimental import topologies
 
 from jaxrl_vlm import models, objectives, parallel
+from jaxrl_vlm.models import lora
 from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Experience, TokenStats
@@ -62,7 +63,7 @@ arguments = {
     "rollout": (params, prompt, key),
     "score": (params, prompt, tokens, mask),
     "score_masked": (params, prompt, tokens, mask, key),
-    "update": (programs.abstract_state, prompt, tokens, experience, key),
+    "update": (programs.abstract_state, {}, prompt, tokens, experience, key),
 }
 
 
@@ -70,11 +71,25 @@ def size(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.size > 1)
 
 
-result = {"kind": topology.devices[0].device_kind}
-for name, (first, *batch) in arguments.items():
-  memory = getattr(programs, name).lower(first, *batch).compile().memory_analysis()
+# Adapters of the decoder and the vision tower, all else frozen and in bfloat16.
+adapted = config.replace(lora=models.LoRA(16, 32.0, ("decoder", "vision")))
+adapted_params = models.abstract_params(adapted, trainable=("lora",))
+adapters = Programs(
+    models.VLM(adapted), mesh, objectives.create("grpo"), optax.adamw(1e-6), adapted_params,
+    trainable=("lora",))
+_, frozen = lora.split(adapted_params, ("lora",))
+
+compiled = {name: (getattr(programs, name), *given) for name, given in arguments.items()}
+compiled["update_adapters"] = (
+    adapters.update, adapters.abstract_state, frozen, prompt, tokens,
+    experience.replace(views={"ref": stats}), key)
+result = {"kind": topology.devices[0].device_kind, "frozen": size(frozen)}
+for name, (program, first, *batch) in compiled.items():
+  memory = program.lower(first, *batch).compile().memory_analysis()
   result[name] = {
-      "params": size(first), "batch": size(batch), "arguments": memory.argument_size_in_bytes,
+      # This tower has no use for the grids: they are no argument of the compiled program.
+      "params": size(first), "batch": size(batch) - size(prompt.patch_grids),
+      "arguments": memory.argument_size_in_bytes,
       "outputs": memory.output_size_in_bytes, "aliased": memory.alias_size_in_bytes,
       "temporary": memory.temp_size_in_bytes}
 print(json.dumps(result))
@@ -109,6 +124,12 @@ def test_programs_compile_for_four_v5e_chips():
     assert share <= memory["arguments"] < 1.1 * share, (name, share, memory)
   # The update writes the new state over the old one.
   assert result["update"]["aliased"] >= result["update"]["params"] / 4
+  # With adapters it takes the frozen parameters besides, in bfloat16, and gives back only the
+  # state: half of every adapter, whose rank is not split.
+  memory, frozen = result["update_adapters"], result["frozen"]
+  share = memory["params"] / 2 + frozen / 4 + (memory["batch"] - frozen) / 2
+  assert 0.95 * share <= memory["arguments"] < 1.1 * share, (share, memory)
+  assert memory["outputs"] < 1.1 * memory["params"] / 2, memory
 
 
 def test_an_installed_libtpu_does_not_disturb_an_ordinary_run():

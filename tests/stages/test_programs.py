@@ -163,7 +163,7 @@ def test_gradient_is_that_of_separate_sequences_and_the_formula(
   objective = objectives.create(formula.__name__, **settings)
   program = make(objective)
   key = jax.random.key(5)
-  state, metrics = program.update(fresh(program, params), prompt, tokens, experience, key)
+  state, metrics = program.update(fresh(program, params), {}, prompt, tokens, experience, key)
 
   alone = views.repeat_prompts(prompt, G)
   darkened = views.black_patches(key, alone, objective.mask_rate, black)
@@ -195,7 +195,7 @@ def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, 
   def update(**kwargs):
     program = make(objective, **kwargs)
     return program.update(
-        fresh(program, params), prompt, tokens, experience, jax.random.key(0))
+        fresh(program, params), {}, prompt, tokens, experience, jax.random.key(0))
 
   whole, metrics = update()
   for microbatches in splits:
@@ -213,14 +213,14 @@ def test_minibatches_are_updates_one_after_another(setup, make, experience):
   objective = objectives.create("vppo")  # its shaping depends on the minibatch
   both = make(objective, 0.05, minibatches=2)
   state, metrics = both.update(
-      fresh(both, params), prompt, tokens, experience, jax.random.key(0))
+      fresh(both, params), {}, prompt, tokens, experience, jax.random.key(0))
 
   single = make(objective, 0.05)
   by_hand, losses = fresh(single, params), []
   for part in (0, 1):
     batch = jax.tree.map(
         lambda a, part=part: np.asarray(a)[part::2], (prompt, tokens, experience))
-    by_hand, one = single.update(by_hand, *batch, jax.random.key(0))
+    by_hand, one = single.update(by_hand, {}, *batch, jax.random.key(0))
     losses.append(float(one["loss"]))
   # The same computation, compiled once inside a loop and once alone.
   assert_close_trees(state.params, by_hand.params, share=1e-5)
@@ -241,7 +241,7 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
     state = jax.tree.map(jnp.copy, state)
     prompt, tokens, e = halves
     e = e.replace(advantages=change(e.advantages).astype("f4"))
-    state, metrics = program.update(state, prompt, tokens, e, jax.random.key(0))
+    state, metrics = program.update(state, {}, prompt, tokens, e, jax.random.key(0))
     return jax.device_get(state), metrics
 
   start, _ = step(fresh(program, params))  # the momentum is no longer 0

@@ -1,0 +1,171 @@
+"""python -m jaxrl_vlm.convert: Hugging Face directories to Orbax and back."""
+
+import pathlib
+import shutil
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from jaxrl_vlm import config as config_lib
+from jaxrl_vlm.config import Flag
+from jaxrl_vlm.errors import UserError, validation
+
+ABOUT = """Converts a model: a Hugging Face directory (config.json, *.safetensors) to an Orbax one
+(config.json, params/), an Orbax one back, or a checkpoint of a run to a Hugging Face directory.
+What the source is decides the direction. Prints what was mapped to what."""
+
+SOURCE = Flag("source", "a Hugging Face directory, an Orbax directory that this command wrote, or "
+              "a checkpoint of a run (runs/mine/checkpoints/100)", "checkpoints/digits_base")
+TARGET = Flag("target", "directory to write; must not exist or be empty", "converted")
+DTYPE = Flag("dtype", "of the written parameters: float32, bfloat16, or stored: as in the source",
+             "bfloat16", "stored")
+
+PARAMS = "params"  # of an Orbax directory
+
+
+def convert(source: str | pathlib.Path, target: str | pathlib.Path, dtype: str = "stored"
+            ) -> list[str]:
+  """Writes `target` in the other format than `source` has. See ABOUT and the flags.
+
+  Returns:
+    One line for each parameter: ours, its shape and type, and the tensors of transformers' model.
+
+  Raises:
+    UserError: a directory that is neither, that is damaged, or a target that is not empty.
+  """
+  source, target = pathlib.Path(source), pathlib.Path(target)
+  if dtype not in ("stored", "float32", "bfloat16"):
+    raise UserError(f"--dtype={dtype}: expected 'stored', 'float32' or 'bfloat16'")
+  if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    raise UserError(f"--target={target}: exists and is not an empty directory")
+  try:
+    with validation(f"--source={source}: "):
+      return _convert(source, target, dtype)
+  except FileNotFoundError as error:
+    raise UserError(f"--source={source}: {error}") from error
+
+
+def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> list[str]:
+  import orbax.checkpoint as ocp
+
+  from jaxrl_vlm import models
+  from jaxrl_vlm.models import weights
+
+  if (source / PARAMS).is_dir():
+    config = models.from_directory(source)
+    params = _restore(source, config, dtype)
+    _copy_files(source, target)
+    weights.save_params(target, config, params)
+  elif (source / "config.json").is_file():
+    config = models.from_directory(source)
+    shapes = weights.stored_shapes(source, config, models.abstract_params(config))
+    params = weights.load_params(source, config, _typed(shapes, dtype))
+    _copy_files(source, target)
+    with ocp.StandardCheckpointer() as saver:
+      saver.save((target / PARAMS).absolute(), params)
+  elif (source / "state").is_dir() and (source.parents[1] / config_lib.CONFIG_FILE).is_file():
+    model, params, processor = _of_run(source)
+    config = model.config
+    params = _cast(params, dtype)
+    models.save_pretrained(target, model, params, processor)
+  else:
+    raise UserError(f"--source={source}: neither a Hugging Face directory (config.json and "
+                    f"*.safetensors), nor an Orbax one (config.json and {PARAMS}/), nor a "
+                    "checkpoint of a run (state/)")
+  return list(_mapped(config, params))
+
+
+def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
+  """Model, parameters with adapters folded in, and processor of a run's checkpoint."""
+  import jax
+  import orbax.checkpoint as ocp
+
+  from jaxrl_vlm import models
+  from jaxrl_vlm.models import lora
+  from jaxrl_vlm.stages.run import lora_of, model_path, trainable_of
+
+  workdir = checkpoint.resolve().parents[1]
+  config = config_lib.from_json((workdir / config_lib.CONFIG_FILE).read_text(encoding="utf-8"))
+  settings, trainable = config.model, trainable_of(config)
+  model, params, processor = models.load_pretrained(
+      model_path(config, workdir), param_dtype=settings.param_dtype, lora=lora_of(config),
+      trainable=trainable, min_pixels=settings.min_pixels or None,
+      max_pixels=settings.max_pixels or None, prompt_buckets=config.prompt_buckets,
+      patch_buckets=config.patch_buckets)
+  start, frozen = lora.split(params, trainable)
+  wanted = {"train": {"params": jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start)}}
+  with ocp.PyTreeCheckpointer() as reader:
+    trained = reader.restore(
+        (checkpoint / "state").absolute(), args=ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True))["train"]["params"]
+  params = lora.merged(lora.merge(frozen, trained), model.config, donate=True)
+  return models.VLM(model.config.replace(lora=None)), params, processor
+
+
+def _cast(params: Any, dtype: str) -> Any:
+  import jax
+
+  return params if dtype == "stored" else jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _typed(shapes: Any, dtype: str) -> Any:
+  import jax
+
+  if dtype == "stored":
+    return shapes
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(dtype)), shapes)
+
+
+def _restore(source: pathlib.Path, config: Any, dtype: str) -> Any:
+  import jax
+  import orbax.checkpoint as ocp
+
+  from jaxrl_vlm import models
+
+  path = (source / PARAMS).absolute()
+  with ocp.StandardCheckpointer() as saver:
+    stored = saver.metadata(path).item_metadata
+    types_ = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored.tree)
+    wanted = models.abstract_params(config)
+    if jax.tree.map(lambda x: x.shape, types_) != jax.tree.map(lambda x: x.shape, wanted):
+      raise ValueError(f"{path}: not the parameters of the model in {source / 'config.json'}")
+    return saver.restore(path, _typed(types_, dtype))
+
+
+def _copy_files(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Everything but the parameters: config, tokenizer, chat template, preprocessors."""
+  target.mkdir(parents=True, exist_ok=True)
+  for file in sorted(source.iterdir()):
+    if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+      shutil.copyfile(file, target / file.name)
+
+
+def _mapped(config: Any, params: Any) -> Iterator[str]:
+  from jaxrl_vlm.models import weights
+
+  flat = weights.by_path(params)
+  for entry in weights.entries(config):
+    array, layers = flat[entry.path], entry.layers
+    name = weights.published_name(entry.name, config.family)
+    if layers is not None:
+      name = name.format(f"{{{layers[0]}..{layers[-1]}}}")
+    shape = ", ".join(map(str, array.shape))
+    yield f"{'/'.join(entry.path):40} [{shape}] {array.dtype}  <->  {name}"
+  count, size = (sum(getattr(x, k) for x in flat.values()) for k in ("size", "nbytes"))
+  yield (f"{sum(len(e.names()) for e in weights.entries(config))} tensors, {count:,} parameters, "
+         f"{size / 2**30:.2f} GiB")
+
+
+def main(args: types.SimpleNamespace) -> None:
+  from jaxrl_vlm import parallel
+
+  parallel.choose_platform()
+  for line in convert(args.source, args.target, args.dtype):
+    print(line)
+  print(f"written: {args.target}")
+
+
+if __name__ == "__main__":
+  config_lib.run_cli(main, "jaxrl_vlm.convert", ABOUT, (SOURCE, TARGET, DTYPE))

@@ -1,0 +1,339 @@
+"""Which parameters train, and low-rank adapters (arXiv 2106.09685): made, folded in, saved.
+
+Parameters are nested dicts. An adapter is the entry `lora` beside a layer's `kernel`:
+`a` [in, rank] and `b` [rank, out], both with a leading axis where layers are stacked.
+"""
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jaxrl_vlm.errors import hint
+from jaxrl_vlm.models import weights
+from jaxrl_vlm.models.config import LoRA, ModelConfig
+from jaxrl_vlm.models.patterns import matches
+from jaxrl_vlm.types import Params
+
+_ADAPTERS = ("lora",)
+_PREFIX = "base_model.model."  # of every name in PEFT's file
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+# -- Parts of a pytree of parameters; leaves are never copied --------------------------------------
+
+
+def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
+  """(trainable, frozen): the parameters that the patterns choose and the others; () is all."""
+
+  def part(tree: Params, path: tuple[str, ...], chosen: bool) -> Params:
+    out = {}
+    for key, value in tree.items():
+      here = (*path, key)
+      if isinstance(value, Mapping):
+        if inner := part(value, here, chosen):
+          out[key] = inner
+      elif matches(patterns, here) is chosen:
+        out[key] = value
+    return out
+
+  return part(params, (), True), part(params, (), False)
+
+
+def merge(one: Params, other: Params) -> Params:
+  """The parameters of both, which have none in common: what `split` took apart."""
+  out = dict(one)
+  for key, value in other.items():
+    if key in out:
+      assert isinstance(value, Mapping), f"both hold {key!r}"
+      value = merge(out[key], value)
+    out[key] = value
+  return out
+
+
+def strip(params: Params) -> Params:
+  """The parameters without adapters."""
+  return split(params, _ADAPTERS)[1]
+
+
+def adapters(params: Params) -> Params:
+  """The adapters without the other parameters."""
+  return split(params, _ADAPTERS)[0]
+
+
+# -- Mistakes in a config --------------------------------------------------------------------------
+
+
+def check(shapes: Params, lora: LoRA | None, trainable: Sequence[str]) -> None:
+  """Checks `config.model.lora.targets` and `config.model.trainable` against a model.
+
+  Args:
+    shapes: the parameters of the model with an adapter wherever there can be one.
+    lora: as configured; None for no adapters.
+    trainable: patterns.
+
+  Raises:
+    ValueError: one line naming the field, its value and what was expected.
+  """
+  layers = [path[:-2] for path in weights.by_path(adapters(shapes)) if path[-1] == "a"]
+  if lora is not None:
+    field = f"config.model.lora.targets={lora.targets!r}"
+    names = {layer[0] for layer in layers} | {layer[-1] for layer in layers}
+    _check_each(field, lora.targets, layers, "linear layer", names)
+    layers = [layer for layer in layers if matches(lora.targets, layer)]
+    if not layers:
+      raise ValueError(f"{field}: expected patterns that leave at least one linear layer")
+  field = f"config.model.trainable={tuple(trainable)!r}"
+  adapted = set(layers) if lora is not None else set()
+  every = list(weights.by_path(shapes))
+  paths = [p for p in every if "lora" not in p or p[:-2] in adapted]
+  if lora is None:
+    for pattern in trainable:
+      bare = pattern.removeprefix("!")
+      if _holds_any(bare, every) and not _holds_any(bare, paths):
+        raise ValueError(f"{field}: {bare!r} matches adapters alone; expected "
+                         "config.model.lora.rank above 0, got 0")
+  names = {path[0] for path in paths} | ({"lora"} if lora is not None else set())
+  _check_each(field, trainable, paths, "parameter", names)
+  if not any(matches(trainable, path) for path in paths):
+    raise ValueError(f"{field}: expected patterns that leave at least one parameter to train")
+
+
+def _holds_any(pattern: str, paths: Sequence[Sequence[str]]) -> bool:
+  return any(matches((pattern,), path) for path in paths)
+
+
+def _check_each(field: str, patterns: Sequence[str], paths: Sequence[Sequence[str]], what: str,
+                names: set[str]) -> None:
+  for pattern in patterns:
+    bare = pattern.removeprefix("!")
+    if not _holds_any(bare, paths):
+      raise ValueError(f"{field}: {bare!r} matches no {what}; {hint(bare, names)}")
+
+
+# -- Fresh adapters, and adapters folded in --------------------------------------------------------
+
+
+def init_adapters(shapes: Params, key: jax.Array, shardings: Params | None = None) -> Params:
+  """Fresh adapters, which change nothing: `a` uniform in ±1/√in as in PEFT, `b` zero.
+
+  Args:
+    shapes: ShapeDtypeStructs of parameters with adapters; only those are made.
+    key: of jax.random.
+    shardings: a pytree like `shapes`; None is the default device.
+  """
+  wanted = adapters(shapes)
+
+  def make(key):
+    leaves = []
+    for i, (path, x) in enumerate(sorted(weights.by_path(wanted).items())):
+      if path[-1] == "b":
+        leaves.append((path, jnp.zeros(x.shape, x.dtype)))
+      else:
+        bound = 1.0 / math.sqrt(x.shape[-2])
+        leaves.append((path, jax.random.uniform(
+            jax.random.fold_in(key, i), x.shape, minval=-bound, maxval=bound).astype(x.dtype)))
+    flat = dict(leaves)
+    return jax.tree.map_with_path(lambda keys, _: flat[tuple(k.key for k in keys)], wanted)
+
+  return jax.jit(make, out_shardings=None if shardings is None else adapters(shardings))(key)
+
+
+def merged(params: Params, config: ModelConfig, donate: bool = False) -> Params:
+  """The parameters with every adapter folded into its kernel: kernel + alpha / rank · a·b.
+
+  In float32, one layer at a time, rounded to the kernel's dtype; leaves without an adapter are
+  those of `params`. With `donate` the sums take the place of the kernels, so that there is no
+  second copy of them, and `params` must not be used again.
+  """
+  if not isinstance(params, Mapping):
+    return params
+  out = {k: merged(v, config, donate) for k, v in params.items() if k != "lora"}
+  if "lora" in params:
+    assert config.lora is not None, "adapters without config.lora"
+    kernel = jnp.asarray(params["kernel"])
+    fold = _folder(kernel.sharding, config.lora.alpha / config.lora.rank, donate)
+    out["kernel"] = fold(kernel, params["lora"]["a"], params["lora"]["b"])
+  return out
+
+
+@functools.lru_cache(maxsize=64)
+def _folder(sharding: Any, scale: float, donate: bool):
+  def one(kernel, a, b):
+    change = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32),
+                        precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
+
+  def fold(kernel, a, b):
+    if kernel.ndim == 2:
+      return one(kernel, a, b)
+
+    def layer(i, kernel):
+      return jax.lax.dynamic_update_index_in_dim(kernel, one(kernel[i], a[i], b[i]), i, 0)
+
+    return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
+
+  return jax.jit(fold, out_shardings=sharding, donate_argnums=0 if donate else ())
+
+
+# -- PEFT's directories ----------------------------------------------------------------------------
+
+
+def _adapted(config: ModelConfig, params: Params) -> Iterator[weights.Entry]:
+  """Entries of the kernels that have an adapter in `params`."""
+  layers = {path[:-2] for path in weights.by_path(adapters(params))}
+  return (entry for entry in weights.entries(config)
+          if entry.path[-1] == "kernel" and entry.path[:-1] in layers)
+
+
+def _is_module(entry: weights.Entry) -> bool:
+  """Whether theirs is the weight of a module, not a parameter on its own."""
+  return entry.name.endswith(".weight")
+
+
+def _stems(entry: weights.Entry) -> list[str]:
+  """Names of the adapters in PEFT's file, without `.lora_A.weight`."""
+  return [_PREFIX + name.rpartition(".")[0] for name in entry.names()]
+
+
+def _theirs(entry: weights.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfig
+            ) -> tuple[np.ndarray, np.ndarray]:
+  """PEFT's lora_A and lora_B from (one layer of) ours."""
+  if not _is_module(entry):  # it is [in, out], where PEFT takes it for [out, in]
+    return b, a
+  if entry.kind == "patches":  # a convolution, and one with kernel size 1
+    first = entry.write(a, config)
+    return first, b.T.reshape(*b.T.shape, *(1,) * (first.ndim - 2))
+  return a.T, b.T
+
+
+def _ours(entry: weights.Entry, first: np.ndarray, second: np.ndarray
+          ) -> tuple[np.ndarray, np.ndarray]:
+  """The inverse of `_theirs`."""
+  if not _is_module(entry):
+    return second, first
+  return first.reshape(first.shape[0], -1).T, second.reshape(*second.shape[:2]).T
+
+
+def save_adapter(path: str | pathlib.Path, config: ModelConfig, params: Params,
+                 base: str | pathlib.Path = "") -> None:
+  """Writes the adapters of `params` as a directory that `peft.PeftModel.from_pretrained` loads.
+
+  Args:
+    path: the directory; made if it does not exist.
+    config: of the model, with its `lora`.
+    params: with adapters.
+    base: directory or name of the model that they adapt.
+  """
+  assert config.lora is not None, "a model without adapters"
+  path = pathlib.Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  flat = weights.by_path(params)
+  tensors: dict[str, np.ndarray] = {}
+  modules, parameters = [], []
+  for entry in _adapted(config, params):
+    where = (*entry.path[:-1], "lora")
+    a, b = (np.asarray(jax.device_get(flat[*where, part])) for part in ("a", "b"))
+    for i, stem in enumerate(_stems(entry)):
+      one = (a, b) if entry.layers is None else (a[i], b[i])
+      first, second = _theirs(entry, *one, config)
+      tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(first)
+      tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(second)
+    if _is_module(entry):
+      modules += [name.removesuffix(".weight") for name in entry.names()]
+    else:
+      parameters += entry.names()
+  alpha = config.lora.alpha
+  settings = {
+      "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+      "r": config.lora.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+      "target_modules": modules, "target_parameters": parameters or None, "bias": "none",
+      "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
+      "init_lora_weights": True, "inference_mode": True, "modules_to_save": None}
+  weights.write_file(path / WEIGHTS_FILE,
+                     lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+  weights.write_file(path / CONFIG_FILE, lambda f: f.write_text(json.dumps(settings, indent=2)))
+
+
+def check_adapter(path: str | pathlib.Path, adapter: LoRA) -> None:
+  """Checks that a PEFT directory is there and of the rank and alpha of `adapter`.
+
+  Raises:
+    FileNotFoundError, ValueError: one line.
+  """
+  settings_file, file = (pathlib.Path(path) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
+  for needed in (settings_file, file):
+    if not needed.is_file():
+      raise FileNotFoundError(f"{needed}: no such file; expected a PEFT adapter directory")
+  try:
+    settings = json.loads(settings_file.read_text())
+  except ValueError as error:
+    raise ValueError(f"{settings_file}: not JSON ({error})") from None
+  for field, key in (("rank", "r"), ("alpha", "lora_alpha")):
+    value = getattr(adapter, field)
+    if settings.get(key) != value:
+      raise ValueError(f"config.model.lora.{field}={value!r}: expected {settings.get(key)!r}, "
+                       f"which {settings_file} says")
+  for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    if settings.get(key):
+      raise ValueError(f"{settings_file}: {key}={settings[key]!r} is not supported")
+
+
+def load_adapter(path: str | pathlib.Path, config: ModelConfig, shapes: Params,
+                 shardings: Params | None = None) -> Params:
+  """Reads a directory of `save_adapter` or PEFT into the adapters of `shapes`.
+
+  Args:
+    path: the directory.
+    config: of the model, with the `lora` that the directory must agree with.
+    shapes: ShapeDtypeStructs of parameters with adapters; only those are read.
+    shardings: a pytree like `shapes`; None is the default device.
+
+  Raises:
+    FileNotFoundError, ValueError: a file is missing or cut; rank, alpha, layers or shapes are
+      others; one line.
+  """
+  adapter = config.lora
+  assert adapter is not None, "a model without adapters"
+  check_adapter(path, adapter)
+  file = pathlib.Path(path) / WEIGHTS_FILE
+  try:
+    stored = load_file(file)
+  except SafetensorError as error:
+    raise ValueError(f"{file}: not a complete safetensors file ({error})") from None
+  # Adapters that others trained may carry the names of earlier generations of transformers.
+  found = {_PREFIX + weights.canonical_name(name.removeprefix(_PREFIX)): name for name in stored}
+  flat, places = weights.by_path(shapes), {}
+  if shardings is not None:
+    places = weights.by_path(shardings)
+
+  def take(name: str) -> np.ndarray:
+    if name not in found:
+      raise ValueError(f"{file}: tensor {name!r} is missing; config.model.lora.targets="
+                       f"{adapter.targets!r} needs it")
+    return stored[found.pop(name)]
+
+  loaded: dict[weights.Path, jax.Array] = {}
+  for entry in _adapted(config, shapes):
+    pairs = [_ours(entry, take(f"{stem}.lora_A.weight"), take(f"{stem}.lora_B.weight"))
+             for stem in _stems(entry)]
+    for part, layers in zip(("a", "b"), zip(*pairs, strict=True), strict=True):
+      where = (*entry.path[:-1], "lora", part)
+      array = layers[0] if entry.layers is None else np.stack(layers)
+      if array.shape != flat[where].shape:
+        raise ValueError(f"{file}: the adapter of {'/'.join(entry.path[:-1])} has shape "
+                         f"{array.shape}, expected {flat[where].shape}")
+      loaded[where] = jax.device_put(array.astype(flat[where].dtype), places.get(where))
+  if found:
+    raise ValueError(f"{file}: tensor {min(found.values())!r} has no place in this model "
+                     f"({len(found)} such; config.model.lora.targets={adapter.targets!r})")
+  return jax.tree.map_with_path(
+      lambda keys, _: loaded[tuple(k.key for k in keys)], adapters(shapes))

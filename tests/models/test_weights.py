@@ -1,0 +1,202 @@
+"""Loading reads only what the devices of a host hold, and says what is wrong with files."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxrl_vlm as jv
+from jaxrl_vlm import models, parallel
+from jaxrl_vlm.models import weights
+from tests import tiny
+
+
+class Spy:
+  """A tensor of a file that counts the elements taken out of it."""
+
+  def __init__(self, array: np.ndarray):
+    self.array, self.shape, self.read = array, array.shape, 0
+
+  def __getitem__(self, index) -> np.ndarray:
+    part = self.array[index]
+    self.read += part.size
+    return part
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_parts_are_read_alone_and_make_the_whole(family, tmp_path):
+  """Of every parameter, on a mesh that splits both axes."""
+  tiny.make_hf(tmp_path, family=family)
+  config = models.from_directory(tmp_path)
+  shapes = models.abstract_params(config)
+  mesh = parallel.make_mesh({"fsdp": 2, "tensor": 4})
+  places = weights.by_path(parallel.param_shardings(mesh, shapes))
+  flat = weights.by_path(shapes)
+  rng = np.random.default_rng(0)
+  split = 0
+  for entry in weights.entries(config):
+    shape, place = flat[entry.path].shape, places[entry.path]
+    if entry.layers is not None:
+      shape = shape[1:]
+      place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*place.spec[1:]))
+    for stored in {entry.file_shape(shape, config), entry.memory_shape(shape, config)}:
+      theirs = rng.normal(size=stored)
+      every = tuple(slice(None) for _ in shape)
+      whole = entry.read(theirs, shape, every, config)
+      assert whole.shape == shape
+      if stored == entry.file_shape(shape, config):
+        np.testing.assert_array_equal(entry.write(whole, config), theirs)
+      for index in place.devices_indices_map(shape).values():
+        spy = Spy(theirs)
+        part = entry.read(spy, shape, index, config)
+        np.testing.assert_array_equal(part, whole[index])
+        if entry.kind in ("same", "linear", "experts_out"):
+          assert spy.read == part.size
+          split += part.size < whole.size
+  assert split > 50
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "gemma3"])
+def test_sharded_loading_equals_loading(family, tmp_path):
+  tiny.make_hf(tmp_path, family=family)
+  config = models.from_directory(tmp_path)
+  shapes = models.abstract_params(config)
+  mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+  places = parallel.param_shardings(mesh, shapes)
+  plain = weights.load_params(tmp_path, config, shapes)
+  split = weights.load_params(tmp_path, config, shapes, places)
+  jax.tree.map(np.testing.assert_array_equal, plain, split)
+  jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(),
+               split, places)
+
+
+PROCESS = """
+import json, sys
+import jax
+import numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from jaxrl_vlm import models, parallel
+from jaxrl_vlm.models import weights
+
+read = total = 0
+class Counting:
+  def __init__(self, tensor):
+    self.tensor = tensor
+  def get_shape(self):
+    return self.tensor.get_shape()
+  def __getitem__(self, index):
+    global read
+    part = self.tensor[index]
+    read += part.nbytes
+    return part
+
+import contextlib
+plain = weights.Checkpoint.tensor
+@contextlib.contextmanager
+def tensor(self, name):
+  with plain(self, name) as found:
+    yield Counting(found)
+weights.Checkpoint.tensor = tensor
+
+path = sys.argv[3]
+config = models.from_directory(path)
+shapes = models.abstract_params(config)
+mesh = parallel.make_mesh({"fsdp": 2})
+params = weights.load_params(path, config, shapes, parallel.param_shardings(mesh, shapes))
+held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
+norm = jax.jit(lambda p: sum((x.astype(np.float32) ** 2).sum() for x in jax.tree.leaves(p)))
+print(json.dumps({"devices": jax.device_count(), "read": read, "held": held,
+                  "total": sum(x.nbytes for x in jax.tree.leaves(params)),
+                  "norm": float(norm(params))}))
+"""
+
+
+def test_each_process_reads_what_its_devices_hold(tmp_path):
+  """Two processes of one device each, over loopback."""
+  tiny.make_hf(tmp_path, family="qwen3_vl")
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+  running = [subprocess.Popen(
+      [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path)], env=env, text=True,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+  done = [process.communicate(timeout=240) for process in running]
+  for process, (_, err) in zip(running, done, strict=True):
+    assert process.returncode == 0, err
+  config = models.from_directory(tmp_path)
+  params = weights.load_params(tmp_path, config, models.abstract_params(config))
+  norm = sum(float((np.asarray(x) ** 2).sum()) for x in jax.tree.leaves(params))
+  for out, _ in done:
+    result = json.loads(out.splitlines()[-1])
+    assert result["devices"] == 2
+    # Norms and biases are whole on every device.
+    assert result["held"] < 0.6 * result["total"]
+    # The embedding of patches, a small convolution, is read whole.
+    patches = params["vision"]["patch_embed"]["kernel"].nbytes
+    assert result["read"] == result["held"] + patches // 2
+    np.testing.assert_allclose(result["norm"], norm, rtol=1e-5)
+
+
+def test_square_expert_tensors_are_read_as_transformers_does(tmp_path):
+  """Of [E, D, 2·I] in files and [E, 2·I, D] in memory, the shape cannot tell when D is 2·I."""
+  config = models.from_hf(json.loads(json.dumps(
+      {"model_type": "qwen3_vl_moe", "text_config": {
+          "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 3,
+          "num_experts_per_tok": 2, "moe_intermediate_size": 8,
+          "rope_parameters": {"mrope_section": [2, 1, 1]}},
+       "vision_config": {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1,
+                         "out_hidden_size": 16, "patch_size": 4, "num_position_embeddings": 4,
+                         "deepstack_visual_indexes": []}})))
+  entry = next(e for e in weights.entries(config) if e.kind == "experts_in")
+  ours = np.random.default_rng(0).normal(size=(3, 16, 2, 8))
+  stored = entry.write(ours, config)
+  assert stored.shape == (3, 16, 16)
+  memory = np.concatenate([ours[:, :, 0], ours[:, :, 1]], axis=-1).swapaxes(1, 2)
+  np.testing.assert_array_equal(stored, memory)
+  every = (slice(None),) * 4
+  np.testing.assert_array_equal(entry.read(stored, ours.shape, every, config), ours)
+
+
+def test_experts_are_published_transposed(tmp_path):
+  """[E, D, 2·I] and [E, I, D], as in the published files that vLLM and SGLang read."""
+  tiny.make_hf(tmp_path, family="qwen3_vl_moe")
+  model, params, processor = jv.load_pretrained(tmp_path)
+  jv.save_pretrained(tmp_path / "out", model, params, processor)
+  name = "model.language_model.layers.0.mlp.experts.{}_proj"
+  saved, original = (load_file(p / "model.safetensors") for p in (tmp_path / "out", tmp_path))
+  for part in ("gate_up", "down"):
+    np.testing.assert_array_equal(
+        saved[name.format(part)], original[name.format(part)].swapaxes(1, 2))
+  assert saved[name.format("down")].shape == (6, 24, 64)
+
+
+def test_damaged_index(tmp_path):
+  tiny.make_hf(tmp_path, max_shard_size="100KB")
+  index = tmp_path / "model.safetensors.index.json"
+  content = json.loads(index.read_text())
+  files = sorted(set(content["weight_map"].values()))
+  missing = tmp_path / files[1]
+  kept = missing.read_bytes()
+  missing.unlink()
+  with pytest.raises(FileNotFoundError, match=f"{files[1]}: no such file"):
+    jv.load_pretrained(tmp_path)
+  missing.write_bytes(kept[:100])
+  with pytest.raises(ValueError, match=f"{files[1]}: not a complete safetensors file"):
+    jv.load_pretrained(tmp_path)
+  missing.write_bytes(kept)
+  index.write_text("{")
+  with pytest.raises(ValueError, match="model.safetensors.index.json: not a valid index"):
+    jv.load_pretrained(tmp_path)
+  outside = tmp_path.parent / "outside.safetensors"
+  save_file({"x": np.zeros(1)}, outside)
+  index.write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
+  with pytest.raises(ValueError, match="names '../outside.safetensors', which is not a file of"):
+    jv.load_pretrained(tmp_path)
