@@ -83,7 +83,7 @@ def test_examples(folder):
   """Every block below the two commands: Python is run or, with a name in front, written."""
   examples = [block for block in blocks(README) if "venv" not in block[1]]
   assert [language for language, _ in examples] == [
-    "bash", "python", "bash", "bash", "python", "bash", "python"]
+    "bash", "bash", "python", "bash", "bash", "python", "bash", "python"]
   for language, text in examples:
     name = re.match(r"# (\w+\.py)\n", text)
     if name:
@@ -100,12 +100,13 @@ def test_examples(folder):
   assert (folder / "my_model" / "model.safetensors").stat().st_size > 0
 
   runs = {path.name: metrics.read(path) for path in (folder / "runs").iterdir()}
-  assert set(runs) == {"vppo", "my_data", "my_tfds", "my_reward"}
+  assert set(runs) == {"vppo", "lora", "my_data", "my_tfds", "my_reward"}
   for name, records in runs.items():
     trained = [record for record in records if "train/reward" in record]
     assert [record["step"] for record in trained] == [1, 2], name
     assert (folder / "runs" / name / "model" / "model.safetensors").exists()
     assert (folder / "runs" / name / "report.html").exists()
+  assert (folder / "runs" / "lora" / "adapter" / "adapter_model.safetensors").exists()
   for record in runs["my_reward"]:
     if "train/reward" in record:
       parts = record["train/reward/near"], record["train/reward/format"]

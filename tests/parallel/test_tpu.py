@@ -96,12 +96,61 @@ print(json.dumps(result))
 """
 
 
-def python(code: str, **variables: str) -> subprocess.CompletedProcess:
+FAMILY = """
+import copy
+import sys
+
+import jax
+import optax
+from jax.experimental import topologies
+
+from jaxrl_vlm import models, objectives, parallel
+from jaxrl_vlm.models.published import CONFIGS
+from jaxrl_vlm.rollout import Sampling
+from jaxrl_vlm.stages.programs import Programs
+from jaxrl_vlm.types import Experience, TokenStats
+
+P, G, T, LENGTH, PATCHES = 4, 2, 32, 128, 256
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2}, devices=topology.devices)
+for name in sys.argv[1:]:
+  hf = copy.deepcopy(CONFIGS[name])
+  text, vision = hf.get("text_config", hf), hf["vision_config"]
+  # The family's switches at a small size.
+  text |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 128,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
+           "sliding_window_pattern": 2}
+  text |= {k: v for k, v in (("moe_intermediate_size", 128), ("num_experts", 8),
+                             ("num_experts_per_tok", 2)) if k in text}
+  vision |= {k: 2 for k in ("depth", "num_hidden_layers") if k in vision}
+  vision |= {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [1], "out_hidden_size": 256}
+  if "embed_dim" in vision:
+    vision["hidden_size"] = 256
+  config = models.from_hf(
+      hf, dtype="bfloat16", suppressed_tokens=(5,), stop_tokens=(1,), pad_token=0)
+  params = models.abstract_params(config)
+  programs = Programs(models.VLM(config), mesh, objectives.create("grpo"), optax.adamw(1e-6),
+                      params, sampling=Sampling(G, T))
+  shape = jax.ShapeDtypeStruct
+  prompt = jax.tree.map(
+      lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, P, LENGTH, PATCHES))
+  tokens, mask, number = (shape((P, G, T), d) for d in ("int32", "bool", "float32"))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  stats = TokenStats(number, number)
+  experience = Experience(mask=mask, advantages=number, old=stats,
+                          rewards=shape((P, G), "float32"), views={"ref": stats})
+  programs.rollout.lower(params, prompt, key).compile()
+  programs.update.lower(programs.abstract_state, {}, prompt, tokens, experience, key).compile()
+  print(name)
+"""
+
+
+def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
   """Runs code in a fresh process without this one's jax settings."""
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
   with open(pathlib.Path(tempfile.gettempdir()) / "jaxrl_vlm_libtpu.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return subprocess.run([sys.executable, "-c", code], env=env | variables, cwd=ROOT,
+    return subprocess.run([sys.executable, "-c", code, *arguments], env=env | variables, cwd=ROOT,
                           capture_output=True, text=True, timeout=500)
 
 
@@ -130,6 +179,16 @@ def test_programs_compile_for_four_v5e_chips():
   share = memory["params"] / 2 + frozen / 4 + (memory["batch"] - frozen) / 2
   assert 0.95 * share <= memory["arguments"] < 1.1 * share, (share, memory)
   assert memory["outputs"] < 1.1 * memory["params"] / 2, memory
+
+
+@pytest.mark.slow
+def test_every_family_compiles():
+  pytest.importorskip("libtpu")
+  names = ("Qwen2-VL-2B", "Qwen3-VL-2B", "Qwen3-VL-30B-A3B", "gemma-3-4b")
+  done = python(FAMILY, *names, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
+                JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split() == list(names)
 
 
 def test_an_installed_libtpu_does_not_disturb_an_ordinary_run():
