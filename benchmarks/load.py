@@ -3,11 +3,11 @@
     python benchmarks/load.py
 
 Writes a random Qwen2.5-VL-3B checkpoint (7.5 GB in bfloat16, real names, shapes and shards) to
-`runs/load`, loads it in a fresh process as a run does, and records in `benchmarks/load.json`:
-bytes of the files, of the device arrays, of the largest tensor, the highest resident memory while
-loading, what of it is left after the device arrays (`excess`), and seconds. Also saves what was
-loaded and measures the same. The directory may be deleted afterwards; with it the command is
-repeated in seconds.
+`runs/load`, loads it in a fresh process as a run does, with parameters in bfloat16 and in float32,
+and records in `benchmarks/load.json` and docs/models.md: size of the files, the device arrays and
+the largest tensor, the highest resident memory while loading, what of it is left after the device
+arrays (`excess`), and seconds; and the same of saving in bfloat16. The directory may be deleted
+afterwards; with it the command is repeated in minutes.
 """
 
 import argparse
@@ -22,7 +22,11 @@ import time
 
 import numpy as np
 
-HERE = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+RESULT = ROOT / "benchmarks" / "load.json"
+PAGE = ROOT / "docs" / "models.md"
+BEGIN, END = "<!-- load: benchmarks/load.py -->", "<!-- end of load -->"
 GIB = 2**30
 
 
@@ -32,18 +36,18 @@ def write_checkpoint(path: pathlib.Path, name: str) -> None:
   from safetensors.numpy import save_file
 
   from jaxrl_vlm import models
-  from jaxrl_vlm.models import weights
+  from jaxrl_vlm.models import names, weights
   from jaxrl_vlm.models.published import CONFIGS
 
   path.mkdir(parents=True, exist_ok=True)
   config = models.from_hf(CONFIGS[name])
   flat = weights.by_path(models.abstract_params(config))
   wanted = {}
-  for entry in weights.entries(config):
+  for entry in names.entries(config):
     shape = flat[entry.path].shape
     one = shape if entry.layers is None else shape[1:]
     for tensor in entry.names():
-      wanted[weights.published_name(tensor, config.family)] = entry.file_shape(one, config)
+      wanted[names.published_name(tensor, config.family)] = entry.file_shape(one, config)
   shards, size = [[]], 0
   for tensor, shape in wanted.items():
     nbytes = 2 * int(np.prod(shape))
@@ -53,12 +57,12 @@ def write_checkpoint(path: pathlib.Path, name: str) -> None:
     size += nbytes
   index = {}
   rng = np.random.default_rng(0)
-  for i, names in enumerate(shards):
+  for i, shard in enumerate(shards):
     file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-    index |= dict.fromkeys(names, file)
+    index |= dict.fromkeys(shard, file)
     if not (path / file).exists():
       held = {n: (rng.standard_normal(wanted[n], np.float32) * 0.02).astype(jnp.bfloat16)
-              for n in names}
+              for n in shard}
       weights.write_file(path / file, lambda f, held=held: save_file(held, f))
       print(f"wrote {path / file}", flush=True)
   (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
@@ -76,43 +80,53 @@ def forget_peak() -> None:
   pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(path: pathlib.Path) -> dict[str, float]:
+def measure(path: pathlib.Path, dtype: str) -> dict[str, float]:
   """Loads and saves in this process, which must have done nothing else."""
   import jax
 
   from jaxrl_vlm import models
-  from jaxrl_vlm.models import weights
+  from jaxrl_vlm.models import names, weights
 
   config = models.from_directory(path)
   jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the backend's own memory is not the loader's
-  shapes = models.abstract_params(config, "bfloat16")
+  shapes = models.abstract_params(config, dtype)
   forget_peak()
   before, _ = resident()
   began = time.monotonic()
   params = jax.block_until_ready(weights.load_params(path, config, shapes))
   seconds = time.monotonic() - began
   _, peak = resident()
-  arrays = sum(x.nbytes for x in jax.tree.leaves(params))
-  largest = max(x.nbytes // len(e.layers or [0]) for e, x in (
-      (e, weights.by_path(params)[e.path]) for e in weights.entries(config)))
+  flat = weights.by_path(params)
+  arrays = sum(x.nbytes for x in flat.values())
+  largest = 2 * max(flat[e.path].size // len(e.layers or [0]) for e in names.entries(config))
+  result = {
+      "files": sum(f.stat().st_size for f in path.glob("*.safetensors")) / GIB,
+      "device_arrays": arrays / GIB, "largest_tensor": largest / GIB,
+      "peak": (peak - before) / GIB, "excess": (peak - before - arrays) / GIB,
+      "excess_over_largest_tensor": (peak - before - arrays) / largest, "seconds": seconds}
+  if dtype != "bfloat16":
+    return result
   saved = path / "saved"
   forget_peak()
   held, _ = resident()
   began = time.monotonic()
   weights.save_params(saved, config, params, shard_bytes=2 * GIB)
-  save_seconds = time.monotonic() - began
-  _, save_peak = resident()
-  files = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+  result |= {"save_seconds": time.monotonic() - began, "save_shard": 2.0,
+             "save_excess": (resident()[1] - held) / GIB}
   for file in saved.iterdir():
     file.unlink()
   saved.rmdir()
-  return {
-      "file_gib": files / GIB, "device_arrays_gib": arrays / GIB, "largest_tensor_gib":
-      largest / GIB, "peak_gib": (peak - before) / GIB,
-      "excess_gib": (peak - before - arrays) / GIB,
-      "excess_over_largest_tensor": (peak - before - arrays) / largest, "seconds": seconds,
-      "save_seconds": save_seconds, "save_excess_gib": (save_peak - held) / GIB,
-      "save_shard_gib": 2.0}
+  return result
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+  head = ["parameters", "files", "device arrays", "largest tensor", "peak of the host",
+          "beyond the arrays", "seconds"]
+  rows = [head, ["---"] + ["--:"] * (len(head) - 1)]
+  for dtype, r in results.items():
+    sizes = (r[k] for k in ("files", "device_arrays", "largest_tensor", "peak", "excess"))
+    rows.append([dtype, *(f"{x:.2f} GiB" for x in sizes), f"{r['seconds']:.0f}"])
+  return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def main() -> None:
@@ -120,21 +134,28 @@ def main() -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--model", default="Qwen2.5-VL-3B")
   parser.add_argument("--path", type=pathlib.Path, default=pathlib.Path("runs/load"))
-  parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+  parser.add_argument("--measure", help=argparse.SUPPRESS)  # a dtype
   args = parser.parse_args()
   if args.measure:
-    print(json.dumps(measure(args.path)))
+    print(json.dumps(measure(args.path, args.measure)))
     return
   write_checkpoint(args.path, args.model)
-  done = subprocess.run(
-      [sys.executable, __file__, "--measure", f"--path={args.path}"], check=True,
-      capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-  result = {"model": args.model, "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU backend",
-            **{k: round(v, 3) for k, v in json.loads(done.stdout.splitlines()[-1]).items()}}
-  (HERE / "load.json").write_text(json.dumps(result, indent=1) + "\n")
-  for key, value in result.items():
-    print(f"{key:28} {value}")
+  results = {}
+  for dtype in ("bfloat16", "float32"):
+    done = subprocess.run(
+        [sys.executable, __file__, f"--measure={dtype}", f"--path={args.path}"], check=True,
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    results[dtype] = json.loads(done.stdout.splitlines()[-1])
+  date = datetime.date.today().isoformat()
+  machine = f"{platform.machine()}, {os.cpu_count()} cores, CPU backend"
+  RESULT.write_text(json.dumps(
+      {"model": args.model, "date": date, "machine": machine,
+       **{dtype: {k: round(v, 3) for k, v in r.items()} for dtype, r in results.items()}},
+      indent=1) + "\n")
+  page = f"{table(results)}\n\n({date}; {machine}.)"
+  before, _, rest = PAGE.read_text().partition(BEGIN)
+  PAGE.write_text(f"{before}{BEGIN}\n\n{page}\n\n{END}{rest.partition(END)[2]}")
+  print(page)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 import pathlib
 import shutil
+import tempfile
 import types
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.config import Flag
@@ -38,11 +41,21 @@ def convert(source: str | pathlib.Path, target: str | pathlib.Path, dtype: str =
     raise UserError(f"--dtype={dtype}: expected 'stored', 'float32' or 'bfloat16'")
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"--target={target}: exists and is not an empty directory")
+  target.parent.mkdir(parents=True, exist_ok=True)
+  # Under another name until it is complete, so that what failed can be repeated.
+  unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
   try:
     with validation(f"--source={source}: "):
-      return _convert(source, target, dtype)
+      lines = _convert(source, unfinished, dtype)
+    unfinished.chmod(0o755)  # mkdtemp's is the owner's alone
+    if target.exists():
+      target.rmdir()
+    unfinished.rename(target)
   except FileNotFoundError as error:
     raise UserError(f"--source={source}: {error}") from error
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
+  return lines
 
 
 def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> list[str]:
@@ -66,7 +79,8 @@ def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> list[str
   elif (source / "state").is_dir() and (source.parents[1] / config_lib.CONFIG_FILE).is_file():
     model, params, processor = _of_run(source)
     config = model.config
-    params = _cast(params, dtype)
+    if dtype != "stored":
+      params = jax.tree.map(lambda x: x.astype(dtype), params)
     models.save_pretrained(target, model, params, processor)
   else:
     raise UserError(f"--source={source}: neither a Hugging Face directory (config.json and "
@@ -77,22 +91,17 @@ def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> list[str
 
 def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
   """Model, parameters with adapters folded in, and processor of a run's checkpoint."""
-  import jax
   import orbax.checkpoint as ocp
 
-  from jaxrl_vlm import models
+  from jaxrl_vlm import models, parallel
   from jaxrl_vlm.models import lora
-  from jaxrl_vlm.stages.run import lora_of, model_path, trainable_of
+  from jaxrl_vlm.stages.run import load_model, model_path, trainable_of
 
   workdir = checkpoint.resolve().parents[1]
   config = config_lib.from_json((workdir / config_lib.CONFIG_FILE).read_text(encoding="utf-8"))
-  settings, trainable = config.model, trainable_of(config)
-  model, params, processor = models.load_pretrained(
-      model_path(config, workdir), param_dtype=settings.param_dtype, lora=lora_of(config),
-      trainable=trainable, min_pixels=settings.min_pixels or None,
-      max_pixels=settings.max_pixels or None, prompt_buckets=config.prompt_buckets,
-      patch_buckets=config.patch_buckets)
-  start, frozen = lora.split(params, trainable)
+  model, params, processor = load_model(
+      config, model_path(config, workdir), parallel.make_mesh({"fsdp": -1}))
+  start, frozen = lora.split(params, trainable_of(config))
   wanted = {"train": {"params": jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start)}}
   with ocp.PyTreeCheckpointer() as reader:
@@ -104,22 +113,13 @@ def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
   return models.VLM(model.config.replace(lora=None)), params, processor
 
 
-def _cast(params: Any, dtype: str) -> Any:
-  import jax
-
-  return params if dtype == "stored" else jax.tree.map(lambda x: x.astype(dtype), params)
-
-
 def _typed(shapes: Any, dtype: str) -> Any:
-  import jax
-
   if dtype == "stored":
     return shapes
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jax.numpy.dtype(dtype)), shapes)
 
 
 def _restore(source: pathlib.Path, config: Any, dtype: str) -> Any:
-  import jax
   import orbax.checkpoint as ocp
 
   from jaxrl_vlm import models
@@ -134,27 +134,30 @@ def _restore(source: pathlib.Path, config: Any, dtype: str) -> Any:
     return saver.restore(path, _typed(types_, dtype))
 
 
+# What holds parameters, in any format; and what says which.
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
+
+
 def _copy_files(source: pathlib.Path, target: pathlib.Path) -> None:
   """Everything but the parameters: config, tokenizer, chat template, preprocessors."""
-  target.mkdir(parents=True, exist_ok=True)
   for file in sorted(source.iterdir()):
-    if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+    if file.is_file() and not file.name.endswith(_WEIGHTS):
       shutil.copyfile(file, target / file.name)
 
 
 def _mapped(config: Any, params: Any) -> Iterator[str]:
-  from jaxrl_vlm.models import weights
+  from jaxrl_vlm.models import names, weights
 
   flat = weights.by_path(params)
-  for entry in weights.entries(config):
+  for entry in names.entries(config):
     array, layers = flat[entry.path], entry.layers
-    name = weights.published_name(entry.name, config.family)
+    name = names.published_name(entry.name, config.family)
     if layers is not None:
       name = name.format(f"{{{layers[0]}..{layers[-1]}}}")
     shape = ", ".join(map(str, array.shape))
     yield f"{'/'.join(entry.path):40} [{shape}] {array.dtype}  <->  {name}"
   count, size = (sum(getattr(x, k) for x in flat.values()) for k in ("size", "nbytes"))
-  yield (f"{sum(len(e.names()) for e in weights.entries(config))} tensors, {count:,} parameters, "
+  yield (f"{sum(len(e.names()) for e in names.entries(config))} tensors, {count:,} parameters, "
          f"{size / 2**30:.2f} GiB")
 
 

@@ -25,7 +25,7 @@ def tensors(path):
   return found
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "gemma3"])
 def test_there_and_back(family, tmp_path):
   start, orbax, back = (tmp_path / name for name in ("hf", "orbax", "back"))
   tiny.make_hf(start, family=family, dtype=torch.bfloat16, max_shard_size="200KB")
@@ -53,20 +53,24 @@ def test_command_prints_what_it_mapped(tmp_path):
       [sys.executable, "-m", "jaxrl_vlm.convert", f"--source={tmp_path / 'hf'}",
        f"--target={tmp_path / 'out'}", "--dtype=bfloat16"], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert ("decoder/layers/mlp/gate_up               [3, 6, 64, 2, 24] bfloat16  <->  "
+  assert ("decoder/layers/mlp/up                    [3, 6, 64, 24] bfloat16  <->  "
           "model.language_model.layers.{0..2}.mlp.experts.gate_up_proj") in done.stdout
   assert done.stdout.endswith(f"written: {tmp_path / 'out'}\n")
 
 
-@pytest.mark.parametrize("adapters", [False, True])
-def test_checkpoint_of_a_run(adapters, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["everything", "adapters", "some of the adapters"])
+def test_checkpoint_of_a_run(kind, tmp_path, monkeypatch):
   monkeypatch.setattr(parallel, "make_mesh", functools.partial(
       parallel.make_mesh, devices=jax.devices()[:1]))
-  config = tiny_run.get_lora_config() if adapters else tiny_run.get_config()
+  config = tiny_run.get_config() if kind == "everything" else tiny_run.get_lora_config()
   stage = config.stages[-1]
   stage.steps, stage.eval.examples, stage.objective.name = 2, 0, "grpo"
   config.stages = (stage,)
   workdir = tmp_path / "run"
+  if kind == "some of the adapters":  # the others stay as an earlier run left them
+    train.train(config, tmp_path / "earlier")
+    config.model.lora.path = str(tmp_path / "earlier" / "adapter")
+    config.model.trainable = ("decoder/layers/*/lora",)
   train.train(config, workdir)
   convert(workdir / "checkpoints" / "2", tmp_path / "out")
   got, expected = tensors(tmp_path / "out"), tensors(workdir / "model")
@@ -75,6 +79,7 @@ def test_checkpoint_of_a_run(adapters, tmp_path, monkeypatch):
   assert any((start[name] != value).any() for name, value in expected.items())
   for name, value in expected.items():
     np.testing.assert_array_equal(got[name], value, err_msg=name)
+  assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.parametrize(("source", "target", "dtype", "message"), [

@@ -16,7 +16,7 @@ LAYERS = (
   {"rollout", "scoring", "report", "evaluate", "scratch"},
   {"objectives", "models", "rewards", "data", "parallel", "checkpoint", "metrics", "views"},
   {"types", "config"},
-  {"example", "errors"},
+  {"example", "errors", "hf_config"},
 )
 # Within a layer, who else may import whom.
 NEIGHBOURS = {("evaluate", "rollout"), ("models", "data")}
@@ -27,7 +27,7 @@ ONLY = {
   "types": {"example"},
 }
 # Worker processes import these; they must never load jax, nor what loads it.
-NO_JAX = ("rewards", "data", "config", "metrics", "train", "example", "errors")
+NO_JAX = ("rewards", "data", "config", "metrics", "train", "example", "errors", "hf_config")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -10,9 +10,13 @@ import transformers
 
 from jaxrl_vlm.data.processor import Processor
 from jaxrl_vlm.data.video import Video
+from jaxrl_vlm.models import ModelConfig
 from tests import tiny_processor
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
+
+# Models this small only lose by threads, ten times over where another process has the cores.
+torch.set_num_threads(1)
 
 
 def hf_config(family: str, processor_config: dict[str, Any], tied: bool) -> Any:
@@ -162,3 +166,21 @@ def torch_logits(model, prompt, row: int):
   """Logits [L, V] of one row of a Prompt by transformers, from its patches and token ids alone."""
   with torch.no_grad():
     return model(**torch_inputs(model, prompt, row)).logits[0].float().numpy()
+
+
+def torch_greedy(model, prompt, row: int, config: ModelConfig, max_tokens: int):
+  """The likeliest tokens [<= max_tokens] after one row of a Prompt, as transformers decodes.
+
+  `config` is that of our model: its stop tokens (there may be none), pad and suppressed tokens.
+  """
+  inputs = torch_inputs(model, prompt, row)
+  # The model's own settings: they would fill in what is None in settings that `generate` is given.
+  model.generation_config = transformers.GenerationConfig(
+      max_new_tokens=max_tokens, do_sample=False, pad_token_id=config.pad_token,
+      eos_token_id=list(config.stop_tokens) or None,
+      suppress_tokens=list(config.suppressed_tokens))
+  # Without a mask, pad tokens that stand in the prompt would be taken for padding.
+  mask = torch.ones_like(inputs["input_ids"])
+  with torch.no_grad():
+    tokens = model.generate(**inputs, attention_mask=mask)[0]
+  return tokens[len(mask[0]):].numpy()

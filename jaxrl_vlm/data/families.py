@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxrl_vlm import hf_config
 from jaxrl_vlm.data.images import FixedImageSettings, Grid, ImageSettings, PatchSettings
 from jaxrl_vlm.data.video import Qwen2VideoSettings, Qwen3VideoSettings, Video, VideoSettings
 
@@ -31,7 +32,7 @@ class Family:
     MROPE: whether visual tokens have ids of time, row and column; else they count on as text does.
 
   Attributes:
-    config: the contents of `config.json`.
+    config: the contents of `config.json`, completed by `hf_config`.
     vision: its `vision_config`.
     processor_config: the contents of `processor_config.json`.
   """
@@ -49,7 +50,7 @@ class Family:
   def __init__(self, config: Mapping[str, Any], processor_config: Mapping[str, Any]):
     self.config = config
     self.processor_config = processor_config
-    self.vision: Mapping[str, Any] = config.get("vision_config") or {}
+    self.vision: Mapping[str, Any] = config["vision_config"]
 
   def image_settings(self, preprocessor: Mapping[str, Any], file: str) -> PatchSettings:
     """From `preprocessor`, the contents of `file`; ValueError where the model does not fit it."""
@@ -92,7 +93,7 @@ class Family:
           f"model_type={self.config['model_type']!r}"
         )
       ids[name] = special_ids[text]
-      if self.config.get(field, ids[name]) != ids[name]:
+      if self.config[field] != ids[name]:
         raise ValueError(
           f"config.json: {field}={self.config[field]}: expected {ids[name]}, which is {text!r} in "
           "tokenizer.json"
@@ -100,8 +101,8 @@ class Family:
     return ids
 
   def expect(self, file: str, field: str, value: Any, expected: Any) -> None:
-    """Raises ValueError unless a field of vision_config, where it is given, is `expected`."""
-    found = self.vision.get(field, expected)
+    """Raises ValueError unless a field of vision_config is `expected`."""
+    found = self.vision[field]
     if found != expected:
       raise ValueError(
         f"config.json: vision_config.{field}={found}: expected {expected}, for {file} has {value}"
@@ -160,8 +161,8 @@ class Qwen25VL(Qwen2VL):
   """Window attention; the time steps of a video follow the clock."""
 
   def window_size(self, images: PatchSettings) -> int | None:
-    size = self.vision.get("window_size")
-    if size is not None and size < images.token_side:
+    size = self.vision["window_size"]
+    if size < images.token_side:
       raise ValueError(
         f"config.json: vision_config.window_size={size}: expected at least {images.token_side}, "
         "the side of one visual token"
@@ -170,9 +171,9 @@ class Qwen25VL(Qwen2VL):
 
   def video_stretches(self, grid: Grid, video: Video, count: int) -> Stretches:
     sampled_fps = count / len(video.frames) * video.fps
-    temporal = self.vision.get("temporal_patch_size", 2)
+    temporal = self.vision["temporal_patch_size"]
     # The product of float32, as transformers hands the seconds on.
-    step = self.vision.get("tokens_per_second", 4) * np.float32(temporal / sampled_fps)
+    step = self.vision["tokens_per_second"] * np.float32(temporal / sampled_fps)
     return [(grid, float(step))]
 
 
@@ -208,9 +209,8 @@ class Gemma3(Family):
   END_OF_TURN = "<end_of_turn>"
 
   def image_settings(self, preprocessor: Mapping[str, Any], file: str) -> FixedImageSettings:
-    tokens = self.config.get("mm_tokens_per_image", 256)
-    patch = self.vision.get("patch_size", 14)
-    side = self.vision.get("image_size", 896)
+    tokens = self.config["mm_tokens_per_image"]
+    patch, side = self.vision["patch_size"], self.vision["image_size"]
     rows = side // patch
     across = round(tokens**0.5)
     if across**2 != tokens or side % patch or rows % across:
@@ -258,13 +258,9 @@ FAMILIES: Mapping[str, type[Family]] = {
 
 
 def create(config: Mapping[str, Any], processor_config: Mapping[str, Any]) -> Family:
-  """The family of a `config.json`; ValueError if there is none."""
-  model_type = config.get("model_type", "")
-  if model_type not in FAMILIES:
-    raise ValueError(
-      f"config.json: model_type={model_type!r}: expected one of {', '.join(map(repr, FAMILIES))}"
-    )
-  return FAMILIES[model_type](config, processor_config)
+  """The family of a `config.json`; raises as `hf_config.complete`."""
+  config = hf_config.complete(config)
+  return FAMILIES[config["model_type"]](config, processor_config)
 
 
 def group_times(indices: Sequence[int] | np.ndarray, fps: float, size: int) -> np.ndarray:

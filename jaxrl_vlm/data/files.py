@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxrl_vlm.hf_config import parse_json
+
 _PREPROCESSOR = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _PROCESSOR = "processor_config.json"  # transformers 5 may keep the contents of both others in it
@@ -26,17 +28,6 @@ _NAMES = (
   _PROCESSOR,
   "generation_config.json",
 )
-
-
-def parse_json(name: str, content: bytes) -> dict[str, Any]:
-  """The object that a file's content is; ValueError naming the file if it is none."""
-  try:
-    value = json.loads(content)
-  except ValueError as error:
-    raise ValueError(f"{name}: not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise ValueError(f"{name}: expected a JSON object, got {type(value).__name__}")
-  return value
 
 
 class ProcessorFiles:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxrl_vlm import hf_config
 from jaxrl_vlm.data import families
 from jaxrl_vlm.data.chat import ChatTokenizer, Message, has_video
-from jaxrl_vlm.data.files import ProcessorFiles, parse_json
+from jaxrl_vlm.data.files import ProcessorFiles
 from jaxrl_vlm.data.images import ImageLike, PatchSettings, decode_image, preprocess_image
 from jaxrl_vlm.data.layout import Visual, expand_visuals, lay_out_patches
 from jaxrl_vlm.data.video import Video, VideoSettings, preprocess_video
@@ -118,8 +119,8 @@ class Processor:
     )
     end = special.get(family.END_OF_TURN)
     self.end_token_id: int = tokenizer.eos_token_id if end is None else end
-    eos = files.json("generation_config.json").get("eos_token_id") or []
-    eos = [eos] if isinstance(eos, int) else eos
+    generation = "generation_config.json"
+    eos = hf_config.stop_tokens(files.json(generation), generation)
     self.eos_token_ids: tuple[int, ...] = tuple(
       dict.fromkeys(i for i in (self.end_token_id, *eos, tokenizer.eos_token_id) if i is not None)
     )
@@ -161,9 +162,7 @@ class Processor:
     import transformers  # slow to import
 
     path = pathlib.Path(path)
-    if not (path / "config.json").exists():
-      raise FileNotFoundError(f"{path / 'config.json'}: no such file")
-    config = parse_json("config.json", (path / "config.json").read_bytes())
+    config = hf_config.read(path)
     files = ProcessorFiles(path)
     files.override_bounds(min_pixels, max_pixels)
     family = families.create(config, files.processor)

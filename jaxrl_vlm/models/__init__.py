@@ -1,6 +1,5 @@
 """Flax models by family, and Hugging Face directories in and out."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_vlm import hf_config
 from jaxrl_vlm.models import lora as lora_lib
 from jaxrl_vlm.models import weights
 from jaxrl_vlm.models.config import LoRA, ModelConfig, VisionConfig
@@ -72,18 +72,15 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
 def from_directory(path: str | pathlib.Path, dtype: str | None = None, remat: bool = False
                    ) -> ModelConfig:
   """The architecture of a Hugging Face directory. `dtype` None: as in `load_pretrained`."""
-  path = pathlib.Path(path)
-  if not (path / "config.json").is_file():
-    raise FileNotFoundError(
-        f"{path / 'config.json'}: no such file; expected a Hugging Face model directory")
-  generation = path / "generation_config.json"
-  stops = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-  stops = {} if not stops else {
-      "stop_tokens": tuple(stops) if isinstance(stops, list) else (stops,)}
+  config = hf_config.read(path)
+  generation = pathlib.Path(path) / "generation_config.json"
+  stops: tuple[int, ...] = ()
+  if generation.exists():
+    content = hf_config.parse_json(generation.name, generation.read_bytes())
+    stops = hf_config.stop_tokens(content, generation.name)
   if dtype is None:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return from_hf(json.loads((path / "config.json").read_text()), dtype=dtype, remat=remat,
-                 **stops)
+  return from_hf(config, dtype=dtype, remat=remat, **({"stop_tokens": stops} if stops else {}))
 
 
 def load_pretrained(
@@ -120,16 +117,21 @@ def load_pretrained(
     adapters = lora_lib.init_adapters(shapes, jax.random.key(seed), shardings)
     params = lora_lib.merge(params, adapters)
   processor = Processor.from_pretrained(path, **processor_options)
-  # config.json does not name every vision token; the tokenizer does.
+  # The files of the model do not name every vision token, nor always the one that ends a turn, by
+  # which a supervised target ends; the tokenizer does.
   banned = {*config.suppressed_tokens, *processor.image_token_ids_never_sampled}
-  return VLM(config.replace(suppressed_tokens=tuple(sorted(banned)))), params, processor
+  stops = dict.fromkeys((*config.stop_tokens, *processor.eos_token_ids))
+  config = config.replace(suppressed_tokens=tuple(sorted(banned)), stop_tokens=tuple(stops))
+  return VLM(config), params, processor
 
 
 def save_pretrained(path: str | pathlib.Path, model: VLM, params: Params,
                     processor: "Processor") -> None:
   """Writes a Hugging Face directory that transformers loads to the same logits.
 
-  Adapters are folded into the weights.
+  Adapters are folded into the weights. Parameters are written in the dtype they have, which
+  config.json then says. In a run of many hosts all call this, and the first writes.
   """
   weights.save_params(path, model.config, lora_lib.merged(params, model.config))
-  processor.save_pretrained(path)
+  if jax.process_index() == 0:
+    processor.save_pretrained(path)

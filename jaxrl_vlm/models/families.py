@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxrl_vlm import hf_config
 from jaxrl_vlm.models.config import ModelConfig, MoE, VisionConfig
 from jaxrl_vlm.models.layers import ACTIVATIONS
 
@@ -11,7 +12,7 @@ Json = Mapping[str, Any]
 
 
 def from_hf(config: Json, **overrides) -> ModelConfig:
-  """Reads a `config.json`, in the old flat or the new nested form.
+  """Reads a `config.json`, in the old flat or the new nested form, whole or without defaults.
 
   Args:
     config: the parsed file.
@@ -21,39 +22,33 @@ def from_hf(config: Json, **overrides) -> ModelConfig:
     ValueError: a family or a setting that is not supported; one line with field, value and what
       is supported.
   """
-  family = config.get("model_type")
-  if family not in FAMILIES:
-    raise ValueError(f"config.json: model_type={family!r} is not supported; supported: "
-                     + ", ".join(map(repr, FAMILIES)))
-  try:
-    text = {**_DEFAULTS.get(family, {}), **config, **(config.get("text_config") or {})}
-    fields = _common(config, text) | FAMILIES[family](config, text) | overrides
-    return ModelConfig(**fields)
-  except KeyError as error:
-    raise ValueError(f"config.json: {error.args[0]} is missing") from None
+  whole = hf_config.complete(config)
+  text = whole["text_config"]
+  fields = _common(whole, text) | FAMILIES[whole["model_type"]](whole, text)
+  fields["hf"] = json.dumps(config, sort_keys=True)
+  return ModelConfig(**fields | overrides)
 
 
 def _common(config: Json, text: Json) -> dict[str, Any]:
-  stops = text.get("eos_token_id") or ()
-  stops = tuple(stops) if isinstance(stops, list | tuple) else (stops,)
-  pad, heads = text.get("pad_token_id"), text["num_attention_heads"]
-  special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-             "vision_token_id", "image_token_index", "boi_token_index", "eoi_token_index")
+  stops = hf_config.stop_tokens(config) or hf_config.stop_tokens(text)
+  pads = (config["pad_token_id"], text["pad_token_id"], *stops, 0)
+  heads, vocab = text["num_attention_heads"], text["vocab_size"]
+  special = [config[key] for key in hf_config.DEFAULTS[config["model_type"]][0]
+             if key.startswith(("image", "video", "vision", "boi", "eoi"))]
   return {
       "family": config["model_type"],
-      "vocab_size": text["vocab_size"],
+      "vocab_size": vocab,
       "hidden_size": text["hidden_size"],
       "intermediate_size": text["intermediate_size"],
       "num_layers": text["num_hidden_layers"],
       "num_heads": heads,
-      "num_kv_heads": text.get("num_key_value_heads") or heads,
+      "num_kv_heads": text["num_key_value_heads"] or heads,
       "head_dim": _head_dim(text),
-      "rms_norm_eps": text.get("rms_norm_eps", 1e-6),
+      "rms_norm_eps": text["rms_norm_eps"],
       "suppressed_tokens": tuple(sorted({
-          config[key] for key in special if config.get(key) is not None})),
+          token for token in special if token is not None and token < vocab})),
       "stop_tokens": stops,
-      "pad_token": pad if pad is not None else (stops[0] if stops else 0),
-      "hf": json.dumps(config, sort_keys=True),
+      "pad_token": next(token for token in pads if token is not None and token < vocab),
   }
 
 
@@ -64,9 +59,9 @@ def _qwen2_vl(config: Json, text: Json) -> dict[str, Any]:
       "vision": VisionConfig(
           **_qwen_vision(vision),
           hidden_size=vision["embed_dim"],
-          intermediate_size=int(vision["embed_dim"] * vision.get("mlp_ratio", 4)),
+          intermediate_size=int(vision["embed_dim"] * vision["mlp_ratio"]),
           out_hidden_size=vision["hidden_size"],
-          activation=_activation(vision, "vision_config.hidden_act", "quick_gelu"),
+          activation=_activation(vision, "vision_config.hidden_act"),
           norm="layer", gated_mlp=False)}
 
 
@@ -79,14 +74,14 @@ def _qwen2_5_vl(config: Json, text: Json) -> dict[str, Any]:
           hidden_size=vision["hidden_size"],
           intermediate_size=vision["intermediate_size"],
           out_hidden_size=vision["out_hidden_size"],
-          activation=_activation(vision, "vision_config.hidden_act", "silu"),
+          activation=_activation(vision, "vision_config.hidden_act"),
           window_size=vision["window_size"],
           full_attention_layers=tuple(vision["fullatt_block_indexes"]))}
 
 
 def _qwen3_vl(config: Json, text: Json) -> dict[str, Any]:
   vision = config["vision_config"]
-  if text.get("attention_bias"):
+  if text["attention_bias"]:
     raise ValueError("config.json: attention_bias=true is not supported; expected false")
   return _qwen_decoder(config, text) | {
       "qk_norm": True,
@@ -95,54 +90,53 @@ def _qwen3_vl(config: Json, text: Json) -> dict[str, Any]:
           hidden_size=vision["hidden_size"],
           intermediate_size=vision["intermediate_size"],
           out_hidden_size=vision["out_hidden_size"],
-          activation=_activation(vision, "vision_config.hidden_act", "gelu_pytorch_tanh"),
+          activation=_activation(vision, "vision_config.hidden_act"),
           norm="layer", gated_mlp=False, patch_bias=True,
           position_grid=int(vision["num_position_embeddings"]**0.5),
           deepstack_layers=tuple(vision["deepstack_visual_indexes"]))}
 
 
 def _qwen3_vl_moe(config: Json, text: Json) -> dict[str, Any]:
-  if text.get("decoder_sparse_step", 1) != 1 or text.get("mlp_only_layers"):
+  if text["decoder_sparse_step"] != 1 or text["mlp_only_layers"]:
     raise ValueError(
-        f"config.json: decoder_sparse_step={text.get('decoder_sparse_step')}, mlp_only_layers="
-        f"{text.get('mlp_only_layers')} are not supported; expected 1 and []: experts in every "
+        f"config.json: decoder_sparse_step={text['decoder_sparse_step']}, mlp_only_layers="
+        f"{text['mlp_only_layers']} are not supported; expected 1 and []: experts in every "
         "layer")
-  experts = text.get("num_experts") or text["num_local_experts"]
   return _qwen3_vl(config, text) | {
-      "moe": MoE(experts, text["num_experts_per_tok"], text["moe_intermediate_size"])}
+      "moe": MoE(
+          text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"])}
 
 
 def _gemma3(config: Json, text: Json) -> dict[str, Any]:
   vision = config["vision_config"]
   for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
                "attention_bias"):
-    if text.get(name):
+    if text[name]:
       raise ValueError(f"config.json: {name}={text[name]!r} is not supported; expected none")
-  layers, pattern = text["num_hidden_layers"], text.get(
-      "sliding_window_pattern", text.get("_sliding_window_pattern", 6))
-  kinds = text.get("layer_types") or [
+  layers, pattern = text["num_hidden_layers"], text["sliding_window_pattern"]
+  kinds = text["layer_types"] or [
       "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)]
-  rope = text.get("rope_parameters") or {}
-  everywhere = rope.get("full_attention") or text.get("rope_scaling") or {}
+  rope = text["rope_parameters"] or {}
+  everywhere = rope.get("full_attention") or text["rope_scaling"] or {}
   near = rope.get("sliding_attention") or {}
   rope_type(near, ("default",))
   linear = rope_type(everywhere, ("default", "linear")) == "linear"
+  if linear and not everywhere.get("factor"):
+    raise ValueError("config.json: rope_type='linear' without factor: expected a positive number")
   side = vision["image_size"] // vision["patch_size"]
-  tokens = int(config.get("mm_tokens_per_image", 256)**0.5)
-  eps = vision.get("layer_norm_eps", 1e-6)
+  tokens = int(config["mm_tokens_per_image"]**0.5)
   return {
-      "activation": _activation(text, "hidden_activation", "gelu_pytorch_tanh"),
-      "attention_scale": text.get("query_pre_attn_scalar", 256)**-0.5,
+      "activation": _activation(text, "hidden_activation"),
+      "attention_scale": text["query_pre_attn_scalar"]**-0.5,
       "qk_norm": True, "norm_offset": True, "post_norms": True,
       "embed_scale": text["hidden_size"]**0.5,
-      "rope_theta": float(everywhere.get("rope_theta") or text.get("rope_theta") or 1e6),
+      "rope_theta": float(everywhere.get("rope_theta") or text["rope_theta"]),
       "rope_factor": float(everywhere["factor"]) if linear else 1.0,
-      "sliding_window": text.get("sliding_window") or 4096,
+      "sliding_window": text["sliding_window"],
       "sliding_layers": tuple(kind == "sliding_attention" for kind in kinds),
-      "sliding_rope_theta": float(
-          near.get("rope_theta") or text.get("rope_local_base_freq") or 1e4),
+      "sliding_rope_theta": float(near.get("rope_theta") or text["rope_local_base_freq"]),
       "bidirectional_images": True,
-      "tied": bool(config.get("tie_word_embeddings", True)),
+      "tied": bool(config["tie_word_embeddings"]),
       "vision": VisionConfig(
           depth=vision["num_hidden_layers"],
           hidden_size=vision["hidden_size"],
@@ -152,18 +146,14 @@ def _gemma3(config: Json, text: Json) -> dict[str, Any]:
           patch_size=vision["patch_size"],
           temporal_patch_size=1,
           spatial_merge_size=side // tokens,
-          in_channels=vision.get("num_channels", 3),
-          norm="layer", norm_eps=eps, gated_mlp=False, fused_qkv=False, patch_bias=True,
-          activation=_activation(vision, "vision_config.hidden_act", "gelu_pytorch_tanh"),
+          in_channels=vision["num_channels"],
+          norm="layer", norm_eps=vision["layer_norm_eps"], gated_mlp=False, fused_qkv=False,
+          patch_bias=True,
+          activation=_activation(vision, "vision_config.hidden_act"),
           rope_theta=0.0, position_grid=side, merger="pool")}
 
 
-# Published files may leave out what equals the defaults of transformers.
-_DEFAULTS: dict[str, Json] = {
-    "gemma3": {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
-               "vocab_size": 262208},
-}
-# Under their `model_type`.
+# Under their `model_type`, from what `hf_config.complete` makes of the file, and its text_config.
 FAMILIES: dict[str, Callable[[Json, Json], dict[str, Any]]] = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -175,27 +165,26 @@ FAMILIES: dict[str, Callable[[Json, Json], dict[str, Any]]] = {
 
 def _qwen_decoder(config: Json, text: Json) -> dict[str, Any]:
   """What the Qwen families share: multimodal rotary positions, scale, no sliding window."""
-  rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+  rope = text["rope_parameters"] or text["rope_scaling"] or {}
   rope_type(rope, ("default", "mrope"))
-  if text.get("use_sliding_window"):
+  if text["use_sliding_window"]:
     raise ValueError("config.json: use_sliding_window=true is not supported; expected false")
   head_dim = _head_dim(text)
   interleaved = config["model_type"].startswith("qwen3")
-  section = tuple(rope.get("mrope_section", (24, 20, 20) if interleaved else (16, 24, 24)))
+  section = tuple(rope.get("mrope_section") or ((24, 20, 20) if interleaved else (16, 24, 24)))
   if len(section) != 3 or sum(section) * 2 != head_dim:
     raise ValueError(
         f"config.json: mrope_section={list(section)} must be three numbers that sum to half the "
         f"head dimension, {head_dim // 2}")
   return {
-      "activation": _activation(text, "hidden_act", "silu"),
+      "activation": _activation(text, "hidden_act"),
       "attention_scale": head_dim**-0.5,
-      "rope_theta": rope.get("rope_theta") or text.get(
-          "rope_theta", 5e5 if interleaved else 1e6),
+      "rope_theta": rope.get("rope_theta") or text["rope_theta"],
       "mrope_section": section,
       "mrope_interleaved": interleaved,
       # As in transformers: older files of the first two families have it among the decoder's sizes.
-      "tied": bool(config.get("tie_word_embeddings")
-                   or (not interleaved and text.get("tie_word_embeddings")))}
+      "tied": bool(config["tie_word_embeddings"]
+                   or (not interleaved and text["tie_word_embeddings"]))}
 
 
 def _qwen_vision(vision: Json) -> dict[str, Any]:
@@ -203,10 +192,10 @@ def _qwen_vision(vision: Json) -> dict[str, Any]:
       "depth": vision["depth"],
       "num_heads": vision["num_heads"],
       "patch_size": vision["patch_size"],
-      "temporal_patch_size": vision.get("temporal_patch_size", 2),
-      "spatial_merge_size": vision.get("spatial_merge_size", 2),
-      "in_channels": vision.get("in_channels", vision.get("in_chans", 3)),
-      "rope_theta": (vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)}
+      "temporal_patch_size": vision["temporal_patch_size"],
+      "spatial_merge_size": vision["spatial_merge_size"],
+      "in_channels": vision["in_channels"],
+      "rope_theta": (vision["rope_parameters"] or {}).get("rope_theta") or vision["rope_theta"]}
 
 
 def rope_type(rope: Json, supported: tuple[str, ...]) -> str:
@@ -219,11 +208,11 @@ def rope_type(rope: Json, supported: tuple[str, ...]) -> str:
 
 
 def _head_dim(text: Json) -> int:
-  return text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+  return text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
 
 
-def _activation(part: Json, field: str, default: str) -> str:
-  value = part.get(field.rpartition(".")[2], default)
+def _activation(part: Json, field: str) -> str:
+  value = part[field.rpartition(".")[2]]
   if value not in ACTIVATIONS:
     raise ValueError(f"config.json: {field}={value!r} is not supported; supported: "
                      + ", ".join(map(repr, ACTIVATIONS)))

@@ -135,9 +135,9 @@ class Experts(nn.Module):
   def __call__(self, x: Array) -> Array:
     e, k, hidden = self.moe.num_experts, self.moe.experts_per_token, self.moe.intermediate_size
     width = x.shape[-1]
-    init = nn.initializers.lecun_normal(in_axis=1, out_axis=-1, batch_axis=0)
-    gate_up = self.param("gate_up", init, (e, width, 2, hidden)).astype(x.dtype)
-    down = self.param("down", init, (e, hidden, width)).astype(x.dtype)
+    init = nn.initializers.lecun_normal(batch_axis=0)
+    gate, up, down = (self.param(name, init, (e, *sizes)).astype(x.dtype) for name, sizes in (
+        ("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))))
     tokens = x.reshape(-1, width)
     scores = Dense(e, False, self.dtype, name="router")(tokens)
     share, chosen = jax.lax.top_k(nn.softmax(scores.astype(jnp.float32)), k)  # [N, k]
@@ -148,7 +148,7 @@ class Experts(nn.Module):
     rows = tokens[order // k]
     product = functools.partial(jax.lax.ragged_dot, group_sizes=counts)
     act = ACTIVATIONS[self.activation]
-    y = act(product(rows, gate_up[:, :, 0])) * product(rows, gate_up[:, :, 1])
+    y = act(product(rows, gate)) * product(rows, up)
     y = product(y, down)[jnp.argsort(order)].reshape(-1, k, width)
     return jnp.einsum("nkd,nk->nd", y, share).reshape(x.shape)
 

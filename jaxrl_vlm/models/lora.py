@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_vlm.errors import hint
-from jaxrl_vlm.models import weights
+from jaxrl_vlm.models import names, weights
 from jaxrl_vlm.models.config import LoRA, ModelConfig
 from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Params
@@ -116,7 +116,9 @@ def _check_each(field: str, patterns: Sequence[str], paths: Sequence[Sequence[st
   for pattern in patterns:
     bare = pattern.removeprefix("!")
     if not _holds_any(bare, paths):
-      raise ValueError(f"{field}: {bare!r} matches no {what}; {hint(bare, names)}")
+      # PEFT's names of the same layers end so.
+      raise ValueError(
+          f"{field}: {bare!r} matches no {what}; {hint(bare.removesuffix('_proj'), names)}")
 
 
 # -- Fresh adapters, and adapters folded in --------------------------------------------------------
@@ -187,24 +189,24 @@ def _folder(sharding: Any, scale: float, donate: bool):
 # -- PEFT's directories ----------------------------------------------------------------------------
 
 
-def _adapted(config: ModelConfig, params: Params) -> Iterator[weights.Entry]:
+def _adapted(config: ModelConfig, params: Params) -> Iterator[names.Entry]:
   """Entries of the kernels that have an adapter in `params`."""
   layers = {path[:-2] for path in weights.by_path(adapters(params))}
-  return (entry for entry in weights.entries(config)
+  return (entry for entry in names.entries(config)
           if entry.path[-1] == "kernel" and entry.path[:-1] in layers)
 
 
-def _is_module(entry: weights.Entry) -> bool:
+def _is_module(entry: names.Entry) -> bool:
   """Whether theirs is the weight of a module, not a parameter on its own."""
   return entry.name.endswith(".weight")
 
 
-def _stems(entry: weights.Entry) -> list[str]:
+def _stems(entry: names.Entry) -> list[str]:
   """Names of the adapters in PEFT's file, without `.lora_A.weight`."""
   return [_PREFIX + name.rpartition(".")[0] for name in entry.names()]
 
 
-def _theirs(entry: weights.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfig
+def _theirs(entry: names.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfig
             ) -> tuple[np.ndarray, np.ndarray]:
   """PEFT's lora_A and lora_B from (one layer of) ours."""
   if not _is_module(entry):  # it is [in, out], where PEFT takes it for [out, in]
@@ -215,7 +217,7 @@ def _theirs(entry: weights.Entry, a: np.ndarray, b: np.ndarray, config: ModelCon
   return a.T, b.T
 
 
-def _ours(entry: weights.Entry, first: np.ndarray, second: np.ndarray
+def _ours(entry: names.Entry, first: np.ndarray, second: np.ndarray
           ) -> tuple[np.ndarray, np.ndarray]:
   """The inverse of `_theirs`."""
   if not _is_module(entry):
@@ -235,13 +237,12 @@ def save_adapter(path: str | pathlib.Path, config: ModelConfig, params: Params,
   """
   assert config.lora is not None, "a model without adapters"
   path = pathlib.Path(path)
-  path.mkdir(parents=True, exist_ok=True)
   flat = weights.by_path(params)
   tensors: dict[str, np.ndarray] = {}
   modules, parameters = [], []
   for entry in _adapted(config, params):
     where = (*entry.path[:-1], "lora")
-    a, b = (np.asarray(jax.device_get(flat[*where, part])) for part in ("a", "b"))
+    a, b = (weights.fetch(flat[*where, part]) for part in ("a", "b"))
     for i, stem in enumerate(_stems(entry)):
       one = (a, b) if entry.layers is None else (a[i], b[i])
       first, second = _theirs(entry, *one, config)
@@ -258,6 +259,9 @@ def save_adapter(path: str | pathlib.Path, config: ModelConfig, params: Params,
       "target_modules": modules, "target_parameters": parameters or None, "bias": "none",
       "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
       "init_lora_weights": True, "inference_mode": True, "modules_to_save": None}
+  if jax.process_index():
+    return  # every host took part in fetching; the first writes
+  path.mkdir(parents=True, exist_ok=True)
   weights.write_file(path / WEIGHTS_FILE,
                      lambda f: save_file(tensors, f, metadata={"format": "pt"}))
   weights.write_file(path / CONFIG_FILE, lambda f: f.write_text(json.dumps(settings, indent=2)))
@@ -275,8 +279,9 @@ def check_adapter(path: str | pathlib.Path, adapter: LoRA) -> None:
       raise FileNotFoundError(f"{needed}: no such file; expected a PEFT adapter directory")
   try:
     settings = json.loads(settings_file.read_text())
-  except ValueError as error:
-    raise ValueError(f"{settings_file}: not JSON ({error})") from None
+    settings = dict(settings.items())
+  except (ValueError, AttributeError) as error:
+    raise ValueError(f"{settings_file}: not a JSON object ({error})") from None
   for field, key in (("rank", "r"), ("alpha", "lora_alpha")):
     value = getattr(adapter, field)
     if settings.get(key) != value:
@@ -310,7 +315,7 @@ def load_adapter(path: str | pathlib.Path, config: ModelConfig, shapes: Params,
   except SafetensorError as error:
     raise ValueError(f"{file}: not a complete safetensors file ({error})") from None
   # Adapters that others trained may carry the names of earlier generations of transformers.
-  found = {_PREFIX + weights.canonical_name(name.removeprefix(_PREFIX)): name for name in stored}
+  found = {_PREFIX + names.canonical_name(name.removeprefix(_PREFIX)): name for name in stored}
   flat, places = weights.by_path(shapes), {}
   if shardings is not None:
     places = weights.by_path(shardings)
@@ -321,7 +326,7 @@ def load_adapter(path: str | pathlib.Path, config: ModelConfig, shapes: Params,
                        f"{adapter.targets!r} needs it")
     return stored[found.pop(name)]
 
-  loaded: dict[weights.Path, jax.Array] = {}
+  loaded: dict[names.Path, jax.Array] = {}
   for entry in _adapted(config, shapes):
     pairs = [_ours(entry, take(f"{stem}.lora_A.weight"), take(f"{stem}.lora_B.weight"))
              for stem in _stems(entry)]

@@ -19,7 +19,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(q|k|v|qkv|gate|up|patch_embed)/kernel", ("fsdp", "tensor")),
     (r"(o|proj|down)/kernel", ("tensor", "fsdp")),
     (r"(q|k|v|qkv|gate|up)/bias", ("tensor",)),
-    (r"mlp/gate_up", ("fsdp", None, "tensor")),  # of experts
+    (r"mlp/(gate|up)", ("fsdp", "tensor")),  # of experts
     (r"mlp/down", ("tensor", "fsdp")),
     (r"lora/a", ("fsdp", None)),
     (r"lora/b", (None, "tensor")),

@@ -18,7 +18,7 @@ from jaxrl_vlm import metrics as metrics_lib
 from jaxrl_vlm import models, parallel, report, rewards
 from jaxrl_vlm.checkpoint import Checkpoints
 from jaxrl_vlm.data import pipeline, sources
-from jaxrl_vlm.data.processor import EncodedPrompt
+from jaxrl_vlm.data.processor import EncodedPrompt, Processor
 from jaxrl_vlm.errors import UserError, one_line, validation
 from jaxrl_vlm.evaluate import Evaluation, evaluate
 from jaxrl_vlm.example import Example
@@ -59,6 +59,36 @@ def model_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
   return workdir / "scratch" if config.model.scratch else pathlib.Path(config.model.path)
 
 
+def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
+               ) -> tuple[models.VLM, Params, Processor]:
+  """What a run begins with: the directory, with the adapters of the config, on a mesh.
+
+  Raises:
+    UserError: one line naming the field or file.
+  """
+  settings, adapters = config.model, lora_of(config)
+  try:
+    architecture = models.from_directory(path).replace(lora=adapters)
+    shapes = models.abstract_params(architecture, settings.param_dtype)
+    shardings = parallel.param_shardings(mesh, shapes)
+    model, params, processor = models.load_pretrained(
+        path, dtype=None if settings.dtype == "auto" else settings.dtype,
+        param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
+        trainable=trainable_of(config), seed=config.seed, shardings=shardings,
+        min_pixels=settings.min_pixels or None, max_pixels=settings.max_pixels or None,
+        prompt_buckets=config.prompt_buckets, patch_buckets=config.patch_buckets)
+  except (OSError, ValueError) as error:  # of the files; their messages name the file or field
+    raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
+  if adapters is not None and settings.lora.path:
+    try:
+      loaded = lora.load_adapter(settings.lora.path, model.config, shapes, shardings)
+    except (OSError, ValueError) as error:
+      raise UserError(
+          f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
+    params = lora.merge(lora.strip(params), loaded)
+  return model, params, processor
+
+
 class Run:
   """One run: everything that outlives a stage.
 
@@ -83,7 +113,7 @@ class Run:
     self.step: int = self.position["step"]
     self.trainable = trainable_of(config)
     self.model_path = self._find_model()
-    self.model, params, self.processor = self._load_model()
+    self.model, params, self.processor = load_model(config, self.model_path, self.mesh)
     self.trained: Params | None
     self.trained, self.frozen = lora.split(params, self.trainable)
     del params
@@ -109,30 +139,6 @@ class Run:
 
       scratch.create(path, architecture.to_dict(), self._some_texts(), self.config.seed)
     return path
-
-  def _load_model(self):
-    """Fresh parameters for the first stage; a resumed run replaces those that train."""
-    config, path = self.config.model, self.model_path
-    adapters, dtype = lora_of(self.config), None if config.dtype == "auto" else config.dtype
-    try:
-      architecture = models.from_directory(path, dtype).replace(lora=adapters)
-      shapes = models.abstract_params(architecture, config.param_dtype, self.trainable)
-      shardings = parallel.param_shardings(self.mesh, shapes)
-      model, params, processor = models.load_pretrained(
-          path, dtype=dtype, param_dtype=config.param_dtype, remat=config.remat, lora=adapters,
-          trainable=self.trainable, seed=self.config.seed, shardings=shardings,
-          min_pixels=config.min_pixels or None, max_pixels=config.max_pixels or None,
-          prompt_buckets=self.config.prompt_buckets, patch_buckets=self.config.patch_buckets)
-    except (OSError, ValueError) as error:  # of the files; their messages name the file or field
-      raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
-    if adapters is not None and config.lora.path:
-      try:
-        loaded = lora.load_adapter(config.lora.path, model.config, shapes, shardings)
-      except (OSError, ValueError) as error:
-        raise UserError(
-            f"config.model.lora.path={config.lora.path!r}: {one_line(str(error))}") from error
-      params = lora.merge(lora.strip(params), loaded)
-    return model, params, processor
 
   def _some_texts(self, count: int = 4000) -> Iterator[str]:
     for stage in self.config.stages:

@@ -6,13 +6,16 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from jaxrl_vlm.data import families
 from jaxrl_vlm.data.processor import Processor
 from jaxrl_vlm.data.video import Video
+from jaxrl_vlm.models.published import CONFIGS
 from tests.data import make_video_reference as cases
 from tests.data.reference import QWEN, VIDEOS, hf_processor, hf_windows, partition, rope_index
+from tests.sparse import sparse
 from tests.tiny_processor import FAMILIES, make_processor_dir
 
 SIZES = [[], [(28, 28)], [(113, 225), (300, 80)], [(56, 84), (28, 200), (140, 140)]]
@@ -251,9 +254,58 @@ def test_gemma_ids(ours):
   assert gemma.encode_target("a<end_of_turn>").count(ids("<end_of_turn>")) == 1
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_of_a_config_without_defaults(tmp_path, name):
+  """As transformers 4 wrote the files; the sizes are those that transformers reads from them."""
+  family, vision = CONFIGS[name]["model_type"], sparse(CONFIGS[name])["vision_config"]
+  theirs = transformers.AutoConfig.for_model(family, vision_config=dict(vision)).vision_config
+  gemma = family == "gemma3"
+  path = make_processor_dir(
+    tmp_path, family=family, patch_size=theirs.patch_size, image_size=896,
+    merge_size=4 if gemma else theirs.spatial_merge_size,
+  )
+  changed(path, path, vision_config=vision)
+  processor = Processor.from_pretrained(path)
+  assert processor.window_size == getattr(theirs, "window_size", None)
+  settings = processor.image_settings
+  assert settings.patch_size == theirs.patch_size == (16 if family.startswith("qwen3") else 14)
+  if gemma:
+    assert settings.height == theirs.image_size
+  else:
+    assert settings.merge_size == theirs.spatial_merge_size
+    assert settings.temporal_patch_size == theirs.temporal_patch_size
+
+
+@pytest.mark.parametrize(
+  "family, vision, window, rate",
+  [
+    ("qwen2_5_vl", {"hidden_size": 1280, "in_chans": 3, "model_type": "qwen2_5_vl",
+                    "spatial_patch_size": 14, "tokens_per_second": 2}, 112, 2),
+    ("qwen2_5_vl", {}, 112, 4),
+    ("qwen2_vl", {"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14}, None, None),
+  ],
+)
+def test_towers_of_fine_tuned_checkpoints(paths, tmp_path, family, vision, window, rate):
+  """What transformers 4.49 wrote: windows and clock are there though the file is silent."""
+  theirs = transformers.AutoConfig.for_model(family, vision_config=dict(vision)).vision_config
+  processor = Processor.from_pretrained(changed(paths[family], tmp_path, vision_config=vision))
+  assert processor.window_size == getattr(theirs, "window_size", None) == window
+  assert getattr(theirs, "tokens_per_second", None) == rate
+  clip = Video(np.zeros((8, 28, 28, 3), np.uint8), fps=4.0)
+  grid = (2, 2, 2)  # of 4 of its frames, two of them in each second
+  expected = [(grid, 1.0 if rate is None else float(rate))]
+  assert processor.family.video_stretches(grid, clip, 4) == expected
+
+
+def test_default_sizes_must_fit_the_images_too(tmp_path):
+  path = make_processor_dir(tmp_path, family="qwen3_vl")
+  with pytest.raises(ValueError, match="config.json: vision_config.patch_size=16: expected 14, "):
+    Processor.from_pretrained(changed(path, path, vision_config={}))
+
+
 def test_unknown_family_names_the_known_ones(paths, tmp_path):
   path = changed(paths["qwen2_vl"], tmp_path, model_type="llava")
-  with pytest.raises(ValueError, match="config.json: model_type='llava': expected one of") as info:
+  with pytest.raises(ValueError, match="config.json: model_type='llava' is not supp") as info:
     Processor.from_pretrained(path)
   assert all(repr(family) in str(info.value) for family in FAMILIES)
   assert set(families.FAMILIES) == set(FAMILIES)

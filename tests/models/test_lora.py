@@ -259,7 +259,7 @@ def test_names_of_earlier_transformers_are_understood(tmp_path):
     (None, ("lora",), "config.model.trainable=('lora',): 'lora' matches adapters alone; expected "
      "config.model.lora.rank above 0, got 0"),
     (LoRA(4, 8.0, ("q_proj",)), (), "config.model.lora.targets=('q_proj',): 'q_proj' matches no "
-     "linear layer; did you mean 'proj'?"),
+     "linear layer; did you mean 'q'?"),
     (LoRA(4, 8.0, ("fc1",)), (), "config.model.lora.targets=('fc1',): 'fc1' matches no "
      "linear layer; valid: decoder, down, gate, k, o, patch_embed, proj, q, qkv, up, v, vision"),
     (LoRA(4, 8.0, ("vision", "!vision")), (), "config.model.lora.targets=('vision', '!vision'): "

@@ -1,12 +1,15 @@
 """What `config.json` says, of every family, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import transformers
 
 from jaxrl_vlm import models
+from jaxrl_vlm.models.config import MoE
 from jaxrl_vlm.models.published import CONFIGS
+from tests.sparse import sparse
 
 ONE_OF_EACH = {"qwen2_vl": "Qwen2-VL-2B", "qwen2_5_vl": "Qwen2.5-VL-3B", "qwen3_vl": "Qwen3-VL-2B",
                "qwen3_vl_moe": "Qwen3-VL-30B-A3B", "gemma3": "gemma-3-4b"}
@@ -59,8 +62,158 @@ def test_what_is_not_supported_is_named(family, part, fields, message):
     models.from_hf(changed(family, part, **fields))
 
 
-def test_missing_field_is_named():
-  config = changed("qwen3_vl", "")
-  del config["text_config"]["num_hidden_layers"]
-  with pytest.raises(ValueError, match="config.json: num_hidden_layers is missing"):
+def test_linear_scaling_needs_a_factor():
+  config = changed("gemma3", "text_config", rope_scaling={"rope_type": "linear"})
+  with pytest.raises(ValueError, match="config.json: rope_type='linear' without factor"):
     models.from_hf(config)
+
+
+def hf_parsed(config):
+  config = copy.deepcopy(config)
+  return transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_defaults_may_be_left_out(name):
+  """As transformers 4 wrote the files; both libraries read the same from them."""
+  full, less = CONFIGS[name], sparse(CONFIGS[name])
+  assert len(str(less)) < len(str(full))
+  config = models.from_hf(less)
+  assert json.loads(config.hf) == less
+  assert config.replace(hf="") == models.from_hf(full).replace(hf="")
+  check_sizes(config, hf_parsed(less))
+
+
+# What transformers 4.49 wrote of the published towers.
+TOWERS = {
+    "Qwen2.5-VL-7B": {"hidden_size": 1280, "in_chans": 3, "model_type": "qwen2_5_vl",
+                      "spatial_patch_size": 14, "tokens_per_second": 2},
+    "Qwen2-VL-7B": {"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14},
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_fine_tuned_checkpoints(name):
+  config = CONFIGS[name] | {"vision_config": TOWERS[name]}
+  ours = models.from_hf(config)
+  assert ours.replace(hf="") == models.from_hf(CONFIGS[name]).replace(hf="")
+  check_sizes(ours, hf_parsed(config))
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_without_any_field_it_is_the_class_default(family):
+  config = {"model_type": family}
+  if family.startswith("qwen3"):  # the default in transformers has no rotary sections at all
+    config["text_config"] = {"rope_scaling": {"mrope_section": [24, 20, 20]}}
+  check_sizes(models.from_hf(config), hf_parsed(config))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_channels_by_their_other_name_are_ignored(family):
+  config = changed(family, "vision_config", in_chans=1)
+  assert models.from_hf(config).vision.in_channels == 3
+  assert hf_parsed(config).vision_config.in_channels == 3
+  config["vision_config"]["in_channels"] = 1
+  assert models.from_hf(config).vision.in_channels == 1
+
+
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+@pytest.mark.parametrize("part", ["", "text_config"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_where_embeddings_are_tied(family, part, tied):
+  config = copy.deepcopy(CONFIGS[ONE_OF_EACH[family]])
+  config.pop("tie_word_embeddings", None)
+  if part and part not in config:  # one that is there takes the place of the flat fields
+    config[part] = {}
+  (config[part] if part else config)["tie_word_embeddings"] = tied
+  assert models.from_hf(config).tied == hf_parsed(config).tie_word_embeddings
+
+
+def test_tokens_outside_the_vocabulary_need_no_suppression():
+  config = changed("qwen2_vl", "", vocab_size=151654)
+  assert models.from_hf(config).suppressed_tokens == (151652, 151653)
+
+
+@pytest.mark.parametrize(("fields", "stops", "pad"), [
+    ({"eos_token_id": 0}, (0,), 0), ({"eos_token_id": [0, 3]}, (0, 3), 0),
+    ({"eos_token_id": 5}, (5,), 5), ({"eos_token_id": 5, "pad_token_id": 0}, (5,), 0),
+    ({"eos_token_id": 5, "text_config": {"eos_token_id": 6, "pad_token_id": 7}}, (5,), 7),
+    ({"text_config": {"eos_token_id": 0}}, (0,), 0), ({}, (151645,), 151645),
+    ({"vocab_size": 100}, (151645,), 0),  # a token that no embedding has pads nothing
+])
+def test_stop_tokens(fields, stops, pad):
+  config = models.from_hf({"model_type": "qwen2_vl", **fields})
+  assert (config.stop_tokens, config.pad_token) == (stops, pad)
+
+
+@pytest.mark.parametrize(("eos", "stops"), [
+    ("0", (0,)), ("[0, 7]", (0, 7)), ("7", (7,)), ("null", (151645,)), ("[]", (151645,))])
+def test_generation_config_is_heard_first(eos, stops, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen2-VL-2B"]))
+  assert models.from_directory(tmp_path).stop_tokens == (151645,)
+  (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+  assert models.from_directory(tmp_path).stop_tokens == stops
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("{", "^generation_config.json: not JSON: "),
+    ("[]", "^generation_config.json: expected a JSON object, got list"),
+    ('{"eos_token_id": "a"}', "generation_config.json: eos_token_id='a': expected a token id or"),
+    ('{"eos_token_id": [true]}', r"generation_config.json: eos_token_id=\[True\]: expected a tok"),
+])
+def test_broken_generation_config(content, message, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen2-VL-2B"]))
+  (tmp_path / "generation_config.json").write_text(content)
+  with pytest.raises(ValueError, match=message) as error:
+    models.from_directory(tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def check_sizes(ours, theirs):
+  """A ModelConfig says what the configuration of transformers says."""
+  text, vision, tower = theirs.text_config, theirs.vision_config, ours.vision
+  gemma = ours.family == "gemma3"
+  head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+  rope = text.rope_parameters["full_attention"] if gemma else text.rope_parameters
+  expected = dict(
+      vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_layers=text.num_hidden_layers,
+      intermediate_size=text.intermediate_size, num_heads=text.num_attention_heads,
+      num_kv_heads=text.num_key_value_heads, head_dim=head_dim, rms_norm_eps=text.rms_norm_eps,
+      activation=text.hidden_activation if gemma else text.hidden_act,
+      rope_theta=rope["rope_theta"], rope_factor=rope.get("factor", 1.0),
+      mrope_section=tuple(rope.get("mrope_section", ours.mrope_section)),
+      attention_scale=(text.query_pre_attn_scalar if gemma else head_dim)**-0.5,
+      tied=theirs.tie_word_embeddings)
+  if gemma:
+    expected |= dict(
+        sliding_window=text.sliding_window,
+        sliding_layers=tuple(kind == "sliding_attention" for kind in text.layer_types),
+        sliding_rope_theta=text.rope_parameters["sliding_attention"]["rope_theta"])
+  if ours.moe is not None:
+    expected |= dict(moe=MoE(
+        text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size))
+  assert {field: getattr(ours, field) for field in expected} == expected
+
+  qwen2, embed = ours.family == "qwen2_vl", getattr(vision, "embed_dim", vision.hidden_size)
+  expected = dict(
+      depth=vision.num_hidden_layers, num_heads=vision.num_attention_heads, hidden_size=embed,
+      intermediate_size=embed * vision.mlp_ratio if qwen2 else vision.intermediate_size,
+      out_hidden_size=(text.hidden_size if gemma else vision.hidden_size if qwen2
+                       else vision.out_hidden_size),
+      patch_size=vision.patch_size, activation=vision.hidden_act,
+      in_channels=vision.num_channels if gemma else vision.in_channels)
+  if gemma:
+    side = vision.image_size // vision.patch_size
+    expected |= dict(position_grid=side, norm_eps=vision.layer_norm_eps,
+                     spatial_merge_size=side // int(theirs.mm_tokens_per_image**0.5))
+  else:
+    expected |= dict(temporal_patch_size=vision.temporal_patch_size,
+                     spatial_merge_size=vision.spatial_merge_size,
+                     rope_theta=vision.rope_parameters["rope_theta"])
+  if ours.family == "qwen2_5_vl":
+    expected |= dict(window_size=vision.window_size,
+                     full_attention_layers=tuple(vision.fullatt_block_indexes))
+  if ours.family.startswith("qwen3"):
+    expected |= dict(position_grid=int(vision.num_position_embeddings**0.5),
+                     deepstack_layers=tuple(vision.deepstack_visual_indexes))
+  assert {field: getattr(tower, field) for field in expected} == expected

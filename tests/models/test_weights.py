@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 import jaxrl_vlm as jv
 from jaxrl_vlm import models, parallel
-from jaxrl_vlm.models import weights
+from jaxrl_vlm.models import names, weights
 from tests import tiny
 
 
@@ -40,7 +43,7 @@ def test_parts_are_read_alone_and_make_the_whole(family, tmp_path):
   flat = weights.by_path(shapes)
   rng = np.random.default_rng(0)
   split = 0
-  for entry in weights.entries(config):
+  for entry in names.entries(config):
     shape, place = flat[entry.path].shape, places[entry.path]
     if entry.layers is not None:
       shape = shape[1:]
@@ -49,14 +52,15 @@ def test_parts_are_read_alone_and_make_the_whole(family, tmp_path):
       theirs = rng.normal(size=stored)
       every = tuple(slice(None) for _ in shape)
       whole = entry.read(theirs, shape, every, config)
+      whole = whole.T if entry.turned else whole
       assert whole.shape == shape
-      if stored == entry.file_shape(shape, config):
+      if stored == entry.file_shape(shape, config) and entry.half is None:
         np.testing.assert_array_equal(entry.write(whole, config), theirs)
       for index in place.devices_indices_map(shape).values():
         spy = Spy(theirs)
         part = entry.read(spy, shape, index, config)
-        np.testing.assert_array_equal(part, whole[index])
-        if entry.kind in ("same", "linear", "experts_out"):
+        np.testing.assert_array_equal(part.T if entry.turned else part, whole[index])
+        if entry.kind != "patches":
           assert spy.read == part.size
           split += part.size < whole.size
   assert split > 50
@@ -88,8 +92,7 @@ read = total = 0
 class Counting:
   def __init__(self, tensor):
     self.tensor = tensor
-  def get_shape(self):
-    return self.tensor.get_shape()
+    self.get_shape, self.get_dtype = tensor.get_shape, tensor.get_dtype
   def __getitem__(self, index):
     global read
     part = self.tensor[index]
@@ -111,13 +114,16 @@ mesh = parallel.make_mesh({"fsdp": 2})
 params = weights.load_params(path, config, shapes, parallel.param_shardings(mesh, shapes))
 held = sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards)
 norm = jax.jit(lambda p: sum((x.astype(np.float32) ** 2).sum() for x in jax.tree.leaves(p)))
+taken = read
+weights.save_params(sys.argv[4], config, params, shard_bytes=100_000)
+read = taken
 print(json.dumps({"devices": jax.device_count(), "read": read, "held": held,
                   "total": sum(x.nbytes for x in jax.tree.leaves(params)),
                   "norm": float(norm(params))}))
 """
 
 
-def test_each_process_reads_what_its_devices_hold(tmp_path):
+def test_each_process_reads_what_its_devices_hold_and_one_writes_all(tmp_path):
   """Two processes of one device each, over loopback."""
   tiny.make_hf(tmp_path, family="qwen3_vl")
   with socket.socket() as free:
@@ -125,7 +131,7 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
     address = f"localhost:{free.getsockname()[1]}"
   env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
   running = [subprocess.Popen(
-      [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path)], env=env, text=True,
+      [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path), str(tmp_path / "saved")], env=env, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
   done = [process.communicate(timeout=240) for process in running]
   for process, (_, err) in zip(running, done, strict=True):
@@ -142,6 +148,9 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
     patches = params["vision"]["patch_embed"]["kernel"].nbytes
     assert result["read"] == result["held"] + patches // 2
     np.testing.assert_allclose(result["norm"], norm, rtol=1e-5)
+  # Both took part in saving, one wrote.
+  again = weights.load_params(tmp_path / "saved", config, models.abstract_params(config))
+  jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
 def test_square_expert_tensors_are_read_as_transformers_does(tmp_path):
@@ -155,14 +164,15 @@ def test_square_expert_tensors_are_read_as_transformers_does(tmp_path):
        "vision_config": {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1,
                          "out_hidden_size": 16, "patch_size": 4, "num_position_embeddings": 4,
                          "deepstack_visual_indexes": []}})))
-  entry = next(e for e in weights.entries(config) if e.kind == "experts_in")
-  ours = np.random.default_rng(0).normal(size=(3, 16, 2, 8))
-  stored = entry.write(ours, config)
-  assert stored.shape == (3, 16, 16)
-  memory = np.concatenate([ours[:, :, 0], ours[:, :, 1]], axis=-1).swapaxes(1, 2)
+  gate, up = (e for e in names.entries(config) if e.half is not None)
+  ours = np.random.default_rng(0).normal(size=(2, 3, 16, 8))
+  stored = np.concatenate([gate.write(ours[0], config), up.write(ours[1], config)],
+                          axis=gate.half_axis(ours[0].shape, config))
+  memory = np.concatenate([ours[0], ours[1]], axis=-1).swapaxes(1, 2)
   np.testing.assert_array_equal(stored, memory)
-  every = (slice(None),) * 4
-  np.testing.assert_array_equal(entry.read(stored, ours.shape, every, config), ours)
+  every = (slice(None),) * 3
+  for entry, half in ((gate, ours[0]), (up, ours[1])):
+    np.testing.assert_array_equal(entry.read(stored, half.shape, every, config), half)
 
 
 def test_experts_are_published_transposed(tmp_path):
@@ -193,10 +203,45 @@ def test_damaged_index(tmp_path):
     jv.load_pretrained(tmp_path)
   missing.write_bytes(kept)
   index.write_text("{")
-  with pytest.raises(ValueError, match="model.safetensors.index.json: not a valid index"):
+  with pytest.raises(ValueError, match="index.json: expected a weight_map from tensors to files"):
+    jv.load_pretrained(tmp_path)
+  index.write_text(json.dumps({"weight_map": {"a": None}}))
+  with pytest.raises(FileNotFoundError, match="None: no such file"):
+    jv.load_pretrained(tmp_path)
+  del content["weight_map"]["model.norm.weight"]
+  index.write_text(json.dumps(content))
+  for file in files:  # the tensor is nowhere, whatever the index says
+    held = load_file(tmp_path / file)
+    if held.pop("model.norm.weight", None) is not None:
+      save_file(held, tmp_path / file)
+  with pytest.raises(ValueError, match=r"index.json: tensor 'model.norm.weight' is missing, "
+                                       r"expected with shape \(64,\)"):
     jv.load_pretrained(tmp_path)
   outside = tmp_path.parent / "outside.safetensors"
   save_file({"x": np.zeros(1)}, outside)
   index.write_text(json.dumps({"weight_map": {"x": "../outside.safetensors"}}))
   with pytest.raises(ValueError, match="names '../outside.safetensors', which is not a file of"):
     jv.load_pretrained(tmp_path)
+
+
+def test_quantised_tensors_are_refused(tmp_path):
+  tiny.make_hf(tmp_path)
+  file = tmp_path / "model.safetensors"
+  tensors = load_file(file)
+  for dtype, code in ((np.int32, "I32"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")):
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"].astype(dtype)}, file)
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor 'lm_head.weight' has type "
+                                         f"{code}, expected one of F64, F32, BF16, F16; quantised"):
+      jv.load_pretrained(tmp_path)
+
+
+def test_dtype_of_the_config_is_that_of_the_files(tmp_path):
+  tiny.make_hf(tmp_path / "hf", dtype=torch.bfloat16)
+  for dtype in ("float32", "bfloat16"):
+    model, params, processor = jv.load_pretrained(tmp_path / "hf", param_dtype=dtype)
+    jv.save_pretrained(tmp_path / dtype, model, params, processor)
+    said = json.loads((tmp_path / dtype / "config.json").read_text())
+    assert {said["dtype"], *(said[part]["dtype"] for part in ("text_config", "vision_config")
+                             if "dtype" in said[part])} == {dtype}
+    again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / dtype)
+    assert str(again.dtype) == f"torch.{dtype}"

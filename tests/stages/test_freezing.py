@@ -233,7 +233,7 @@ def test_a_run_continues_from_an_adapter_directory(finished, tmp_path, one_devic
     ({"lora.rank": 4, "lora.targets": ()},
      "config.model.lora.targets=(): expected at least one pattern"),
     ({"lora.rank": 4, "lora.targets": ("q_proj",)}, "config.model.lora.targets=('q_proj',): "
-     "'q_proj' matches no linear layer; did you mean 'proj'?"),
+     "'q_proj' matches no linear layer; did you mean 'q'?"),
     ({"lora.path": "adapter"},
      "config.model.lora.rank=0: expected the rank of config.model.lora.path='adapter'"),
     ({"lora.rank": 4, "lora.path": "nowhere"}, "config.model.lora.path='nowhere': "
