@@ -31,7 +31,8 @@ def model() -> ConfigDict:
   c.lora.alpha = 32.0  # an adapter's output is scaled by alpha / rank
   # Patterns of the linear layers that get one. All of the decoder: ("decoder",); also of the vision
   # tower and its merger: ("decoder", "vision"); the tower's layers: ("vision/blocks*",); only some:
-  # ("layers/q", "layers/v"), ("decoder", "!mlp"). Experts of a mixture and their router never get one, nor embeddings.
+  # ("layers/q", "layers/v"), ("decoder", "!mlp"). Experts of a mixture and their router never get
+  # one, nor embeddings.
   c.lora.targets = ("decoder",)
   # A PEFT directory of this rank, alpha and targets to continue from; "" starts new adapters.
   c.lora.path = ""

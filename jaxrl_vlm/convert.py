@@ -95,7 +95,7 @@ def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
 
   from jaxrl_vlm import models, parallel
   from jaxrl_vlm.models import lora
-  from jaxrl_vlm.stages.run import load_model, model_path, trainable_of
+  from jaxrl_vlm.stages.loading import load_model, model_path, trainable_of
 
   workdir = checkpoint.resolve().parents[1]
   config = config_lib.from_json((workdir / config_lib.CONFIG_FILE).read_text(encoding="utf-8"))

@@ -12,8 +12,9 @@ from jaxrl_vlm.data import sources
 from jaxrl_vlm.errors import UserError, hint, one_line, validation
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.stages import rl, sft
+from jaxrl_vlm.stages.loading import lora_of, trainable_of
 from jaxrl_vlm.stages.programs import make_optimizer
-from jaxrl_vlm.stages.run import Run, Stopped, lora_of, source_spec, trainable_of
+from jaxrl_vlm.stages.run import Run, Stopped, source_spec
 
 __all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_stage"]
 

@@ -18,13 +18,14 @@ from jaxrl_vlm import metrics as metrics_lib
 from jaxrl_vlm import models, parallel, report, rewards
 from jaxrl_vlm.checkpoint import Checkpoints
 from jaxrl_vlm.data import pipeline, sources
-from jaxrl_vlm.data.processor import EncodedPrompt, Processor
-from jaxrl_vlm.errors import UserError, one_line, validation
+from jaxrl_vlm.data.processor import EncodedPrompt
+from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.evaluate import Evaluation, evaluate
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling
+from jaxrl_vlm.stages.loading import load_model, model_path, trainable_of
 from jaxrl_vlm.stages.programs import Programs, make_rollout
 from jaxrl_vlm.types import Params
 
@@ -39,54 +40,6 @@ def source_spec(stage: ConfigDict, split: str) -> dict[str, Any]:
   if split == "test":
     spec["options"] |= stage.eval.options.to_dict()
   return spec
-
-
-def lora_of(config: ConfigDict) -> models.LoRA | None:
-  """`config.model.lora`; None for no adapters."""
-  settings = config.model.lora
-  if not settings.rank:
-    return None
-  return models.LoRA(settings.rank, settings.alpha, tuple(settings.targets))
-
-
-def trainable_of(config: ConfigDict) -> tuple[str, ...]:
-  """`config.model.trainable`, or its default: with LoRA the adapters, otherwise everything."""
-  return tuple(config.model.trainable) or (("lora",) if config.model.lora.rank else ())
-
-
-def model_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-  """The directory that a run begins with."""
-  return workdir / "scratch" if config.model.scratch else pathlib.Path(config.model.path)
-
-
-def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
-               ) -> tuple[models.VLM, Params, Processor]:
-  """What a run begins with: the directory, with the adapters of the config, on a mesh.
-
-  Raises:
-    UserError: one line naming the field or file.
-  """
-  settings, adapters = config.model, lora_of(config)
-  try:
-    architecture = models.from_directory(path).replace(lora=adapters)
-    shapes = models.abstract_params(architecture, settings.param_dtype)
-    shardings = parallel.param_shardings(mesh, shapes)
-    model, params, processor = models.load_pretrained(
-        path, dtype=None if settings.dtype == "auto" else settings.dtype,
-        param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
-        trainable=trainable_of(config), seed=config.seed, shardings=shardings,
-        min_pixels=settings.min_pixels or None, max_pixels=settings.max_pixels or None,
-        prompt_buckets=config.prompt_buckets, patch_buckets=config.patch_buckets)
-  except (OSError, ValueError) as error:  # of the files; their messages name the file or field
-    raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
-  if adapters is not None and settings.lora.path:
-    try:
-      loaded = lora.load_adapter(settings.lora.path, model.config, shapes, shardings)
-    except (OSError, ValueError) as error:
-      raise UserError(
-          f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
-    params = lora.merge(lora.strip(params), loaded)
-  return model, params, processor
 
 
 class Run:

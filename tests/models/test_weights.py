@@ -131,8 +131,8 @@ def test_each_process_reads_what_its_devices_hold_and_one_writes_all(tmp_path):
     address = f"localhost:{free.getsockname()[1]}"
   env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
   running = [subprocess.Popen(
-      [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path), str(tmp_path / "saved")], env=env, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+      [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path), str(tmp_path / "saved")],
+      env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
   done = [process.communicate(timeout=240) for process in running]
   for process, (_, err) in zip(running, done, strict=True):
     assert process.returncode == 0, err

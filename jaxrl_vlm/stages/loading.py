@@ -1,0 +1,60 @@
+"""The model of a run: its directory, and what of it trains."""
+
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxrl_vlm import models, parallel
+from jaxrl_vlm.data.processor import Processor
+from jaxrl_vlm.errors import UserError, one_line
+from jaxrl_vlm.models import lora
+from jaxrl_vlm.types import Params
+
+
+def lora_of(config: ConfigDict) -> models.LoRA | None:
+  """`config.model.lora`; None for no adapters."""
+  settings = config.model.lora
+  if not settings.rank:
+    return None
+  return models.LoRA(settings.rank, settings.alpha, tuple(settings.targets))
+
+
+def trainable_of(config: ConfigDict) -> tuple[str, ...]:
+  """`config.model.trainable`, or its default: with LoRA the adapters, otherwise everything."""
+  return tuple(config.model.trainable) or (("lora",) if config.model.lora.rank else ())
+
+
+def model_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
+  """The directory that a run begins with."""
+  return workdir / "scratch" if config.model.scratch else pathlib.Path(config.model.path)
+
+
+def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
+               ) -> tuple[models.VLM, Params, Processor]:
+  """What a run begins with: the directory, with the adapters of the config, on a mesh.
+
+  Raises:
+    UserError: one line naming the field or file.
+  """
+  settings, adapters = config.model, lora_of(config)
+  try:
+    architecture = models.from_directory(path).replace(lora=adapters)
+    shapes = models.abstract_params(architecture, settings.param_dtype)
+    shardings = parallel.param_shardings(mesh, shapes)
+    model, params, processor = models.load_pretrained(
+        path, dtype=None if settings.dtype == "auto" else settings.dtype,
+        param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
+        trainable=trainable_of(config), seed=config.seed, shardings=shardings,
+        min_pixels=settings.min_pixels or None, max_pixels=settings.max_pixels or None,
+        prompt_buckets=config.prompt_buckets, patch_buckets=config.patch_buckets)
+  except (OSError, ValueError) as error:  # of the files; their messages name the file or field
+    raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
+  if adapters is not None and settings.lora.path:
+    try:
+      loaded = lora.load_adapter(settings.lora.path, model.config, shapes, shardings)
+    except (OSError, ValueError) as error:
+      raise UserError(
+          f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
+    params = lora.merge(lora.strip(params), loaded)
+  return model, params, processor
