@@ -121,7 +121,8 @@ def load_pretrained(
   # which a supervised target ends; the tokenizer does.
   banned = {*config.suppressed_tokens, *processor.image_token_ids_never_sampled}
   stops = dict.fromkeys((*config.stop_tokens, *processor.eos_token_ids))
-  config = config.replace(suppressed_tokens=tuple(sorted(banned)), stop_tokens=tuple(stops))
+  config = config.replace(suppressed_tokens=tuple(sorted(banned)), stop_tokens=tuple(stops),
+                          pad_token=processor.pad_token_id)
   return VLM(config), params, processor
 
 
