@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from jaxrl_vlm import models, objectives, parallel, scratch, stages, train
 from jaxrl_vlm.data import digit_boards
 from jaxrl_vlm.errors import UserError
-from jaxrl_vlm.models import lora, weights
+from jaxrl_vlm.models import lora, names, weights
 from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.stages import run as run_lib
 from jaxrl_vlm.stages.programs import Programs
@@ -155,22 +155,23 @@ def test_the_reference_is_the_policy_at_the_start_of_the_stage(finished):
 
 
 @pytest.mark.slow
-def test_what_a_run_with_adapters_writes(finished):
+def test_what_a_run_with_adapters_writes(finished, tmp_path):
   workdir, *_ = finished
   base = models.from_directory(workdir / "scratch")
   config = base.replace(lora=ADAPTERS)
   start, merged = tensors(workdir / "scratch"), tensors(workdir / "model")
   adapters = lora.load_adapter(workdir / "adapter", config, models.abstract_params(config))
   params = weights.load_params(workdir / "scratch", base, models.abstract_params(base))
-  by_hand = {name: fetch() for name, fetch in weights.tensors(
-      base, lora.merged(lora.merge(params, adapters), config))}
+  weights.save_params(
+      tmp_path, base, lora.merged(lora.merge(params, adapters), config))
+  by_hand = tensors(tmp_path)
   assert merged.keys() == start.keys() == by_hand.keys()
   changed = set()
   for name, tensor in merged.items():
     np.testing.assert_array_equal(tensor, by_hand[name], err_msg=name)
     if not np.array_equal(tensor, start[name]):
       changed.add(name)
-  adapted = sum(len(e.names()) for e in weights.entries(base)
+  adapted = sum(len(e.names()) for e in names.entries(base)
                 if e.path[-1] == "kernel" and matches(ADAPTERS.targets, e.path[:-1]))
   assert len(changed) == adapted
   settings = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
