@@ -1,0 +1,37 @@
+"""A directory of any family goes in, an RL stage runs, a directory of that family comes out."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from jaxrl_vlm import metrics, parallel, train
+from tests import tiny, tiny_run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_run(family, tmp_path, monkeypatch):
+  monkeypatch.setattr(parallel, "make_mesh", functools.partial(
+      parallel.make_mesh, devices=jax.devices()[:1]))
+  start = tiny.make_hf(tmp_path / "hf", family=family)
+  config = tiny_run.get_config()
+  config.model.scratch = {}
+  config.model.path = str(tmp_path / "hf")
+  config.prompt_buckets, config.patch_buckets = (256,), (256,)
+  stage = config.stages[-1]
+  stage.steps, stage.eval.examples = 2, 0
+  config.stages = (stage,)
+  train.train(config, tmp_path / "run")
+  records = [r for r in metrics.read(tmp_path / "run") if "train/loss" in r]
+  assert [r["step"] for r in records] == [1, 2]
+  for record in records:
+    assert np.isfinite(record["train/loss"]) and record["train/grad_norm"] > 0
+    # The sampler, through its cache, and the scorer agree on every token.
+    assert record["objective/sampler_logp_difference_max"] < 1e-3
+  again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
+  assert type(again) is type(start)
+  assert any((a != b).any() for a, b in zip(
+      start.state_dict().values(), again.state_dict().values(), strict=True))
