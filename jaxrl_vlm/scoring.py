@@ -1,6 +1,7 @@
 """What a policy says of given responses: log-probabilities and entropies, never the full logits."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,49 +19,92 @@ def token_stats(
   Works through T in chunks and recomputes each in the backward pass, so that logits exist for
   P·G·chunk positions at a time.
   """
-  t = tokens.shape[-1]
-  size = min(chunk, t)
-  pad = -t % size
 
-  @jax.checkpoint
   def one(hidden, tokens):
-    logits: Any = model.apply({"params": params}, hidden, temperature, method="response_logits")
-    logp = jax.nn.log_softmax(logits, axis=-1)
+    logp = _log_probs(model, params, hidden, temperature)
     picked = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
     # A suppressed token has probability 0 and log-probability -1e30: the product is 0, not NaN.
     return picked, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
-  if pad == 0 and t == size:
-    return TokenStats(*one(hidden, tokens))
-  hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, pad), (0, 0)))
-  tokens = jnp.pad(tokens, ((0, 0), (0, 0), (0, pad)))
+  return TokenStats(*_in_chunks(one, (hidden, tokens), chunk))
 
-  def split(a):  # [P, G, n·size, ...] -> [n, P, G, size, ...]
+
+def full_kl(
+    model: VLM, params: Params, hidden: Array, hidden_masked: Array, temperature: float = 1.0,
+    chunk: int = 128) -> Array:
+  """Divergence of two views over the whole vocabulary: f32[P, G, T], >= 0 but for rounding.
+
+      KL_t = Σ_v π(v | I, q, o_<t) (log π(v | I, q, o_<t) − log π(v | I′, q, o_<t))
+
+  at the sampling temperature, without the tokens that are never sampled. It is S of VPPO
+  (arXiv 2510.09285) and the D_KL of PAPO (arXiv 2507.06448) as the papers write them; both
+  released codes estimate it from the sampled token.
+
+  Chunks and recomputes as `token_stats`: twice P·G·chunk rows of logits at a time.
+
+  Args:
+    model, params: both views are of the same policy.
+    hidden, hidden_masked: [P, G, T, D]; `hidden_states` of the clean and of the other view, I′.
+      The gradient goes through both: `jax.lax.stop_gradient` for one that should stay.
+    temperature: of sampling.
+    chunk: response positions at a time.
+  """
+
+  def one(hidden, hidden_masked):
+    logp, other = (_log_probs(model, params, h, temperature) for h in (hidden, hidden_masked))
+    # A suppressed token is -1e30 in both: probability 0 times a finite difference.
+    return (jnp.sum(jnp.exp(logp) * (logp - other), axis=-1),)
+
+  return _in_chunks(one, (hidden, hidden_masked), chunk)[0]
+
+
+def _log_probs(model: VLM, params: Params, hidden: Array, temperature: float) -> Array:
+  logits: Any = model.apply({"params": params}, hidden, temperature, method="response_logits")
+  return jax.nn.log_softmax(logits, axis=-1)
+
+
+def _in_chunks(
+    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], chunk: int
+) -> tuple[Array, ...]:
+  """function of arrays [P, G, T, ...] -> arrays [P, G, T], `chunk` positions of T at a time.
+
+  Each chunk is recomputed in the backward pass.
+  """
+  one = jax.checkpoint(function)
+  t = arrays[0].shape[2]
+  size = min(chunk, t)
+  if t == size:
+    return one(*arrays)
+
+  def split(a):  # [P, G, T, ...] -> [n, P, G, size, ...]
+    a = jnp.pad(a, [(0, 0), (0, 0), (0, -t % size)] + [(0, 0)] * (a.ndim - 3))
     return jnp.moveaxis(a.reshape(*a.shape[:2], -1, size, *a.shape[3:]), 2, 0)
 
-  _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, (split(hidden), split(tokens)))
-  logp, entropy = (jnp.moveaxis(a, 0, 2).reshape(tokens.shape)[..., :t] for a in parts)
-  return TokenStats(logp, entropy)
+  _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, tuple(map(split, arrays)))
+  return tuple(jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1)[..., :t] for a in parts)
+
+
+def hidden_states(model: VLM, params: Params, prompt: Prompt, tokens: Array) -> Array:
+  """[P, G, T, D]; position t predicts tokens[..., t]. `prompt` may have a row for every sample."""
+  p, g, t = tokens.shape
+  rows = prompt.tokens.shape[0]
+  variables = {"params": params}
+  _, prefix = model.apply(variables, prompt, method="prefill")
+  tokens = tokens.reshape(rows, p * g // rows, t)
+  hidden: Any = model.apply(variables, prompt, prefix, tokens, method="respond")
+  return hidden.reshape(p, g, t, -1)
 
 
 def score_tokens(
     model: VLM, params: Params, prompt: Prompt, tokens: Array, mask: Array, *,
     temperature: float = 1.0, chunk: int = 128) -> TokenStats:
-  """Scores responses tokens [P, G, T] of P prompts; 0 where mask is false. Differentiable."""
-  variables = {"params": params}
-  _, prefix = model.apply(variables, prompt, method="prefill")
-  hidden = model.apply(variables, prompt, prefix, tokens, method="respond")
+  """Scores responses tokens [P, G, T]; 0 where mask is false. Differentiable.
+
+  `prompt` has P rows, or P·G: one for every sample.
+  """
+  hidden = hidden_states(model, params, prompt, tokens)
   stats = token_stats(model, params, hidden, tokens, temperature=temperature, chunk=chunk)
   return TokenStats(jnp.where(mask, stats.logp, 0.0), jnp.where(mask, stats.entropy, 0.0))
-
-
-def score_per_sample(
-    model: VLM, params: Params, prompt: Prompt, tokens: Array, mask: Array, **kwargs) -> TokenStats:
-  """As `score_tokens` with a prompt of its own for every sample: prompt's leading axis is P·G."""
-  p, g, t = tokens.shape
-  alone = (p * g, 1, t)
-  stats = score_tokens(model, params, prompt, tokens.reshape(alone), mask.reshape(alone), **kwargs)
-  return jax.tree.map(lambda a: a.reshape(p, g, t), stats)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature"))

@@ -33,9 +33,18 @@ class Objective:
       `kept` is true.
     filter_low, filter_high: a group is kept if its mean accuracy lies strictly between.
     max_tries: how many times the loop samples before it goes on with the groups it has.
-    mask_rate: of the `masked` view: the probability that an image patch is blackened.
+    mask_kind: how the image of the `masked` view is corrupted: "patches", random squares black;
+      "blank", all black; "solid", one grey; "noise", Gaussian noise on every pixel; "blur",
+      Gaussian blur.
+    mask_rate: of patches: the probability that a square is blackened.
+    mask_patch: of patches: side of a square in patches of the vision tower; 1 is VPPO's 14 pixels
+      on Qwen2.5-VL.
+    mask_level: of solid: the grey level, 0 to 255; VPPO's code offers 128.
+    mask_noise: of noise: standard deviation in grey levels; VPPO's code offers 189.
+    mask_blur: of blur: standard deviation in pixels; VPPO's code offers 6.
     mask_per: "sample": every sample is scored under a mask of its own; "prompt": the samples of a
-      prompt share one, which costs a group's worth less of prompt work.
+      prompt share one, which costs a group's worth less of prompt work. Of patches and noise; the
+      others are the same for all samples.
   """
 
   aggregation: str = fields.choice("token-mean", masked.AGGREGATIONS)
@@ -44,7 +53,12 @@ class Objective:
   filter_low: float = fields.number(0.01, least=0, most=1)
   filter_high: float = fields.number(0.99, least=0, most=1)
   max_tries: int = fields.count(20)
+  mask_kind: str = fields.choice("patches", ("patches", "blank", "solid", "noise", "blur"))
   mask_rate: float = fields.number(0.5, above=0, most=1)
+  mask_patch: int = fields.count(1)
+  mask_level: float = fields.number(128.0, least=0, most=255)
+  mask_noise: float = fields.number(189.0, above=0)
+  mask_blur: float = fields.number(6.0, above=0)
   mask_per: str = fields.choice("sample", ("sample", "prompt"))
 
   def __post_init__(self):

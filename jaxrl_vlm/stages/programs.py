@@ -55,7 +55,7 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 
 class Programs:
-  """rollout, score, score_masked, advantages and update for one stage on one mesh.
+  """rollout, score, score_masked, score_masked_kl, advantages and update of one stage on one mesh.
 
   Each is a `jax.jit` of a pure function. `params` and the optimizer's state lie as
   `parallel.param_shardings` says, everything with a leading axis P is split over `fsdp`.
@@ -63,16 +63,23 @@ class Programs:
   `update(state, frozen, ...)` takes the parameters in the two parts of `lora.split(params,
   trainable)` and gives only the first away; all others take them whole: `lora.merge` of both.
   `score_base` takes them without adapters.
+
+  `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
+  masked view is made of.
   """
 
   def __init__(
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
-      black: Array | None = None):
+      black: Array | None = None, white: Array | None = None):
     self.model, self.mesh, self.objective, self.optimizer = model, mesh, objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
-    self.black = black
+    self.black, self.white = black, white
+    kind = objective.mask_kind
+    if kind in ("solid", "noise") and white is None:
+      raise ValueError(f"white=None: expected a patch (views.level_patch), because "
+                       f"objective.mask_kind={kind!r} needs one")
 
     trained, frozen = lora.split(abstract_params, trainable)
     self.abstract_state = jax.eval_shape(self._init_state, trained)
@@ -87,6 +94,9 @@ class Programs:
         self._score, in_shardings=(lora.strip(params), batch, batch, batch), out_shardings=batch)
     self.score_masked = jax.jit(
         self._score_masked, in_shardings=(params, batch, batch, batch, whole),
+        out_shardings=batch)
+    self.score_masked_kl = jax.jit(
+        self._score_masked_kl, in_shardings=(params, batch, batch, batch, whole),
         out_shardings=batch)
     self.advantages = jax.jit(
         self._advantages, in_shardings=(batch, batch), out_shardings=batch)
@@ -105,14 +115,46 @@ class Programs:
     return scoring.score_tokens(
         self.model, params, prompt, tokens, mask, temperature=self.temperature)
 
+  def _corrupted(self, key: Array, prompt: Prompt, group: int) -> Prompt:
+    """The prompts under another image, as the objective's mask_* fields say.
+
+    A row for each prompt, or for each of the `group` samples of each prompt.
+    """
+    objective, vision = self.objective, self.model.config.vision
+    black, white = self.black, self.white
+    shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    kind = objective.mask_kind
+    # What is not random is the same for all samples of a prompt.
+    if kind in ("patches", "noise") and objective.mask_per == "sample":
+      prompt = views.repeat_prompts(prompt, group)
+    if kind == "patches":
+      return views.black_patches(
+          key, prompt, objective.mask_rate, black, block=objective.mask_patch,
+          merge_size=vision.spatial_merge_size)
+    if kind == "blank":
+      return views.solid(prompt, 0, black, white)
+    if kind == "solid":
+      return views.solid(prompt, objective.mask_level, black, white)
+    if kind == "noise":
+      return views.noise(
+          key, prompt, objective.mask_noise, black, white, shape)
+    if kind == "blur":
+      return views.blur(
+          prompt, objective.mask_blur, shape, vision.spatial_merge_size)
+    raise ValueError(f"objective.mask_kind={kind!r}: expected one of 'patches', 'blank', 'solid', "
+                     "'noise', 'blur'")
+
   def _score_masked(self, params, prompt, tokens, mask, key) -> TokenStats:
-    rate = self.objective.mask_rate
-    if self.objective.mask_per == "prompt":
-      return self._score(params, views.black_patches(key, prompt, rate, self.black), tokens, mask)
-    prompt = views.repeat_prompts(prompt, tokens.shape[1])
-    prompt = views.black_patches(key, prompt, rate, self.black)
-    return scoring.score_per_sample(
-        self.model, params, prompt, tokens, mask, temperature=self.temperature)
+    prompt = self._corrupted(key, prompt, tokens.shape[1])
+    return self._score(params, prompt, tokens, mask)
+
+  def _score_masked_kl(self, params, prompt, tokens, mask, key) -> Array:
+    """f32[P, G, T]; `scoring.full_kl` of the clean and the masked view, 0 where masked."""
+    others = self._corrupted(key, prompt, tokens.shape[1])
+    clean, masked = (scoring.hidden_states(self.model, params, view, tokens)
+                     for view in (prompt, others))
+    kl = scoring.full_kl(self.model, params, clean, masked, self.temperature)
+    return jnp.where(mask, kl, 0.0)
 
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
     """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""

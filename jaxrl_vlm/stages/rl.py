@@ -17,6 +17,7 @@ from jaxrl_vlm.rollout import Sampling, with_text
 from jaxrl_vlm.stages.programs import Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun
 from jaxrl_vlm.types import Experience, Prompt
+from jaxrl_vlm.views import level_patch
 
 # What a random key is for.
 _ROLLOUT, _MASK, _UPDATE = range(3)
@@ -76,11 +77,14 @@ def train(run: Run, index: int) -> None:
     objective = objectives.create(**stage.objective.to_dict())
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
     draws = sampling(stage)
+  images = run.processor.image_settings
+  white = level_patch(255, images.image_mean, images.image_std, images.patch_dim,
+                      images.rescale_factor)
   programs = Programs(
       run.model, run.mesh, objective, optimizer, run.abstract_params,
       trainable=run.trainable, temperature=stage.temperature or 1.0,
       microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
-      black=run.processor.black_patch)
+      black=run.processor.black_patch, white=white)
 
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
                   run.config.reward_timeout) as pool:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_vlm import models, objectives, parallel, scratch, views
+from jaxrl_vlm import models, objectives, parallel, scoring, scratch, views
 from jaxrl_vlm.data import digit_boards
 from jaxrl_vlm.stages.programs import Programs, TrainState
 from jaxrl_vlm.types import Experience, TokenStats
@@ -180,6 +180,98 @@ def test_gradient_is_that_of_separate_sequences_and_the_formula(
   assert_close_trees(state.opt_state, grads, share=1e-3)
   assert float(optax.global_norm(grads)) > 0.01
   np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-4)
+
+
+# -- Views ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "per", "settings"), [
+    ("patches", "sample", {"mask_patch": 3, "mask_rate": 0.6}),
+    ("patches", "prompt", {"mask_patch": 3, "mask_rate": 0.6}),
+    ("noise", "sample", {"mask_noise": 90.0}), ("noise", "prompt", {"mask_noise": 90.0}),
+    ("blank", "sample", {}), ("solid", "sample", {"mask_level": 70}),
+    ("blur", "sample", {"mask_blur": 4.0})])
+def test_masked_view_scores_the_image_that_the_objective_asks_for(setup, kind, per, settings):
+  model, params, prompt, tokens, mask, black = setup
+  white = black + 3.0  # any patch that is brighter than black
+  objective = objectives.create("papo", mask_kind=kind, mask_per=per, **settings)
+  mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+  program = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
+                     black=black, white=white)
+  key, shape = jax.random.key(9), (3, 2, 8, 8)
+  stats = program.score_masked(params, prompt, tokens, mask, key)
+
+  alone = views.repeat_prompts(prompt, G)
+  drawn_on = alone if per == "sample" else prompt
+  other = {
+      "patches": lambda: views.black_patches(key, drawn_on, 0.6, black, block=3, merge_size=2),
+      "blank": lambda: views.solid(drawn_on, 0, black, white),
+      "solid": lambda: views.solid(drawn_on, 70, black, white),
+      "noise": lambda: views.noise(key, drawn_on, 90.0, black, white, shape),
+      "blur": lambda: views.blur(drawn_on, 4.0, shape, 2),
+  }[kind]()
+  other = other if per == "sample" else views.repeat_prompts(other, G)
+  slow = jax.jit(lambda patches: slow_logp(model, params, alone.replace(patches=patches), tokens))
+  masked = np.asarray(slow(other.patches))
+  # float32 through four layers, sums in another order.
+  np.testing.assert_allclose(stats.logp, np.where(mask, masked, 0), atol=2e-4)
+  assert np.abs(masked - slow(alone.patches))[mask].max() > 0.01
+
+
+def test_kl_of_the_masked_view_is_that_of_full_distributions(setup, make):
+  model, params, prompt, tokens, mask, black = setup
+  program = make(objectives.create("vppo"))
+  key = jax.random.key(2)
+  kl = program.score_masked_kl(params, prompt, tokens, mask, key)
+
+  alone = views.repeat_prompts(prompt, G)
+  darkened = views.black_patches(key, alone, 0.5, black)
+
+  @jax.jit
+  def slow(prompt):
+    """log π f32[P, G, T, V] of every token."""
+    every = jnp.arange(model.config.vocab_size)
+    hidden = scoring.hidden_states(model, params, prompt, jnp.asarray(tokens))
+    logits = model.apply({"params": params}, hidden, method="unembed") / TEMPERATURE
+    banned = jnp.isin(every, jnp.array(model.config.suppressed_tokens))
+    return jax.nn.log_softmax(jnp.where(banned, -jnp.inf, logits))
+
+  clean, masked = (np.asarray(slow(view), np.float64) for view in (alone, darkened))
+  with np.errstate(invalid="ignore"):
+    terms = np.where(np.isinf(clean), 0, np.exp(clean) * (clean - masked))
+  np.testing.assert_allclose(kl, np.where(mask, terms.sum(-1), 0), rtol=1e-3, atol=1e-5)
+  assert np.asarray(kl)[mask].mean() > 1e-3
+  # One key, one image: the masked view that the objective's loss sees.
+  picked = np.take_along_axis(masked, tokens[..., None], axis=-1)[..., 0]
+  stats = program.score_masked(params, prompt, tokens, mask, key)
+  np.testing.assert_allclose(stats.logp, np.where(mask, picked, 0), atol=2e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    {"mask_kind": "patches", "mask_patch": 3}, {"mask_kind": "noise"}, {"mask_kind": "blur"}],
+    ids=["patches", "noise", "blur"])
+def test_masked_views_are_the_same_on_four_devices(setup, settings):
+  model, params, prompt, tokens, mask, black = setup
+  objective = objectives.create("papo", mask_per="sample", **settings)
+
+  def score(devices):
+    mesh = parallel.make_mesh({"fsdp": devices, "tensor": 1}, devices=jax.devices()[:devices])
+    program = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
+                       black=black, white=black + 3.0)
+    args = params, prompt, tokens, mask, jax.random.key(4)
+    return program.score_masked(*args).logp, program.score_masked_kl(*args)
+
+  # float32; the same draws, the sums of sharded matrices in another order.
+  for one, four in zip(score(1), score(4), strict=True):
+    np.testing.assert_allclose(four, one, atol=2e-4)
+
+
+def test_noise_without_a_white_patch_is_refused(setup):
+  model, params, *_, black = setup
+  mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match="white=None: expected a patch .*mask_kind='noise'"):
+    Programs(model, mesh, objectives.create("papo", mask_kind="noise"), keep_gradient(), params,
+             black=black)
 
 
 # -- Splits ---------------------------------------------------------------------------------------

@@ -1,0 +1,246 @@
+"""Corruptions of images against slow ones, written on whole images from their definitions."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from jaxrl_vlm import views
+from jaxrl_vlm.data.images import PatchSettings, patchify
+from jaxrl_vlm.data.layout import lay_out_patches
+from jaxrl_vlm.types import Prompt
+
+SIDE, N = 4, 160  # pixels of a patch, patches of a row
+# (frames, rows, columns) of patches: two images and a video of two temporal patches; a single
+# large image; text only.
+GRIDS = {2: ([(1, 6, 4), (1, 2, 10), (2, 4, 6)], [(1, 12, 8)], []),
+         4: ([(1, 4, 8), (1, 8, 4), (2, 4, 4)], [(1, 12, 8)], [])}
+
+
+@functools.cache
+def make(merge: int, frames: int = 2):
+  """(settings, prompt, videos): the prompt and the pixels [T·t, H, W, 3] it was made of."""
+  settings = PatchSettings(patch_size=SIDE, temporal_patch_size=frames, merge_size=merge)
+  rng = np.random.default_rng(merge)
+  fields = {"patches": np.full((3, N, settings.patch_dim), 7, "f4"),
+            "patch_positions": np.zeros((3, N, 2), "i4"), "patch_grids": np.ones((3, N, 2), "i4"),
+            "patch_segments": np.zeros((3, N), "i4"), "patch_windows": np.zeros((3, N), "i4")}
+  videos = []
+  for row, grids in enumerate(GRIDS[merge]):
+    videos.append([])
+    for t, height, width in grids:
+      shape = (t * frames, height * SIDE, width * SIDE, 3)
+      pixels = rng.integers(0, 256, shape).astype(np.uint8)
+      if t == 1:
+        pixels[:] = pixels[:1]  # a still image is repeated
+      videos[-1].append(pixels)
+    patches = [patchify(v, settings) for v in videos[-1]]
+    laid = lay_out_patches(grids, merge, SIDE, None)
+    names = ("patch_positions", "patch_grids", "patch_segments", "patch_windows")
+    for name, values in zip(names, laid, strict=True):
+      fields[name][row, :len(values)] = values
+    if patches:
+      values = np.concatenate(patches)
+      fields["patches"][row, :len(values)] = values
+  empty = np.zeros((3, 1), "i4")
+  prompt = Prompt(tokens=empty, length=empty[:, 0], positions=np.zeros((3, 1, 3), "i4"),
+                  next_position=empty[:, 0], feature_index=empty - 1, **fields)
+  return settings, prompt, videos
+
+
+def level_patch(settings: PatchSettings, level: float) -> np.ndarray:
+  return views.level_patch(
+      level, settings.image_mean, settings.image_std, settings.patch_dim, settings.rescale_factor)
+
+
+def levels(settings):
+  return jnp.asarray(level_patch(settings, 0)), jnp.asarray(level_patch(settings, 255))
+
+
+def shape(settings: PatchSettings) -> tuple[int, int, int, int]:
+  return 3, settings.temporal_patch_size, settings.patch_size, settings.patch_size
+
+
+def frames_of(settings: PatchSettings, prompt: Prompt, row: int) -> list[np.ndarray]:
+  """Grey levels [t, H, W, 3] of each frame of a row, put together by patch_positions."""
+  t, p = settings.temporal_patch_size, settings.patch_size
+  mean, std = (np.array(a)[:, None, None, None] for a in (settings.image_mean, settings.image_std))
+  segments = np.asarray(prompt.patch_segments[row])
+  out = []
+  for segment in range(1, segments.max() + 1):
+    at = np.flatnonzero(segments == segment)
+    rows, cols = np.asarray(prompt.patch_grids[row, at[0]])
+    frame = np.full((t, rows * p, cols * p, 3), np.nan)
+    for i in at:
+      r, c = np.asarray(prompt.patch_positions[row, i]) * p
+      patch = np.asarray(prompt.patches[row, i], np.float64).reshape(3, t, p, p)
+      frame[:, r:r + p, c:c + p] = ((patch * std + mean) * 255).transpose(1, 2, 3, 0)
+    out.append(frame)
+  return out
+
+
+def assert_only_patches_of_images_changed(new: Prompt, old: Prompt) -> None:
+  for field in dataclasses.fields(Prompt):
+    if field.name != "patches":
+      np.testing.assert_array_equal(getattr(new, field.name), getattr(old, field.name))
+  padding = np.asarray(old.patch_segments) == 0
+  np.testing.assert_array_equal(np.asarray(new.patches)[padding], old.patches[padding])
+
+
+def test_level_patch_is_what_the_processor_makes_of_an_image_of_one_level():
+  settings, *_ = make(2)
+  for level in (0, 128, 255):
+    pixels = np.full((2, 8, 8, 3), level, np.uint8)
+    for patch in patchify(pixels, settings):
+      np.testing.assert_array_equal(level_patch(settings, level), patch)
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 20])
+def test_black_patches_are_squares_of_the_grid_drawn_at_their_corners(merge, block):
+  settings, prompt, _ = make(merge)
+  black, _ = levels(settings)
+  key = jax.random.key(3)
+  new = jax.jit(lambda prompt: views.black_patches(
+      key, prompt, 0.4, black, block=block, merge_size=merge))(prompt)
+  assert_only_patches_of_images_changed(new, prompt)
+  drawn = np.asarray(jax.random.bernoulli(key, 0.4, prompt.patches.shape[:2]))
+  for row, grids in enumerate(GRIDS[merge]):
+    frames, places = frames_of(settings, new, row), frames_of(settings, prompt, row)
+    # The draw of each patch, laid over the frames.
+    index = prompt.replace(patches=np.broadcast_to(
+        drawn[..., None], prompt.patches.shape).astype("f4"))
+    # patches of 0 and 1 come back as grey levels mean·255 and (mean + std)·255
+    hits = [f > 255 * (np.array(settings.image_mean) + np.array(settings.image_std) / 2)
+            for f in frames_of(settings, index, row)]
+    assert len(frames) == sum(grid[0] for grid in grids)
+    square = block * SIDE
+    for frame, expected, hit in zip(frames, places, hits, strict=True):
+      for y in range(0, frame.shape[1], square):
+        for x in range(0, frame.shape[2], square):
+          if hit[0, y, x, 0]:
+            expected[:, y:y + square, x:x + square] = 0
+      # float32 pixels of up to 255.
+      np.testing.assert_allclose(frame, expected, atol=1e-4)
+
+
+def test_black_patches_are_as_many_as_the_rate_and_follow_the_key():
+  settings, prompt, _ = make(2)
+  black, _ = levels(settings)
+  many = views.repeat_prompts(prompt, 200)
+  real = np.asarray(many.patch_segments) > 0
+  for block, per_sample in ((1, 188), (2, 47)):
+    def darkened(seed, block=block):
+      new = views.black_patches(jax.random.key(seed), many, 0.3, black, block=block, merge_size=2)
+      return np.asarray((new.patches == black).all(-1))
+
+    hit = darkened(0)
+    np.testing.assert_array_equal(hit, darkened(0))
+    assert (hit != darkened(1)).any()
+    assert (hit[0] != hit[1]).any()  # copies of a prompt are drawn each for itself
+    # Five standard deviations of the mean of independent squares of equal size.
+    spread = 5 * np.sqrt(0.3 * 0.7 / (200 * per_sample))
+    assert abs(hit[real].mean() - 0.3) < spread
+
+
+def test_one_patch_a_square_needs_no_layout_and_is_the_plain_draw():
+  settings, prompt, _ = make(2)
+  black, _ = levels(settings)
+  key = jax.random.key(7)
+  drawn = np.asarray(jax.random.bernoulli(key, 0.5, prompt.patches.shape[:2]))
+  chosen = drawn & (prompt.patch_segments > 0)
+  expected = np.where(chosen[..., None], black, prompt.patches)
+  np.testing.assert_array_equal(views.black_patches(key, prompt, 0.5, black).patches, expected)
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+def test_solid_is_what_the_processor_makes_of_a_grey_image(level):
+  settings, prompt, videos = make(2)
+  new = views.solid(prompt, level, *levels(settings))
+  assert_only_patches_of_images_changed(new, prompt)
+  for row, pixels in enumerate(videos):
+    expected = [patchify(np.full_like(v, level), settings) for v in pixels]
+    expected = np.concatenate([np.zeros((0, settings.patch_dim)), *expected])
+    # Two roundings of float32.
+    np.testing.assert_allclose(new.patches[row, :len(expected)], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_noise_is_gaussian_in_grey_levels_and_cut_at_black_and_white():
+  settings, prompt, _ = make(2)
+  black, white = levels(settings)
+  many = views.repeat_prompts(prompt, 40)
+
+  def noisy(seed, std):
+    return views.noise(jax.random.key(seed), many, std, black, white, shape(settings))
+
+  new = noisy(0, 189.0)
+  assert_only_patches_of_images_changed(new, many)
+  np.testing.assert_array_equal(new.patches, noisy(0, 189.0).patches)
+  assert (np.asarray(new.patches) != noisy(1, 189.0).patches).any()
+
+  # The same draws at a 1000th of the size tell ε wherever nothing is cut.
+  cases = [(row, *pair) for row in (0, 40)
+           for pair in zip(*(frames_of(settings, p, row) for p in (many, new, noisy(0, 0.189))),
+                           strict=True)]
+  drawn = []
+  for row, before, after, little in cases:
+    assert after.min() > -1e-4 and after.max() < 255 + 1e-4
+    free = (before > 1) & (before < 254)
+    added = (little - before) * 1000
+    drawn.append(added[0][free[0]])
+    # float32 of values near 255, times 1000.
+    expected = np.clip(before + added, 0, 255)
+    np.testing.assert_allclose(after[free], expected[free], atol=0.2)
+    # One draw for the frames within a temporal patch.
+    both = free.all(axis=0)
+    np.testing.assert_allclose(added[0][both], added[1][both], atol=0.2)
+    if row == 40:  # every channel has draws of its own
+      assert abs(np.corrcoef(added[0, ..., 0].ravel(), added[0, ..., 1].ravel())[0, 1]) < 0.15
+  drawn = np.concatenate([d.ravel() for d in drawn])
+  # Five standard errors of a mean and of a standard deviation.
+  assert abs(drawn.mean()) < 5 * 189 / np.sqrt(len(drawn))
+  assert abs(drawn.std() / 189 - 1) < 5 / np.sqrt(2 * len(drawn))
+
+
+def slow_blur(frame: np.ndarray, radius: float) -> np.ndarray:
+  """[t, H, W, 3]: every pixel a weighted mean of the pixels around it, repeated at the border."""
+  reach = int(np.ceil(3 * radius))
+  weights = {j: np.exp(-(j**2) / (2 * radius**2)) for j in range(-reach, reach + 1)}
+  total = sum(weights.values())
+  for axis in (1, 2):
+    size = frame.shape[axis]
+    frame = sum(w / total * frame.take(np.clip(np.arange(size) + j, 0, size - 1), axis=axis)
+                for j, w in weights.items())
+  return frame
+
+
+@pytest.mark.parametrize(("merge", "frames", "radius"), [(2, 2, 0.5), (2, 2, 6.0), (4, 1, 1.7)])
+def test_blur_is_that_of_whole_frames(merge, frames, radius):
+  settings, prompt, _ = make(merge, frames)
+  new = jax.jit(lambda prompt: views.blur(
+      prompt, radius, shape(settings), settings.merge_size))(prompt)
+  assert_only_patches_of_images_changed(new, prompt)
+  for row in range(2):
+    pairs = zip(frames_of(settings, prompt, row), frames_of(settings, new, row), strict=True)
+    for before, after in pairs:
+      # Sums of some tens of float32 up to 255.
+      np.testing.assert_allclose(after, slow_blur(before, radius), atol=1e-3)
+      assert np.abs(after - before).max() > 10
+
+
+def test_blur_is_close_to_pillows_away_from_the_border():
+  settings, prompt, videos = make(2)
+  new = views.blur(
+      prompt, 2.0, shape(settings), settings.merge_size)
+  image = Image.fromarray(videos[1][0][0])
+  theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(2.0)), np.float64)
+  ours = frames_of(settings, new, 1)[0][0]
+  # Pillow's is three box filters, rounded to whole levels; the image is white noise, with a spread
+  # of 74 levels before and about 10 after. Closer to the border each of the three repeats it anew.
+  inside = (slice(8, -8), slice(8, -8))
+  np.testing.assert_allclose(ours[inside], theirs[inside], atol=3)
+  assert ours[inside].std() > 8
