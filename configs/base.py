@@ -69,6 +69,8 @@ def evaluation() -> ConfigDict:
   c.examples = 0  # held-out questions of an evaluation; 0 evaluates nothing
   c.every = 0  # steps between evaluations; 0 is only before the first and after the last step
   c.batch = 128  # questions at a time
+  c.samples = 1  # answers to each; accuracy is the mean over them (avg@k)
+  c.temperature = 0.0  # of these answers; 0 is greedy
   c.options = ConfigDict()  # of the stage's data.options, those that are others here
   return c
 
@@ -111,6 +113,9 @@ def rl() -> ConfigDict:
   c.top_p = 1.0  # the likeliest tokens that together have this probability; 1 keeps all
   c.top_k = 0  # 0 keeps all
   c.minibatches = 1  # updates per rollout; P must be a multiple
+  # Response tokens to generate, those that dynamic sampling throws away included: the stage ends
+  # with the step that reaches this number, if it has not done all steps before; 0 sets no limit.
+  c.token_budget = 0
   return c
 
 

@@ -30,32 +30,34 @@ def token_stats(
 
 
 def full_kl(
-    model: VLM, params: Params, hidden: Array, hidden_masked: Array, temperature: float = 1.0,
-    chunk: int = 128) -> Array:
-  """Divergence of two views over the whole vocabulary: f32[P, G, T], >= 0 but for rounding.
+    model: VLM, params: Params, hidden: Array, other_params: Params, other_hidden: Array,
+    temperature: float = 1.0, chunk: int = 128) -> Array:
+  """Divergence over the whole vocabulary: f32[P, G, T], >= 0 but for rounding.
 
-      KL_t = Σ_v π(v | I, q, o_<t) (log π(v | I, q, o_<t) − log π(v | I′, q, o_<t))
+      KL_t = Σ_v π(v | I, q, o_<t) (log π(v | I, q, o_<t) − log π′(v | I′, q, o_<t))
 
-  at the sampling temperature, without the tokens that are never sampled. It is S of VPPO
-  (arXiv 2510.09285) and the D_KL of PAPO (arXiv 2507.06448) as the papers write them; both
-  released codes estimate it from the sampled token.
+  at the sampling temperature, without the tokens that are never sampled. With π′ = π and a
+  corrupted image I′ it is S of VPPO (arXiv 2510.09285) and the D_KL of PAPO (arXiv 2507.06448) as
+  the papers write them; with I′ = I and the reference π′ the KL penalty of GRPO. The released codes
+  estimate all three from the sampled token.
 
   Chunks and recomputes as `token_stats`: twice P·G·chunk rows of logits at a time.
 
   Args:
-    model, params: both views are of the same policy.
-    hidden, hidden_masked: [P, G, T, D]; `hidden_states` of the clean and of the other view, I′.
-      The gradient goes through both: `jax.lax.stop_gradient` for one that should stay.
+    model, params, hidden: the policy, and its `hidden_states` [P, G, T, D].
+    other_params, other_hidden: of π′ and its view. The gradient goes through all of them:
+      `jax.lax.stop_gradient` for what should stay.
     temperature: of sampling.
     chunk: response positions at a time.
   """
 
-  def one(hidden, hidden_masked):
-    logp, other = (_log_probs(model, params, h, temperature) for h in (hidden, hidden_masked))
+  def one(hidden, other_hidden):
+    logp = _log_probs(model, params, hidden, temperature)
+    other = _log_probs(model, other_params, other_hidden, temperature)
     # A suppressed token is -1e30 in both: probability 0 times a finite difference.
     return (jnp.sum(jnp.exp(logp) * (logp - other), axis=-1),)
 
-  return _in_chunks(one, (hidden, hidden_masked), chunk)[0]
+  return _in_chunks(one, (hidden, other_hidden), chunk)[0]
 
 
 def _log_probs(model: VLM, params: Params, hidden: Array, temperature: float) -> Array:

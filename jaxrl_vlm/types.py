@@ -76,10 +76,13 @@ class TokenStats:
   Attributes:
     logp: f32[P, G, T]; log-probability of each response token at the sampling temperature.
     entropy: f32[P, G, T]; entropy of the distribution it was drawn from, nats.
+    kl: f32[P, G, T] or None; of a view: KL(policy on the clean image ‖ this view) over the whole
+      vocabulary, if the objective names the view in `full_kl`.
   """
 
   logp: Array
   entropy: Array
+  kl: Array | None = None
 
 
 @struct.dataclass
@@ -100,6 +103,13 @@ class Experience:
     token_weights: f32[P, G, T] or None; mask / number of tokens of the minibatch: the weights of
       a token mean, for penalties and metrics.
     extras: f32[P, G, T] arrays that one objective hands from `prepare` to `loss`.
+    sampler_logp: f32[P, G, T] or None; `Rollout.logp`: what the sampler said of its tokens, which
+      is not exactly what the scorer (`old`) says.
+    truncated: bool[P, G] or None; responses that filled the buffer without an end token.
+    current: TokenStats of the current policy over the whole minibatch, no gradient, if the
+      minibatch is split and the objective says `needs_current`; else None.
+    state: scalars that change from update to update, see `Objective.initial_state`; without
+      leading axis P.
   """
 
   mask: Array
@@ -110,3 +120,7 @@ class Experience:
   weights: Array | None = None
   token_weights: Array | None = None
   extras: Mapping[str, Array] = struct.field(default_factory=dict)
+  sampler_logp: Array | None = None
+  truncated: Array | None = None
+  current: TokenStats | None = None
+  state: Mapping[str, Array] = struct.field(default_factory=dict)

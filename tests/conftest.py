@@ -2,6 +2,10 @@
 
 import os
 
+import pytest
+
+from tests import tiny_run
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = (
@@ -10,3 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # One cache of compiled programs for all test processes and runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxrl_vlm/xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture
+def one_device():
+  """The runs of this process use one of its virtual devices."""
+  with tiny_run.one_device():
+    yield

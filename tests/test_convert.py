@@ -1,6 +1,5 @@
 """python -m jaxrl_vlm.convert: both ways, and from a run; nothing is lost on the way."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 from safetensors.numpy import load_file
 
 import jaxrl_vlm as jv
-from jaxrl_vlm import parallel, train
+from jaxrl_vlm import train
 from jaxrl_vlm.convert import convert
 from jaxrl_vlm.errors import UserError
 from tests import tiny, tiny_run
@@ -59,9 +58,7 @@ def test_command_prints_what_it_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["everything", "adapters", "some of the adapters"])
-def test_checkpoint_of_a_run(kind, tmp_path, monkeypatch):
-  monkeypatch.setattr(parallel, "make_mesh", functools.partial(
-      parallel.make_mesh, devices=jax.devices()[:1]))
+def test_checkpoint_of_a_run(kind, tmp_path, one_device):
   config = tiny_run.get_config() if kind == "everything" else tiny_run.get_lora_config()
   stage = config.stages[-1]
   stage.steps, stage.eval.examples, stage.objective.name = 2, 0, "grpo"

@@ -45,7 +45,7 @@ def test_full_kl_and_its_gradients_are_those_of_the_definition(setup, chunk, tem
   weights = jnp.asarray(np.random.default_rng(1).normal(size=(P, G, T)), jnp.float32)
 
   def fast(params, hidden, hidden_masked):
-    kl = scoring.full_kl(model, params, hidden, hidden_masked, temperature, chunk)
+    kl = scoring.full_kl(model, params, hidden, params, hidden_masked, temperature, chunk)
     return (weights * kl).sum(), kl
 
   def slow(params, hidden, hidden_masked):
@@ -71,10 +71,11 @@ def test_full_kl_and_its_gradients_are_those_of_the_definition(setup, chunk, tem
 
 def test_full_kl_of_equal_views_is_zero_and_so_is_its_gradient(setup):
   model, params, _, hidden, _ = setup
-  kl = scoring.full_kl(model, params, hidden, hidden, 0.8, 3)
+  kl = scoring.full_kl(model, params, hidden, params, hidden, 0.8, 3)
   np.testing.assert_array_equal(kl, np.zeros((P, G, T)))
-  grads = jax.grad(lambda *views: scoring.full_kl(model, params, *views).sum(), argnums=(0, 1))(
-      hidden, hidden)
+  grads = jax.grad(
+      lambda a, b: scoring.full_kl(model, params, a, params, b).sum(), argnums=(0, 1))(
+          hidden, hidden)
   for grad in grads:  # the minimum; float32 rounding of p − q
     np.testing.assert_allclose(grad, np.zeros_like(grad), atol=1e-5)
 
@@ -85,7 +86,7 @@ def test_full_kl_stays_finite_where_a_suppressed_token_would_be_certain(setup):
   hidden, hidden_masked = loud + hidden, loud + hidden_masked
 
   def total(params, hidden, hidden_masked):
-    return scoring.full_kl(model, params, hidden, hidden_masked, 1.0, 2).sum()
+    return scoring.full_kl(model, params, hidden, params, hidden_masked, 1.0, 2).sum()
 
   value, grads = jax.value_and_grad(total, argnums=(0, 1, 2))(params, hidden, hidden_masked)
   np.testing.assert_allclose(
@@ -105,7 +106,7 @@ def test_no_array_holds_the_vocabulary_for_all_response_tokens(setup):
   tokens = jnp.zeros((P, G, length), jnp.int32)
 
   def divergence(params, hidden):
-    return scoring.full_kl(model, params, hidden, hidden_masked, 1.0, chunk).sum()
+    return scoring.full_kl(model, params, hidden, params, hidden_masked, 1.0, chunk).sum()
 
   def stats(params, hidden):
     stats = scoring.token_stats(model, params, hidden, tokens, chunk=chunk)

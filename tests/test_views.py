@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import re
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
-from jaxrl_vlm import views
+import jaxrl_vlm as jv
+from jaxrl_vlm import models, views
 from jaxrl_vlm.data.images import PatchSettings, patchify
 from jaxrl_vlm.data.layout import lay_out_patches
 from jaxrl_vlm.types import Prompt
+from tests import tiny
 
 SIDE, N = 4, 160  # pixels of a patch, patches of a row
 # (frames, rows, columns) of patches: two images and a video of two temporal patches; a single
@@ -244,3 +249,176 @@ def test_blur_is_close_to_pillows_away_from_the_border():
   inside = (slice(8, -8), slice(8, -8))
   np.testing.assert_allclose(ours[inside], theirs[inside], atol=3)
   assert ours[inside].std() > 8
+
+
+# ------------------------------------------------------------------------------------------------
+# The most salient squares
+# ------------------------------------------------------------------------------------------------
+
+
+def slow_salient(prompt: Prompt, row: int, saliency: np.ndarray, rate: float, block: int):
+  """bool[N]; which patches of a row go black."""
+  hit = np.zeros(prompt.patches.shape[1], bool)
+  segments, places = prompt.patch_segments[row], prompt.patch_positions[row]
+  for segment in range(1, segments.max() + 1):
+    squares: dict[tuple, list[int]] = {}
+    for i in np.flatnonzero(segments == segment):
+      squares.setdefault(tuple(places[i] // block), []).append(i)
+    means = {at: np.mean(saliency[row, members], dtype=np.float64)
+             for at, members in squares.items()}
+    count = int(np.ceil(round(rate * len(squares), 9)))
+    for at in sorted(squares, key=lambda at: (-means[at], at))[:count]:
+      hit[squares[at]] = True
+  return hit
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+@pytest.mark.parametrize(("block", "rate"), [
+    (1, 0.5), (1, 0.33), (1, 1.0), (2, 0.3), (3, 0.6), (4, 0.01), (5, 0.4), (20, 0.5)])
+def test_the_most_salient_squares_of_every_image_go_black(merge, block, rate):
+  settings, prompt, _ = make(merge)
+  black, _ = levels(settings)
+  rng = np.random.default_rng(block)
+  # Few whole values: means are exact, and many are equal.
+  few = rng.integers(0, 3, prompt.patches.shape[:2]).astype("f4")
+  apart = rng.permutation(few.size).reshape(few.shape).astype("f4")
+  scaled = apart * 10.0**-(prompt.patch_segments % 3)  # images of all magnitudes
+  fast = jax.jit(lambda prompt, saliency: views.salient_patches(
+      prompt, saliency, rate, black, block=block, merge_size=merge))
+  for saliency in (few, apart, scaled.astype("f4"), np.zeros_like(few)):
+    saliency = np.where(prompt.patch_segments > 0, saliency, 1e9).astype("f4")
+    new = fast(prompt, saliency)
+    assert_only_patches_of_images_changed(new, prompt)
+    for row in range(3):
+      hit = slow_salient(prompt, row, saliency, rate, block)
+      expected = np.where(hit[:, None], black, prompt.patches[row])
+      np.testing.assert_array_equal(new.patches[row], expected)
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def pair(request, tmp_path_factory):
+  """Family; transformers' model; our model and parameters; a mixed batch and its saliency."""
+  path = tmp_path_factory.mktemp("hf")
+  theirs = tiny.make_hf(path, family=request.param)
+  model, params, processor = jv.load_pretrained(path)
+  prompt = tiny.mixed_batch(processor, request.param)
+  return request.param, theirs, model, params, prompt, saliency_of(model, params, prompt)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def saliency_of(model, params, prompt):
+  return model.apply({"params": params}, prompt, method="saliency")
+
+
+def attention_of(theirs, prompt: Prompt, row: int, layer: int, monkeypatch) -> list[np.ndarray]:
+  """[H, n, n] probabilities in a layer of transformers' tower for each frame of a row."""
+  name = re.compile(rf"(visual\.blocks\.{layer}\.attn|vision_.*layers\.{layer}\.self_attn)$")
+  module, = (m for n, m in theirs.named_modules() if name.search(n))
+  file = sys.modules[type(module).__module__]
+  eager, seen = vars(file)["eager_attention_forward"], []
+
+  def spy(here, *args, **kwargs):
+    out = eager(here, *args, **kwargs)
+    if here is module:
+      seen.extend(out[1])
+    return out
+
+  with monkeypatch.context() as patched:
+    patched.setattr(file, "eager_attention_forward", spy)
+    theirs.set_attn_implementation("eager")
+    with torch.no_grad():
+      theirs(**tiny.torch_inputs(theirs, prompt, row))
+  return [a.float().numpy() for a in seen]
+
+
+def test_saliency_is_the_attention_received_in_transformers(pair, monkeypatch):
+  family, theirs, model, _, prompt, ours = pair
+  vision, ours = model.config.vision, np.asarray(ours)
+  layer = 1 if family == "qwen2_5_vl" else vision.depth - 1  # the last that attends fully
+  assert vision.full_attention_layers in (None, (layer,))
+  assert ours.dtype == np.float32
+  frames = 0
+  for row, segments in enumerate(prompt.patch_segments):
+    expected = np.zeros(len(segments))
+    if segments.any():
+      for frame, weights in enumerate(attention_of(theirs, prompt, row, layer, monkeypatch)):
+        index = np.flatnonzero(segments == frame + 1)
+        if family == "gemma3":  # reading order
+          order = prompt.patch_positions[row, index] @ [10**6, 1]
+        else:  # windows one after the other
+          order = prompt.patch_windows[row, index]
+        index = index[np.argsort(order, kind="stable")]
+        assert weights.shape == (vision.num_heads, len(index), len(index))
+        expected[index] = weights.mean(axis=(0, 1))
+        frames += 1
+    np.testing.assert_allclose(ours[row], expected, atol=1e-5, err_msg=f"row {row}")
+    assert not ours[row, segments == 0].any()
+  assert frames == sum(segments.max() for segments in prompt.patch_segments)
+  assert np.ptp(ours[1][prompt.patch_segments[1] > 0]) > 1e-3  # not all the same
+
+
+def test_saliency_does_not_depend_on_padding_or_other_images(pair):
+  _, _, model, params, prompt, expected = pair
+  segments = np.array(prompt.patch_segments)
+  gone = np.zeros(segments.shape, bool)
+  gone[2] = segments[2] == 2  # the second image of a row becomes padding
+  assert gone.any()
+
+  fields = {}
+  for name, fill in {"patches": 9, "patch_positions": 0, "patch_grids": 1, "patch_segments": 0,
+                     "patch_windows": 0}.items():
+    field = np.array(getattr(prompt, name))
+    field[gone] = fill
+    field = np.pad(field, [(0, 0), (0, 40), (0, 0)][:field.ndim], constant_values=fill)
+    fields[name] = field
+  other = prompt.replace(**fields)
+  found = np.asarray(saliency_of(model, params, other))
+  assert not found[other.patch_segments == 0].any()
+  np.testing.assert_allclose(
+      found[:, :segments.shape[1]], np.where(gone, 0, expected), atol=1e-6)
+
+
+def test_saliency_in_bfloat16_with_recomputed_layers(pair):
+  _, _, model, params, prompt, expected = pair
+  coarse = models.VLM(model.config.replace(dtype="bfloat16", remat=True))
+  found, expected = np.asarray(saliency_of(coarse, params, prompt)), np.asarray(expected)
+  assert found.dtype == np.float32
+  # A frame's adds up to 1 all the same: probabilities are not rounded before they are summed.
+  np.testing.assert_allclose(found.sum(axis=1), prompt.patch_segments.max(axis=1), atol=1e-4)
+  # Eight bits of activations through up to three layers of large weights.
+  real = prompt.patch_segments > 0
+  assert np.corrcoef(found[real], expected[real])[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("pair", ["qwen2_5_vl"], indirect=True)
+def test_saliency_within_a_gradient_has_none(pair):
+  _, _, model, params, prompt, _ = pair
+  model = models.VLM(model.config.replace(remat=True))
+
+  def loss(params, patches):
+    saliency = saliency_of(model, params, prompt.replace(patches=patches))
+    view = views.salient_patches(
+        prompt, saliency, 0.4, jnp.zeros(patches.shape[-1]), block=2, merge_size=2)
+    return (saliency**2).sum() + (view.patches**2).sum()
+
+  grads = jax.jit(jax.grad(loss, (0, 1)))(params, prompt.patches)
+  assert not any(g.any() for g in jax.tree.leaves(grads))
+
+
+def test_saliency_without_patches_or_without_full_attention():
+  vision = models.VisionConfig(
+      depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16,
+      patch_size=SIDE, temporal_patch_size=2, spatial_merge_size=2, window_size=16,
+      full_attention_layers=())
+  config = models.ModelConfig(
+      family="qwen2_5_vl", vocab_size=8, hidden_size=16, intermediate_size=16, num_layers=1,
+      num_heads=2, num_kv_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, tied=True,
+      mrope_section=(1, 1, 2), vision=vision)
+  _, prompt, _ = make(2)
+  model, params = models.VLM(config), models.abstract_params(config)
+  with pytest.raises(ValueError, match=r"vision.full_attention_layers=\(\): expected at least one"):
+    jax.eval_shape(functools.partial(saliency_of, model), params, prompt)
+  text = prompt.replace(**{name: getattr(prompt, name)[:, :0] for name in (
+      "patches", "patch_positions", "patch_grids", "patch_segments", "patch_windows")})
+  found = jax.eval_shape(functools.partial(saliency_of, model), params, text)
+  assert (found.shape, found.dtype) == ((3, 0), np.float32)

@@ -1,10 +1,12 @@
 """A whole run in seconds: a supervised and an RL stage of an untrained, very small model."""
 
+import contextlib
 import functools
 import importlib.util
 import os
 import pathlib
 import signal
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -89,6 +91,19 @@ def use_one_device() -> None:
   from jaxrl_vlm import parallel
 
   parallel.make_mesh = functools.partial(parallel.make_mesh, devices=jax.devices()[:1])
+
+
+@contextlib.contextmanager
+def one_device() -> Iterator[None]:
+  """`use_one_device` for as long as it is entered."""
+  from jaxrl_vlm import parallel
+
+  before = parallel.make_mesh
+  use_one_device()
+  try:
+    yield
+  finally:
+    parallel.make_mesh = before
 
 
 def signal_at_step() -> None:

@@ -57,7 +57,7 @@ def abstract_params(config: ModelConfig, dtype: str = "float32", trainable: Sequ
       lambda: VLM(config).init(jax.random.key(0), dummy_prompt(config))["params"])
 
   def one(keys, x):
-    path = tuple(k.key for k in keys)
+    path = weights.path_of(keys)
     keep = matches(trainable, path) or matches(_FLOAT32, path)
     return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype if keep else config.dtype))
 

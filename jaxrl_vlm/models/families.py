@@ -54,14 +54,13 @@ def _common(config: Json, text: Json) -> dict[str, Any]:
 
 def _qwen2_vl(config: Json, text: Json) -> dict[str, Any]:
   vision = config["vision_config"]
+  widths = {"hidden_size": vision["embed_dim"],
+            "intermediate_size": int(vision["embed_dim"] * vision["mlp_ratio"]),
+            "out_hidden_size": vision["hidden_size"]}
   return _qwen_decoder(config, text) | {
       "qkv_bias": True,
       "vision": VisionConfig(
-          **_qwen_vision(vision),
-          hidden_size=vision["embed_dim"],
-          intermediate_size=int(vision["embed_dim"] * vision["mlp_ratio"]),
-          out_hidden_size=vision["hidden_size"],
-          activation=_activation(vision, "vision_config.hidden_act"),
+          **_qwen_vision({**vision, **widths}),
           norm="layer", gated_mlp=False)}
 
 
@@ -71,10 +70,6 @@ def _qwen2_5_vl(config: Json, text: Json) -> dict[str, Any]:
       "qkv_bias": True,
       "vision": VisionConfig(
           **_qwen_vision(vision),
-          hidden_size=vision["hidden_size"],
-          intermediate_size=vision["intermediate_size"],
-          out_hidden_size=vision["out_hidden_size"],
-          activation=_activation(vision, "vision_config.hidden_act"),
           window_size=vision["window_size"],
           full_attention_layers=tuple(vision["fullatt_block_indexes"]))}
 
@@ -87,10 +82,6 @@ def _qwen3_vl(config: Json, text: Json) -> dict[str, Any]:
       "qk_norm": True,
       "vision": VisionConfig(
           **_qwen_vision(vision),
-          hidden_size=vision["hidden_size"],
-          intermediate_size=vision["intermediate_size"],
-          out_hidden_size=vision["out_hidden_size"],
-          activation=_activation(vision, "vision_config.hidden_act"),
           norm="layer", gated_mlp=False, patch_bias=True,
           position_grid=int(vision["num_position_embeddings"]**0.5),
           deepstack_layers=tuple(vision["deepstack_visual_indexes"]))}
@@ -189,6 +180,10 @@ def _qwen_decoder(config: Json, text: Json) -> dict[str, Any]:
 
 def _qwen_vision(vision: Json) -> dict[str, Any]:
   return {
+      "hidden_size": vision["hidden_size"],
+      "intermediate_size": vision["intermediate_size"],
+      "out_hidden_size": vision["out_hidden_size"],
+      "activation": _activation(vision, "vision_config.hidden_act"),
       "depth": vision["depth"],
       "num_heads": vision["num_heads"],
       "patch_size": vision["patch_size"],

@@ -144,7 +144,7 @@ def init_adapters(shapes: Params, key: jax.Array, shardings: Params | None = Non
         leaves.append((path, jax.random.uniform(
             jax.random.fold_in(key, i), x.shape, minval=-bound, maxval=bound).astype(x.dtype)))
     flat = dict(leaves)
-    return jax.tree.map_with_path(lambda keys, _: flat[tuple(k.key for k in keys)], wanted)
+    return jax.tree.map_with_path(lambda keys, _: flat[weights.path_of(keys)], wanted)
 
   return jax.jit(make, out_shardings=None if shardings is None else adapters(shardings))(key)
 
@@ -341,4 +341,4 @@ def load_adapter(path: str | pathlib.Path, config: ModelConfig, shapes: Params,
     raise ValueError(f"{file}: tensor {min(found.values())!r} has no place in this model "
                      f"({len(found)} such; config.model.lora.targets={adapter.targets!r})")
   return jax.tree.map_with_path(
-      lambda keys, _: loaded[tuple(k.key for k in keys)], adapters(shapes))
+      lambda keys, _: loaded[weights.path_of(keys)], adapters(shapes))

@@ -5,6 +5,7 @@ gated MLP), Qwen3-VL (learned positions, DeepStack, 2406.04334) and Gemma 3's Si
 pooled as in 2503.19786); each as implemented in transformers.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -19,12 +20,18 @@ def _norm(vision: VisionConfig, name: str) -> nn.Module:
 
 
 class VisionBlock(nn.Module):
-  """Pre-norm attention and MLP. Window attention unless this layer attends fully."""
+  """Pre-norm attention and MLP. Window attention unless this layer attends fully.
+
+  Beside x, where `watched` is not None: what attention each patch receives if `watched` is true,
+  else zeros (`received`).
+  """
 
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array, full: Array, angles: Array | None, segments: Array, windows: Array):
+  def __call__(self, x: Array, full: Array, watched: Array | None, angles: Array | None,
+               segments: Array, windows: Array, share: Array | None
+               ) -> tuple[Array, Array | None]:
     vision, dtype, lora = self.config.vision, self.config.dtype, self.config.lora
     b, n, d = x.shape
     heads = (b, n, vision.num_heads, d // vision.num_heads)
@@ -40,12 +47,45 @@ class VisionBlock(nn.Module):
     # Attention does not depend on the order of patches, so a window is a mask, not a permutation.
     ids = jnp.where(full, segments, windows)
     mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
-    y, _ = layers.attend(q, k, v, mask, heads[-1]**-0.5)
+    scale = heads[-1]**-0.5
+    y, _ = layers.attend(q, k, v, mask, scale)
+    saliency = None
+    if watched is not None:
+      saliency = jax.lax.cond(
+          watched, lambda: received(q, k, mask, scale, share), lambda: jnp.zeros((b, n)))
     x = x + layers.Dense(d, True, dtype, lora, name="proj")(y.reshape(b, n, d))
     y = _norm(vision, "norm2")(x)
     mlp = layers.MLP(vision.intermediate_size, vision.activation, vision.gated_mlp, True, dtype,
                      lora, name="mlp")
-    return x + mlp(y), None
+    return x + mlp(y), saliency
+
+
+def received(q: Array, k: Array, mask: Array, scale: float, share: Array) -> Array:
+  """f32[B, S]; the attention that each key receives, mean over heads: Σ_q share_q · p_qk.
+
+  Attention is linear in the values, and its transpose sends what stands at the queries to the
+  keys, each by its probability. One head at a time: less memory than the attention itself.
+  No gradient.
+
+  Args:
+    q, k: [B, N, H, D], as mask [B, N, N] and scale those of `layers.attend`.
+    share: f32[B, N]; of each query.
+  """
+  q, k = jax.lax.stop_gradient((q, k))
+  share = share.astype(jnp.float32)
+
+  def add(total, head):
+    q, k = (a[:, :, None] for a in head)
+
+    def attend(values):  # [B, S]; as wide as keys are, because `attend` wants it
+      v = jnp.broadcast_to(values[..., None, None], k.shape)
+      return layers.attend(q, k, v, mask, scale)[0][..., 0, 0]
+
+    return total + jax.linear_transpose(attend, share)(share)[0], None
+
+  total, _ = jax.lax.scan(
+      add, jnp.zeros_like(share), (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)))
+  return total / q.shape[2]
 
 
 class Merger(nn.Module):
@@ -84,9 +124,31 @@ class VisionTower(nn.Module):
 
   config: ModelConfig
 
-  @nn.compact
   def __call__(self, prompt: Prompt) -> tuple[Array, tuple[Array, ...]]:
     """Visual tokens [P, F, D], and those of the DeepStack layers, in order."""
+    features, taken, _ = self._run(prompt)
+    return features, taken
+
+  def saliency(self, prompt: Prompt) -> Array:
+    """f32[P, N]; the attention that each patch receives in the last layer that attends fully.
+
+        s_k = mean over heads, and over the queries q of k's own frame, of p_qk
+
+    Adds up to 1 over a frame; 0 at padding. PAPO (arXiv 2507.06448) blackens the patches that
+    DINOv2's self-attention finds most salient; here the policy's own tower says which they are.
+    """
+    full = self.config.vision.full_attention_layers
+    if full is not None and not full:
+      raise ValueError("config.vision.full_attention_layers=(): expected at least one layer, for "
+                       "its attention says which patches are salient")
+    last = self.config.vision.depth - 1 if full is None else max(full)
+    return self._run(prompt, last)[2]
+
+  @nn.compact
+  def _run(
+      self, prompt: Prompt, watched: int | None = None
+  ) -> tuple[Array, tuple[Array, ...], Array | None]:
+    """Visual tokens, those of the DeepStack layers, and the saliency of the layer `watched`."""
     config, vision = self.config, self.config.vision
     dtype, width = config.dtype, vision.hidden_size
     x = layers.Dense(width, vision.patch_bias, dtype, config.lora, name="patch_embed")(
@@ -104,19 +166,26 @@ class VisionTower(nn.Module):
     everywhere = range(vision.depth)
     full = [i in (everywhere if vision.full_attention_layers is None
                   else vision.full_attention_layers) for i in everywhere]
+    share = saliency = None
+    if watched is not None:  # of each patch as a query in its frame
+      share = (prompt.patch_segments > 0) / prompt.patch_grids.prod(axis=-1)
     block = nn.remat(VisionBlock, prevent_cse=False) if config.remat else VisionBlock
     taken = []
     for i, (first, end) in enumerate(vision.segments):
       blocks = nn.scan(
           block, variable_axes={"params": 0}, split_rngs={"params": True},
-          in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+          in_axes=(0, 0, *[nn.broadcast] * 4),  # type: ignore[arg-type]
           length=end - first)
-      x, _ = blocks(config, name=f"blocks{i}" if i else "blocks")(
-          x, jnp.array(full[first:end]), angles, prompt.patch_segments, prompt.patch_windows)
+      here = watched is not None and first <= watched < end
+      x, by_layer = blocks(config, name=f"blocks{i}" if i else "blocks")(
+          x, jnp.array(full[first:end]), jnp.arange(first, end) == watched if here else None,
+          angles, prompt.patch_segments, prompt.patch_windows, share)
+      if watched is not None and by_layer is not None:
+        saliency = by_layer[watched - first]
       if i < len(vision.deepstack_layers):
         taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(x))
     merger = {"mlp": Merger, "pool": PoolingMerger}[vision.merger]
-    return merger(config, name="merger")(x), tuple(taken)
+    return merger(config, name="merger")(x), tuple(taken), saliency
 
 
 def _interpolate(table: Array, side: int, prompt: Prompt) -> Array:

@@ -63,6 +63,16 @@ class VLM(nn.Module):
         x[:, None], prompt.positions[:, None], blocks=blocks, deepstack=deepstack)
     return hidden[:, 0], Prefix(k=k[:, :, 0], v=v[:, :, 0], length=prompt.length - 1)
 
+  def saliency(self, prompt: Prompt) -> Array:
+    """f32[P, N]; what attention each patch receives (`VisionTower.saliency`), 0 at padding.
+
+    For `views.salient_patches`. It has no gradient; within one give it `stop_gradient(params)`,
+    so that nothing is kept for the backward pass.
+    """
+    if not prompt.patches.shape[1]:
+      return jnp.zeros(prompt.patches.shape[:2])
+    return self.vision.saliency(prompt)
+
   def respond(self, prompt: Prompt, prefix: Prefix, tokens: Array) -> Array:
     """Hidden states whose position t predicts tokens[..., t]. tokens: i32[P, G, T] -> [P, G, T, D].
 

@@ -128,14 +128,14 @@ def load_params(
   for entry in entries(config):
     want, place = flat[entry.path], places.get(entry.path, here)
     loaded[entry.path] = _load(source, entry, want, place, config)
-  return jax.tree.map_with_path(lambda keys, x: loaded.get(_keys(keys), x), shapes)
+  return jax.tree.map_with_path(lambda keys, x: loaded.get(path_of(keys), x), shapes)
 
 
 def stored_shapes(path: str | pathlib.Path, config: ModelConfig, shapes: Params) -> Params:
   """`shapes` with the dtypes that a checkpoint directory stores; raises as `load_params`."""
   dtypes = _check(Checkpoint(pathlib.Path(path)), by_path(shapes), config)
   return jax.tree.map_with_path(
-      lambda keys, x: jax.ShapeDtypeStruct(x.shape, dtypes[_keys(keys)]), shapes)
+      lambda keys, x: jax.ShapeDtypeStruct(x.shape, dtypes[path_of(keys)]), shapes)
 
 
 def _check(source: Checkpoint, flat: Mapping[Path, Any], config: ModelConfig
@@ -211,11 +211,12 @@ def _fill(turned: bool, place: Any):
 
 def by_path(tree: Any) -> dict[Path, Any]:
   """Leaves of nested dictionaries by their path."""
-  return {_keys(keys): leaf for keys, leaf in jax.tree.leaves_with_path(
+  return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(
       tree, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))}
 
 
-def _keys(keys: Any) -> Path:
+def path_of(keys: Any) -> Path:
+  """The keys that `jax.tree.map_with_path` gives, as a path."""
   return tuple(k.key for k in keys)
 
 

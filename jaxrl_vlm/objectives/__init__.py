@@ -10,23 +10,28 @@ from typing import Any
 
 from jaxrl_vlm.objectives import fields
 from jaxrl_vlm.objectives.base import Metrics, Objective
+from jaxrl_vlm.objectives.dpo import DPO
 from jaxrl_vlm.objectives.papo import PAPO
 from jaxrl_vlm.objectives.policy_gradient import PolicyGradient
 from jaxrl_vlm.objectives.sft import SFT
 from jaxrl_vlm.objectives.vppo import VPPO
 
-__all__ = ["PAPO", "SFT", "VPPO", "Metrics", "Objective", "PolicyGradient", "create", "names"]
+__all__ = ["DPO", "PAPO", "SFT", "VPPO", "Metrics", "Objective", "PolicyGradient", "create",
+           "names"]  # fmt: skip
 
 _DAPO: dict[str, Any] = {"clip_high": 0.28, "kl_coef": 0.0, "filter_groups": True}
-# PAPO's masks: a rate of 0.6, one mask for all samples of a prompt. VPPO's are `Objective`'s own.
-_PAPO_MASK: dict[str, Any] = {"mask_rate": 0.6, "mask_per": "prompt"}
+# PAPO's masks: a rate of 0.6, one mask for all samples of a prompt, before the image is resized.
+# VPPO's are `Objective`'s own.
+_PAPO_MASK: dict[str, Any] = {"mask_on": "original", "mask_rate": 0.6, "mask_per": "prompt"}
 _SEQUENCE: dict[str, Any] = {"kl_coef": 0.0, "aggregation": "seq-mean-token-mean"}
+_GSPO: dict[str, Any] = {**_SEQUENCE, "clip_low": 3e-4, "clip_high": 4e-4, "clip_dual": None}
 
+# What stands here differs from the class's defaults, which are GRPO's.
 _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
   # EasyR1's GRPO: clip 0.2/0.3, dual clip 3, k3 to the reference at 0.01, token-mean. The paper
   # (arXiv 2402.03300) has clip 0.2, KL 0.04, seq-mean-token-mean and no dual clip.
   "grpo": (PolicyGradient, {}),
-  # Liu et al. 2025, arXiv 2503.20783; wants loss_length.
+  # Liu et al. 2025, arXiv 2503.20783; a stage sets loss_length to its max_tokens.
   "dr_grpo": (
     PolicyGradient,
     {
@@ -36,13 +41,30 @@ _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
       "kl_coef": 0.0,
     },
   ),
+  # As verl and EasyR1 run them: another estimator under the same clipped loss. RLOO's and ReMax's
+  # papers have plain REINFORCE (policy_loss="gpg") with the KL in the reward.
+  "rloo": (PolicyGradient, {"advantage": "rloo"}),
+  "remax": (PolicyGradient, {"advantage": "remax"}),
+  "grpo_passk": (PolicyGradient, {"advantage": "grpo_passk"}),
+  "gdpo": (PolicyGradient, {"advantage": "gdpo"}),
+  # Exactly on policy, without KL: arXiv 2505.23585.
+  "opo": (PolicyGradient, {"advantage": "opo", "kl_coef": 0.0}),
+  # EasyR1's example: k1 in the reward at 0.001. The baseline variant has no penalty in verl's.
+  "reinforce_pp": (
+    PolicyGradient,
+    {"advantage": "reinforce_pp", "kl": "k1", "kl_coef": 1e-3, "kl_in": "reward"},
+  ),
+  "reinforce_pp_baseline": (
+    PolicyGradient,
+    {"advantage": "reinforce_pp_baseline", "kl_coef": 0.0},
+  ),
+  "gpg": (PolicyGradient, {"advantage": "gpg", "policy_loss": "gpg", "kl_coef": 0.0}),
   # Yu et al. 2025, arXiv 2503.14476; the dual clip of verl's DAPO recipe.
   "dapo": (PolicyGradient, {**_DAPO, "clip_dual": 10.0}),
-  # EasyR1's and verl's GSPO examples; verl has no dual clip.
-  "gspo": (
-    PolicyGradient,
-    {**_SEQUENCE, "policy_loss": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "clip_dual": None},
-  ),
+  # EasyR1's and verl's examples; verl has no dual clip, and calls gspo_token gspo. On rewards per
+  # response both are the same but for token filters and other aggregations.
+  "gspo": (PolicyGradient, {**_GSPO, "policy_loss": "gspo"}),
+  "gspo_token": (PolicyGradient, {**_GSPO, "policy_loss": "gspo_token"}),
   # The clip on logarithms that GMPO's authors chose, (e^-0.4, e^0.4).
   "gmpo": (
     PolicyGradient,
@@ -54,6 +76,18 @@ _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
     PolicyGradient,
     {"policy_loss": "cispo", "clip_low": 0.0, "clip_high": 4.0, "kl_coef": 0.0},
   ),
+  # The shares of arXiv 2505.22617 for 7B models; clips as in its recipe, ratios in [0, 2].
+  "clip_cov": (
+    PolicyGradient,
+    {
+      "policy_loss": "clip_cov",
+      "clip_low": 1.0,
+      "clip_high": 1.0,
+      "cov_share": 2e-4,
+      "kl_coef": 0.0,
+    },
+  ),
+  "kl_cov": (PolicyGradient, {"policy_loss": "kl_cov", "cov_share": 2e-3, "kl_coef": 0.0}),
   "papo": (PAPO, {**_PAPO_MASK, "entropy_penalty": 0.05, "masked_entropy_penalty": 0.05}),
   "papo_d": (
     PAPO,
@@ -66,7 +100,11 @@ _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
     },
   ),
   "vppo": (VPPO, {**_DAPO, "entropy_penalty": 0.06}),
+  # Wang et al. 2025, arXiv 2506.01939, on DAPO: gradient only on the 20% of tokens with the highest
+  # entropy. The paper ranks the batch's tokens, the released VPPO code and this each response's.
+  "token_entropy": (VPPO, {**_DAPO, "tokens": "entropy", "shaping": "none"}),
   "sft": (SFT, {}),
+  "dpo": (DPO, {}),
 }
 
 

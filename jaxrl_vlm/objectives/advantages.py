@@ -5,7 +5,15 @@ both broadcast against [P, G, T]. Group statistics are over axis 1. A group of o
 standard deviation 1, as in verl. Groups of equal rewards give exactly 0: rewards are shifted by the
 group's first before anything is averaged, because rounding in the mean divided by a standard
 deviation of almost 0 would not be small.
+
+What an estimator wants besides, it names in keyword-only arguments: `penalty` f32[P, G, T], what
+each token costs (KL in the reward); `baseline` f32[P]; `components` and `component_weights`, by
+verifier f32[P, G], NaN where a sample's own rewards leave the verifier out. An estimator without
+`penalty` is given rewards from which it has been subtracted.
 """
+
+import inspect
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 
@@ -83,14 +91,63 @@ def grpo_passk(rewards: Array, mask: Array | None = None) -> Array:
   return jnp.where(best, (rewards - second) / (_std(rewards) + EPSILON), 0.0)[..., None]
 
 
-def reinforce_pp(rewards: Array, mask: Array | None = None) -> Array:
-  """Rewards on every token, whitened over all tokens of the array. Hu 2025, arXiv 2501.03262.
+def gpg(rewards: Array, mask: Array | None = None) -> Array:
+  """A_i = α (R_i − mean R), α = responses / responses whose reward is not 0, over the array.
 
-  The reward stands on the last token and returns are not discounted. REINFORCE++ as published also
-  subtracts a KL penalty from the token rewards; here the penalty is a term of the loss (`kl_coef`).
+  Responses without tokens do not count. Chu et al. 2025, arXiv 2504.02546, as in verl (f_norm 1).
+  """
+  real = jnp.any(_needs(mask, "gpg"), axis=-1)
+  earned = jnp.maximum(jnp.sum(real & (rewards != 0)), 1)
+  return (_centered(rewards) * (jnp.sum(real) / earned))[..., None]
+
+
+def gdpo(
+  rewards: Array,
+  mask: Array | None = None,
+  *,
+  components: Mapping[str, Array],
+  component_weights: Mapping[str, Array],
+) -> Array:
+  """Each reward normalised on its own: Σ_k w_k (R_k − mean R_k) / (std R_k + 1e-6), whitened.
+
+  Whitening is over all tokens of the array. Weights are those of the verifiers in the reward; the
+  total is not used. Where the sum of rewards is the same for different mixtures of them GRPO sees
+  one group, this several. Liu et al. 2026 (GDPO), arXiv 2601.05242, as in verl.
+  """
+  tokens = _needs(mask, "gdpo")
+  total = jnp.zeros_like(rewards)
+  for name, values in components.items():
+    judged = jnp.isfinite(values)
+    normal = grpo(jnp.where(judged, values, 0.0))[..., 0]
+    total += jnp.where(judged, component_weights[name] * normal, 0.0)
+  return masked.masked_whiten(jnp.broadcast_to(total[..., None], tokens.shape), tokens)
+
+
+def remax(
+  rewards: Array,
+  mask: Array | None = None,
+  *,
+  baseline: Array,
+  penalty: Array | None = None,
+) -> Array:
+  """A_i,t = R_i − Σ_{t'≥t} penalty_t' − b, b the reward of the prompt's greedy response.
+
+  Li et al. 2023 (ReMax), arXiv 2310.10505, as in verl.
+  """
+  del mask
+  return _returns(rewards, penalty) - baseline[:, None, None]
+
+
+def reinforce_pp(
+  rewards: Array, mask: Array | None = None, *, penalty: Array | None = None
+) -> Array:
+  """A_i,t = R_i − Σ_{t'≥t} penalty_t', whitened over all tokens. Hu 2025, arXiv 2501.03262.
+
+  The reward stands on the last token and returns are not discounted.
   """
   tokens = _needs(mask, "reinforce_pp")
-  return masked.masked_whiten(jnp.broadcast_to(rewards[..., None], tokens.shape), tokens)
+  returns = _returns(rewards, penalty)
+  return masked.masked_whiten(jnp.broadcast_to(returns, tokens.shape), tokens)
 
 
 def reinforce_pp_baseline(rewards: Array, mask: Array | None = None) -> Array:
@@ -100,12 +157,32 @@ def reinforce_pp_baseline(rewards: Array, mask: Array | None = None) -> Array:
   return masked.masked_whiten(jnp.broadcast_to(centered, tokens.shape), tokens)
 
 
+def _returns(rewards: Array, penalty: Array | None) -> Array:
+  """Reward to come at every token: [P, G, T], or [P, G, 1] without a penalty."""
+  if penalty is None:
+    return rewards[..., None]
+  to_come = jnp.cumsum(jnp.flip(penalty, axis=-1), axis=-1)
+  return rewards[..., None] - jnp.flip(to_come, axis=-1)
+
+
 ESTIMATORS = {
   "grpo": grpo,
   "dr_grpo": dr_grpo,
   "rloo": rloo,
   "opo": opo,
   "grpo_passk": grpo_passk,
+  "gpg": gpg,
+  "gdpo": gdpo,
+  "remax": remax,
   "reinforce_pp": reinforce_pp,
   "reinforce_pp_baseline": reinforce_pp_baseline,
 }
+
+# Those whose baseline is not the group's: one sample a prompt is enough.
+WITHOUT_GROUP = ("remax", "reinforce_pp")
+
+
+def needs(estimator: str) -> tuple[str, ...]:
+  """What the estimator wants besides rewards and mask, see the module's docstring."""
+  parameters = inspect.signature(ESTIMATORS[estimator]).parameters.values()
+  return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)

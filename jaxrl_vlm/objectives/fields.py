@@ -55,6 +55,15 @@ def choice(default: str, names: Iterable[str]) -> Any:
   return _field(default, lambda x: x in names, f"one of {', '.join(map(repr, names))}")
 
 
+def names(default: tuple[str, ...]) -> Any:
+  """A tuple of at least one name; its type is left to who knows the names."""
+
+  def valid(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) > 0 and all(isinstance(name, str) for name in x)
+
+  return _field(default, valid, f"a tuple of names, e.g. {default!r}")
+
+
 def check(instance: Any) -> None:
   """Raises ValueError for the first field of the dataclass whose value is impossible."""
   for field in dataclasses.fields(instance):

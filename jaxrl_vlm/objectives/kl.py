@@ -4,9 +4,14 @@ Source: Schulman, "Approximating KL divergence", 2020, http://joschu.net/blog/kl
 clamps are those of verl and EasyR1 (`core_algos.py`, there called kl, mse, low_var_kl, abs).
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
 from jaxrl_vlm.types import Array
+
+Estimator = Callable[[Array, Array], Array]
 
 
 def k1(logp: Array, ref_logp: Array) -> Array:
@@ -31,4 +36,24 @@ def absolute(logp: Array, ref_logp: Array) -> Array:
   return jnp.abs(logp - ref_logp)
 
 
-ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
+def _with_gradient_of_k2(value: Estimator) -> Estimator:
+  def estimator(logp: Array, ref_logp: Array) -> Array:
+    """The value of one estimator with the gradient of k2, which is the KL's own."""
+    slope = k2(logp, ref_logp)
+    return jax.lax.stop_gradient(value(logp, ref_logp) - slope) + slope
+
+  return estimator
+
+
+# verl's names: k1+ and k3+ have k1's and k3's values and k2's gradient.
+ESTIMATORS: dict[str, Estimator] = {
+  "k1": k1,
+  "k2": k2,
+  "k3": k3,
+  "abs": absolute,
+  "k1+": _with_gradient_of_k2(k1),
+  "k3+": _with_gradient_of_k2(k3),
+}
+# What a field may be set to: an estimator, or the divergence over the whole vocabulary
+# (`scoring.full_kl`, in `TokenStats.kl`).
+CHOICES = (*ESTIMATORS, "full")

@@ -1,8 +1,9 @@
 """Policy losses whose importance ratio belongs to a whole response (GSPO, GMPO).
 
-Both are written as token losses: the value of the response's ratio on each token, the gradient of
-each token through its own log-probability only. Averaged over the tokens of a response that is
-exactly the sequence loss and its gradient, and a token filter (VPPO) composes with it.
+All are written as token losses, which averaged over the tokens of a response (seq-mean-token-mean)
+are exactly the sequence loss and its gradient. `gspo_token` and `gmpo` let each token's gradient
+through its own log-probability only, so that a token filter (VPPO) leaves out the gradient of the
+tokens that it drops; with `gspo` a kept token pushes on its whole response.
 """
 
 import jax
@@ -27,10 +28,30 @@ def gspo(
   clip_high: float,
   clip_dual: float | None,
 ) -> ppo.TokenLoss:
+  """PPO's clipped surrogate with log r = mean_t (l − o) on every token of a response.
+
+  Source: Zheng et al. 2025 (GSPO), arXiv 2507.18071; EasyR1's `gspo`. The advantage is the
+  response's; where tokens have their own (shaped, whitened) each keeps it.
+  """
+  sequence = masked.masked_mean(logp - old_logp, mask, axis=-1)
+  ratio = jnp.broadcast_to(jnp.clip(sequence, -20.0, 20.0), mask.shape)
+  return ppo.clipped_surrogate(ratio, advantages, clip_low, clip_high, clip_dual)
+
+
+def gspo_token(
+  logp: Array,
+  old_logp: Array,
+  advantages: Array,
+  mask: Array,
+  *,
+  clip_low: float,
+  clip_high: float,
+  clip_dual: float | None,
+) -> ppo.TokenLoss:
   """PPO's clipped surrogate with log r_t = sg[mean_t (l − o)] + l_t − sg[l_t].
 
-  Source: Zheng et al. 2025 (GSPO), arXiv 2507.18071 (GSPO-token). EasyR1's `gspo_token`
-  keeps the dual clip, verl's `gspo` has none (`clip_dual=None`) and clamps the log-ratio at 10.
+  Source: GSPO-token of the same paper. EasyR1's `gspo_token` keeps the dual clip; verl calls it
+  `gspo`, has none (`clip_dual=None`) and clamps the log-ratio at 10.
   """
   sequence = masked.masked_mean(logp - old_logp, mask, axis=-1)
   ratio = jnp.clip(_per_token(sequence, logp), -20.0, 20.0)

@@ -7,21 +7,29 @@ import jax.numpy as jnp
 from jaxrl_vlm.objectives import fields, kl, masked
 from jaxrl_vlm.objectives.base import Metrics, minibatch_weights
 from jaxrl_vlm.objectives.policy_gradient import PolicyGradient
-from jaxrl_vlm.types import Array, Experience
+from jaxrl_vlm.types import Array, Experience, TokenStats
 
 
-def token_dependency(old_logp: Array, masked_logp: Array, mask: Array, estimator: str) -> Array:
+def token_dependency(
+  old_logp: Array, masked_view: TokenStats, mask: Array, estimator: str
+) -> Array:
   """s_t, how much a sampled token depends on the image: f32[P, G, T], ≥ 0, 0 where masked.
 
       d = clamp(log π_old(o | q, I′) − log π_old(o | q, I), ±20)
       s = clamp(exp(d) − d − 1, 0, 10)                                        (k3)
 
-  I′ is the corrupted image. The paper writes the KL divergence over the whole vocabulary;
-  the released code, and this, estimates it from the sampled token.
+  I′ is the corrupted image. The released code estimates the divergence from the sampled token; the
+  paper writes it over the whole vocabulary, which is estimator "full".
   """
-  old_logp = masked.masked_fill(old_logp, mask)
-  masked_logp = masked.masked_fill(masked_logp, mask)
-  return jnp.maximum(kl.ESTIMATORS[estimator](old_logp, masked_logp), 0.0)
+  if estimator != "full":
+    old_logp = masked.masked_fill(old_logp, mask)
+    masked_logp = masked.masked_fill(masked_view.logp, mask)
+    return jnp.maximum(kl.ESTIMATORS[estimator](old_logp, masked_logp), 0.0)
+  if masked_view.kl is None:
+    raise ValueError(
+      "experience.views['masked'].kl=None: config.objective.dependency='full' needs it"
+    )
+  return jnp.maximum(masked.masked_fill(masked_view.kl, mask), 0.0)
 
 
 def shaping_factors(dependency: Array, mask: Array, minimum: float) -> Array:
@@ -61,7 +69,7 @@ class VPPO(PolicyGradient):
     tokens: which tokens get policy gradient: `dependency` (the top `keep_share` by s_t), `entropy`
       (the top `entropy_share` by the sampling policy's entropy), `either` (the union), `all`.
     keep_share, entropy_share: shares of each response's tokens, rounded up; k is `keep_share`.
-    dependency: estimator of s_t from the sampled token.
+    dependency: estimator of s_t from the sampled token, or "full".
     shaping: `minibatch`: advantages times α_i; `none`.
     shaping_min: β_min.
   """
@@ -69,13 +77,18 @@ class VPPO(PolicyGradient):
   tokens: str = fields.choice("dependency", ("dependency", "entropy", "either", "all"))
   keep_share: float = fields.number(0.4, above=0, most=1)
   entropy_share: float = fields.number(0.2, above=0, most=1)
-  dependency: str = fields.choice("k3", kl.ESTIMATORS)
+  dependency: str = fields.choice("k3", kl.CHOICES)
   shaping: str = fields.choice("minibatch", ("minibatch", "none"))
   shaping_min: float = fields.number(0.9, least=0, most=1)
 
   @property
   def views(self) -> tuple[str, ...]:
     return super().views + (("masked",) if self._uses_image else ())
+
+  @property
+  def full_kl(self) -> tuple[str, ...]:
+    full = self._uses_image and self.dependency == "full"
+    return super().full_kl + (("masked",) if full else ())
 
   @property
   def _uses_image(self) -> bool:
@@ -85,12 +98,12 @@ class VPPO(PolicyGradient):
     experience = super().prepare(experience)
     mask = experience.mask
     weights, _ = minibatch_weights(experience)
-    extras = dict(experience.extras, penalty_weights=weights)
+    extras = dict(experience.extras)
     advantages = experience.advantages
     keep = jnp.zeros_like(mask)
     if self._uses_image:
-      masked_logp = self._view(experience, "masked").logp
-      dependency = token_dependency(experience.old.logp, masked_logp, mask, self.dependency)
+      masked_view = self._view(experience, "masked")
+      dependency = token_dependency(experience.old.logp, masked_view, mask, self.dependency)
       extras["dependency"] = dependency
       if self.tokens in ("dependency", "either"):
         keep |= masked.top_share(dependency, mask, self.keep_share)

@@ -100,10 +100,12 @@ def check(config: ConfigDict) -> None:
            stage.prompts_per_step,
            f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
     with validation(f"{field}: "):
-      objectives.create(**stage.objective.to_dict())
-      make_optimizer(stage.optimizer, stage.steps)
       if stage.kind == "rl":
+        rl.objective_of(stage)
         rl.sampling(stage)
+      else:
+        objectives.create(**stage.objective.to_dict())
+      make_optimizer(stage.optimizer, stage.steps)
     if stage.eval.examples:
       expect(stage.eval.batch >= 1 and stage.eval.batch % fsdp == 0, f"{field}.eval.batch",
              stage.eval.batch, f"a multiple of mesh.fsdp = {fsdp}")
@@ -119,6 +121,9 @@ def check(config: ConfigDict) -> None:
         sources.check(source_spec(stage, split))
       except UserError as error:
         raise UserError(f"{field}.{error}") from error
+    if stage.kind == "rl":
+      with validation(f"{field}: "):
+        rl.check_objective(stage)
 
 
 def _check_patterns(config: ConfigDict) -> None:

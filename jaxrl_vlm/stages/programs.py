@@ -1,7 +1,8 @@
 """The compiled programs of a stage. Each states where its inputs and outputs live on the mesh."""
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +27,13 @@ class TrainState:
     params, opt_state: pytrees; of the parameters that train, no others.
     bad_steps: i32 scalar; updates in a row that were skipped, for a loss or gradient that was NaN
       or infinite.
+    objective: scalars, `objective.initial_state()` and what has become of them.
   """
 
   params: Params
   opt_state: Any
   bad_steps: Array
+  objective: Mapping[str, Array] = struct.field(default_factory=dict)
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -55,14 +58,16 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 
 class Programs:
-  """rollout, score, score_masked, score_masked_kl, advantages and update of one stage on one mesh.
+  """rollout, score and its variants, advantages and update of one stage on one mesh.
 
   Each is a `jax.jit` of a pure function. `params` and the optimizer's state lie as
   `parallel.param_shardings` says, everything with a leading axis P is split over `fsdp`.
 
   `update(state, frozen, ...)` takes the parameters in the two parts of `lora.split(params,
   trainable)` and gives only the first away; all others take them whole: `lora.merge` of both.
-  `score_base` takes them without adapters.
+  `score_base` takes them without adapters, `score_reference` takes the policy and the reference.
+  The `source` of a masked view is the random key with which to draw it, or the prompts under
+  images that the host has corrupted, a row for each prompt or for each sample.
 
   `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
   masked view is made of.
@@ -92,34 +97,43 @@ class Programs:
         self._score, in_shardings=(params, batch, batch, batch), out_shardings=batch)
     self.score_base = jax.jit(
         self._score, in_shardings=(lora.strip(params), batch, batch, batch), out_shardings=batch)
+    # None: as the argument comes, a key or prompts; a reference with or without adapters.
     self.score_masked = jax.jit(
-        self._score_masked, in_shardings=(params, batch, batch, batch, whole),
+        self._score_masked, in_shardings=(params, batch, batch, batch, None),
         out_shardings=batch)
-    self.score_masked_kl = jax.jit(
-        self._score_masked_kl, in_shardings=(params, batch, batch, batch, whole),
+    self.score_reference = jax.jit(
+        self._score_reference, in_shardings=(params, None, batch, batch, batch),
         out_shardings=batch)
     self.advantages = jax.jit(
-        self._advantages, in_shardings=(batch, batch), out_shardings=batch)
+        self._advantages, in_shardings=(batch, batch, batch, whole), out_shardings=batch)
     self.compare = jax.jit(
         self._compare, in_shardings=(batch, batch, batch), out_shardings=whole)
     self.update = jax.jit(
-        self._update, in_shardings=(self.state_shardings, frozen, batch, batch, batch, whole),
+        self._update,
+        in_shardings=(self.state_shardings, frozen, batch, batch, batch, None, None),
         out_shardings=(self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
       self.rollout = make_rollout(model, mesh, sampling, params)
+      if "baseline" in objective.advantage_needs:
+        greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
+        self.rollout_greedy = make_rollout(model, mesh, greedy, params)
 
   def _init_state(self, params: Params) -> TrainState:
-    return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
+                      self.objective.initial_state())
 
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array) -> TokenStats:
     return scoring.score_tokens(
         self.model, params, prompt, tokens, mask, temperature=self.temperature)
 
-  def _corrupted(self, key: Array, prompt: Prompt, group: int) -> Prompt:
+  def _corrupted(self, source: Array | Prompt, params, prompt: Prompt, group: int) -> Prompt:
     """The prompts under another image, as the objective's mask_* fields say.
 
     A row for each prompt, or for each of the `group` samples of each prompt.
     """
+    if isinstance(source, Prompt):
+      return source
+    key = source
     objective, vision = self.objective, self.model.config.vision
     black, white = self.black, self.white
     shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
@@ -131,30 +145,45 @@ class Programs:
       return views.black_patches(
           key, prompt, objective.mask_rate, black, block=objective.mask_patch,
           merge_size=vision.spatial_merge_size)
+    if kind == "semantic":
+      saliency: Any = self.model.apply(
+          {"params": jax.lax.stop_gradient(params)}, prompt, method="saliency")
+      return views.salient_patches(
+          prompt, saliency, objective.mask_rate, black, block=objective.mask_patch,
+          merge_size=vision.spatial_merge_size)
     if kind == "blank":
       return views.solid(prompt, 0, black, white)
     if kind == "solid":
       return views.solid(prompt, objective.mask_level, black, white)
     if kind == "noise":
-      return views.noise(
-          key, prompt, objective.mask_noise, black, white, shape)
-    if kind == "blur":
-      return views.blur(
-          prompt, objective.mask_blur, shape, vision.spatial_merge_size)
-    raise ValueError(f"objective.mask_kind={kind!r}: expected one of 'patches', 'blank', 'solid', "
-                     "'noise', 'blur'")
+      return views.noise(key, prompt, objective.mask_noise, black, white, shape)
+    assert kind == "blur", kind
+    return views.blur(prompt, objective.mask_blur, shape, vision.spatial_merge_size)
 
-  def _score_masked(self, params, prompt, tokens, mask, key) -> TokenStats:
-    prompt = self._corrupted(key, prompt, tokens.shape[1])
-    return self._score(params, prompt, tokens, mask)
+  def _view(self, name: str, params: Params, hidden: Array | None, prompt: Prompt,
+            other_params: Params, other_prompt: Prompt, tokens: Array, mask: Array) -> TokenStats:
+    """Stats of `other_params` on `other_prompt`, 0 where masked.
 
-  def _score_masked_kl(self, params, prompt, tokens, mask, key) -> Array:
-    """f32[P, G, T]; `scoring.full_kl` of the clean and the masked view, 0 where masked."""
-    others = self._corrupted(key, prompt, tokens.shape[1])
-    clean, masked = (scoring.hidden_states(self.model, params, view, tokens)
-                     for view in (prompt, others))
-    kl = scoring.full_kl(self.model, params, clean, masked, self.temperature)
-    return jnp.where(mask, kl, 0.0)
+    With the divergence of `params` on `prompt` from them, if the objective wants it of this view;
+    `hidden` are those hidden states, if they are there already.
+    """
+    other = scoring.hidden_states(self.model, other_params, other_prompt, tokens)
+    stats = scoring.token_stats(
+        self.model, other_params, other, tokens, temperature=self.temperature)
+    if name in self.objective.full_kl:
+      if hidden is None:
+        hidden = scoring.hidden_states(self.model, params, prompt, tokens)
+      kl = scoring.full_kl(
+          self.model, params, hidden, other_params, other, self.temperature)
+      stats = dataclasses.replace(stats, kl=kl)
+    return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), stats)
+
+  def _score_masked(self, params, prompt, tokens, mask, source) -> TokenStats:
+    other = self._corrupted(source, params, prompt, tokens.shape[1])
+    return self._view("masked", params, None, prompt, params, other, tokens, mask)
+
+  def _score_reference(self, params, reference, prompt, tokens, mask) -> TokenStats:
+    return self._view("ref", params, None, prompt, reference, prompt, tokens, mask)
 
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
     """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""
@@ -162,68 +191,121 @@ class Programs:
     return {"sampler_logp_difference": apart.sum() / jnp.maximum(mask.sum(), 1),
             "sampler_logp_difference_max": apart.max()}
 
-  def _advantages(self, rewards: Array, mask: Array) -> Array:
-    return jnp.broadcast_to(self.objective.advantages(rewards, mask), mask.shape)
+  def _advantages(self, rewards: Array, mask: Array, more: Mapping[str, Any],
+                  state: Mapping[str, Array]) -> Array:
+    """f32[P, G, T]; `more`: what `objective.advantage_needs` names.
 
-  def _loss(self, trained, frozen, prompt, tokens, experience: Experience, key):
-    params = lora.merge(frozen, trained)
-    stats = self._score(params, prompt, tokens, experience.mask)
-    extra = {}
-    if "masked" in self.objective.grad_views:
-      extra["masked"] = self._score_masked(params, prompt, tokens, experience.mask, key)
-    return self.objective.loss(stats, experience, **extra)
+    Instead of `penalty` it holds the TokenStats it is made of, `old` and `ref`; `state` is the
+    objective's.
+    """
+    more = dict(more)
+    if "penalty" in self.objective.advantage_needs:
+      more["penalty"] = self.objective.penalty(more.pop("old"), more.pop("ref"), mask, state)
+    return jnp.broadcast_to(self.objective.advantages(rewards, mask, **more), mask.shape)
 
-  def _minibatch(self, state: TrainState, frozen, batch, key
+  def _loss(self, trained, frozen, prompt, tokens, experience: Experience, source, reference):
+    params, mask = lora.merge(frozen, trained), experience.mask
+    hidden = scoring.hidden_states(self.model, params, prompt, tokens)
+    stats = scoring.token_stats(self.model, params, hidden, tokens, temperature=self.temperature)
+    stats = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), stats)
+    views = {}
+    for name in self.objective.grad_views:
+      if name == "masked":
+        other_params = params
+        other_prompt = self._corrupted(source, params, prompt, tokens.shape[1])
+      else:
+        other_params, other_prompt = reference, prompt
+      views[name] = self._view(
+          name, params, hidden, prompt, other_params, other_prompt, tokens, mask)
+    return self.objective.loss(stats, experience, **views)
+
+  def _minibatch(self, state: TrainState, frozen, batch, source, reference
                  ) -> tuple[TrainState, dict[str, Array]]:
     prompt, tokens, experience = batch
-    experience = self.objective.prepare(experience)
+    count = self.microbatches
+    if count > 1 and self.objective.needs_current:
+      experience = dataclasses.replace(
+          experience, current=self._current(state, frozen, prompt, tokens, experience.mask))
+    experience = self.objective.prepare(dataclasses.replace(experience, state=state.objective))
     metrics = self.objective.prepare_metrics(experience)
-    grad = jax.value_and_grad(self._loss, has_aux=True)
 
-    if self.microbatches == 1:
-      (loss, sums), grads = grad(state.params, frozen, prompt, tokens, experience, key)
+    def loss(trained, prompt, tokens, experience, source):
+      experience = dataclasses.replace(experience, state=state.objective)
+      return self._loss(trained, frozen, prompt, tokens, experience, source, reference)
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    if count == 1:
+      (value, sums), grads = grad(state.params, prompt, tokens, experience, source)
     else:
-      # Strided, so that every microbatch is spread over all devices as the minibatch is.
-      parts = jax.tree.map(
-          lambda a: jnp.moveaxis(a.reshape(-1, self.microbatches, *a.shape[1:]), 1, 0),
-          (prompt, tokens, experience))
+      parts = _split(
+          (prompt, tokens, dataclasses.replace(experience, state={})), count, tokens.shape[0])
+      parts = (*parts, _split_source(source, count, tokens.shape[0]))
 
-      def one(total, part_and_key):
-        part, key = part_and_key
-        out = grad(state.params, frozen, *part, key)
+      def one(total, part):
+        out = grad(state.params, *part)
         return jax.tree.map(jnp.add, total, out), None
 
-      keys = jax.random.split(key, self.microbatches)
       first = jax.tree.map(lambda a: a[0], parts)
-      shapes = jax.eval_shape(grad, state.params, frozen, *first, key)
+      shapes = jax.eval_shape(grad, state.params, *first)
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      ((loss, sums), grads), _ = jax.lax.scan(one, zeros, (parts, keys))
+      ((value, sums), grads), _ = jax.lax.scan(one, zeros, parts)
 
     norm = optax.tree.norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    numbers = self.objective.next_state(experience, metrics | sums)
     # A bad step changes nothing but the count.
-    params, opt_state = jax.tree.map(
+    params, opt_state, numbers = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
-        (params, opt_state), (state.params, state.opt_state))
-    state = TrainState(params, opt_state, jnp.where(good, 0, state.bad_steps + 1))
-    metrics |= sums | {"loss": loss, "grad_norm": norm, "bad_steps": state.bad_steps}
+        (params, opt_state, numbers), (state.params, state.opt_state, dict(state.objective)))
+    state = TrainState(params, opt_state, jnp.where(good, 0, state.bad_steps + 1), numbers)
+    metrics |= sums | {"loss": value, "grad_norm": norm, "bad_steps": state.bad_steps}
     return state, metrics
 
+  def _current(self, state: TrainState, frozen, prompt, tokens, mask) -> TokenStats:
+    """Stats of the policy that is being updated, [P, G, T], a microbatch at a time."""
+    params = lora.merge(frozen, state.params)
+    parts = _split((prompt, tokens, mask), self.microbatches, tokens.shape[0])
+    stats = jax.lax.map(lambda part: self._score(params, *part), parts)
+    return jax.tree.map(
+        lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), stats)
+
   def _update(self, state: TrainState, frozen: Params, prompt: Prompt, tokens: Array,
-              experience: Experience, key: Array):
-    """One optimizer step for each minibatch of P / minibatches prompts."""
-    batch = (prompt, tokens, experience)
-    if self.minibatches == 1:
-      return self._minibatch(state, frozen, batch, key)
-    parts = jax.tree.map(
-        lambda a: jnp.moveaxis(a.reshape(-1, self.minibatches, *a.shape[1:]), 1, 0), batch)
-    keys = jax.random.split(key, self.minibatches)
+              experience: Experience, source: Array | Prompt, reference: Params = None):
+    """One optimizer step for each minibatch of P / minibatches prompts.
+
+    `reference`: all its parameters, if the objective wants its gradient view, else None.
+    """
+    batch, count = (prompt, tokens, experience), self.minibatches
+    if count == 1:
+      return self._minibatch(state, frozen, batch, source, reference)
+    parts = _split(batch, count, tokens.shape[0])
+    sources = _split_source(source, count, tokens.shape[0])
     state, metrics = jax.lax.scan(
-        lambda s, x: self._minibatch(s, frozen, x[0], x[1]), state, (parts, keys))
+        lambda s, x: self._minibatch(s, frozen, x[0], x[1], reference), state, (parts, sources))
     last = metrics.pop("bad_steps")[-1]
     return state, jax.tree.map(lambda a: a.mean(axis=0), metrics) | {"bad_steps": last}
+
+
+def _split(tree: Any, count: int, prompts: int) -> Any:
+  """[P·r, ...] -> [count, P·r / count, ...] of every leaf, r rows of a prompt staying together.
+
+  Strided over prompts, so that every part is spread over all devices as the whole is.
+  """
+  def one(a):
+    rows = a.shape[0] // prompts
+    a = jnp.moveaxis(a.reshape(prompts // count, count, rows, *a.shape[1:]), 1, 0)
+    return a.reshape(count, -1, *a.shape[3:])
+
+  return jax.tree.map(one, tree)
+
+
+def _split_source(source: Array | Prompt, count: int, prompts: int) -> Any:
+  """`_split` of prompts; of a key, a key for each part."""
+  if isinstance(source, Prompt):
+    return _split(source, count, prompts)
+  return jax.random.split(source, count)
 
 
 @functools.lru_cache(maxsize=8)

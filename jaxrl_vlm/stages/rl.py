@@ -4,19 +4,23 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxrl_vlm import objectives, parallel
+from jaxrl_vlm import rewards as verifiers
+from jaxrl_vlm.data import sources
+from jaxrl_vlm.data.corrupt import corrupt_images
 from jaxrl_vlm.data.processor import EncodedPrompt
-from jaxrl_vlm.errors import validation
+from jaxrl_vlm.errors import hint, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling, with_text
 from jaxrl_vlm.stages.programs import Programs, make_optimizer
-from jaxrl_vlm.stages.run import Run, StageRun
-from jaxrl_vlm.types import Experience, Prompt
+from jaxrl_vlm.stages.run import Run, StageRun, source_spec
+from jaxrl_vlm.types import Experience, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
 
 # What a random key is for.
@@ -33,6 +37,8 @@ class Groups:
     rewards: f32[P, G], total.
     components: by verifier, f32[P, G].
     failures: graders that failed, by kind.
+    truncated: bool[P, G]; responses that fill the buffer without an end token.
+    baseline: f32[P]; reward of the prompt's greedy response, if the objective wants it, else None.
   """
 
   examples: list[Example]
@@ -44,6 +50,8 @@ class Groups:
   rewards: np.ndarray
   components: dict[str, np.ndarray]
   failures: dict[str, int]
+  truncated: np.ndarray
+  baseline: np.ndarray | None
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "Groups":
     chosen = [int(i) for i in index]
@@ -53,7 +61,9 @@ class Groups:
         texts=[self.texts[i] for i in chosen],
         tokens=self.tokens[chosen], mask=self.mask[chosen], logp=self.logp[chosen],
         rewards=self.rewards[chosen],
-        components={k: v[chosen] for k, v in self.components.items()}, failures=self.failures)
+        components={k: v[chosen] for k, v in self.components.items()}, failures=self.failures,
+        truncated=self.truncated[chosen],
+        baseline=None if self.baseline is None else self.baseline[chosen])
 
   def __add__(self, other: "Groups") -> "Groups":
     def join(a, b):
@@ -67,14 +77,16 @@ class Groups:
         join(self.rewards, other.rewards),
         {k: join(self.components.get(k, nothing[0]), other.components.get(k, nothing[1]))
          for k in names},
-        {k: v + other.failures[k] for k, v in self.failures.items()})
+        {k: v + other.failures[k] for k, v in self.failures.items()},
+        join(self.truncated, other.truncated),
+        None if self.baseline is None else join(self.baseline, other.baseline))
 
 
 def train(run: Run, index: int) -> None:
   """Runs stage `index` to its end, or from where a checkpoint left it."""
   stage = run.config.stages[index]
   with validation(f"config.stages[{index}]: "):
-    objective = objectives.create(**stage.objective.to_dict())
+    objective = objective_of(stage)
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
     draws = sampling(stage)
   images = run.processor.image_settings
@@ -91,18 +103,63 @@ def train(run: Run, index: int) -> None:
     loop = StageRun(run, index, programs, pool)
     for step in loop.steps():
       groups, prompt, scored, sampled = _collect(loop)
-      views = _score_views(loop, prompt, groups, scored)
-      mask, rewards = parallel.put_batch(run.mesh, (groups.mask, groups.rewards))
-      advantages = programs.advantages(rewards, mask)
+      masked = _masked_source(loop, groups)
+      views = _score_views(loop, prompt, groups, scored, masked)
+      mask, rewards, logp, truncated, tokens = parallel.put_batch(
+          run.mesh, (groups.mask, groups.rewards, groups.logp, groups.truncated, groups.tokens))
+      advantages = programs.advantages(
+          rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective)
       experience = Experience(
-          mask=mask, advantages=advantages, old=views.pop("old"), rewards=rewards, views=views)
-      tokens = parallel.put_batch(run.mesh, groups.tokens)
-      metrics = programs.compare(experience.old.logp, groups.logp, mask)
+          mask=mask, advantages=advantages, old=views.pop("old"), rewards=rewards, views=views,
+          sampler_logp=logp, truncated=truncated)
+      metrics = programs.compare(experience.old.logp, logp, mask)
+      reference = loop.reference_params if "ref" in objective.grad_views else None
       loop.state, updated = programs.update(
-          loop.state, run.frozen, prompt, tokens, experience, run.random_key(_UPDATE))
+          loop.state, run.frozen, prompt, tokens, experience,
+          run.random_key(_UPDATE) if masked is None else masked, reference)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or step + 1 == stage.steps:
         _keep_rollouts(loop, groups, np.asarray(advantages))
+
+
+def check_objective(stage: ConfigDict) -> None:
+  """Checks that the stage can give its objective what that asks for.
+
+  Raises:
+    ValueError, UserError: names the field, its value and the reason.
+  """
+  objective = objective_of(stage)
+  known = {"accuracy", "reward", *verifiers.metric_names(stage.rewards.to_dict())}
+  for key in objective.filter_keys:
+    if key not in known:
+      raise ValueError(f"config.objective.filter_keys={objective.filter_keys!r}: no such verifier; "
+                       f"{hint(key, sorted(known))}")
+  if "masked" not in (*objective.views, *objective.grad_views):
+    return
+  spec = source_spec(stage, "train")
+  if spec["name"] == "digit_boards":  # nothing is written for a look
+    spec["options"] = {**spec["options"], "live": True}
+  source = sources.open_source(spec, "train")
+  some = (source[i] for i in range(min(len(source), 64)))
+  if not any(example.images for example in some):
+    raise ValueError(
+        f"objective.name={stage.objective.name!r}: needs the view 'masked', the prompt under a "
+        f"corrupted image, but the first examples of data.name={stage.data.name!r} have no images")
+
+
+def objective_of(stage: ConfigDict) -> objectives.Objective:
+  """The stage's objective; ValueError names a field that is out of range.
+
+  Its `max_length` is the stage's `max_tokens` unless it says otherwise.
+  """
+  settings = {"max_length": stage.max_tokens} | stage.objective.to_dict()
+  objective = objectives.create(**settings)
+  if stage.num_samples < objective.min_samples:
+    raise ValueError(
+        f"num_samples={stage.num_samples!r}: expected at least {objective.min_samples}, because "
+        f"objective {stage.objective.name!r} compares the samples of a prompt with each other "
+        "(advantages 'remax' and 'reinforce_pp' do not)")
+  return objective
 
 
 def sampling(stage: ConfigDict) -> Sampling:
@@ -118,6 +175,7 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
   """
   run, programs, objective = loop.run, loop.programs, loop.programs.objective
   want = loop.stage.prompts_per_step
+  greedy = "baseline" in objective.advantage_needs
   kept: Groups | None = None
   spare: Groups | None = None
   drawn: list[Groups] = []
@@ -130,8 +188,15 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
         programs.rollout(loop.params, prompt, run.random_key(_ROLLOUT, len(drawn))),
         run.processor)
     assert loop.pool is not None  # an RL stage always has one
+    size, texts = len(rollout.text[0]), rollout.text
+    if greedy:  # graded as one more sample
+      answers = with_text(programs.rollout_greedy(loop.params, prompt, jax.random.key(0)),
+                          run.processor)
+      texts = [row + more for row, more in zip(texts, answers.text, strict=True)]
+      loop.generated(int(np.asarray(answers.mask).sum()))
     with validation():
-      handle = loop.pool.submit(examples, rollout.text)
+      handle = loop.pool.submit(examples, texts)
+    loop.generated(int(np.asarray(rollout.mask).sum()))
     scored = None
     if not objective.filter_groups:  # the device scores while the host grades
       scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask)
@@ -140,12 +205,16 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
       run.progress.log(f"grader {kind}: {message}")
     groups = Groups(
         examples, encoded, rollout.text, np.asarray(rollout.tokens), np.asarray(rollout.mask),
-        np.asarray(rollout.logp), graded.total, dict(graded.components), dict(graded.failures))
+        np.asarray(rollout.logp), graded.total[:, :size],
+        {k: v[:, :size] for k, v in graded.components.items()}, dict(graded.failures),
+        _truncated(loop, rollout), graded.total[:, size] if greedy else None)
     drawn.append(groups)
     if not objective.filter_groups:
       return groups, prompt, scored, _summary(loop, drawn)
 
-    keep = np.asarray(objective.kept(loop.correct(groups.components, groups.rewards)))
+    with validation():
+      keep = objective.kept(
+          loop.correct(groups.components, groups.rewards), groups.rewards, groups.components)
     good, bad = groups.rows(np.flatnonzero(keep)), groups.rows(np.flatnonzero(~keep))
     kept, spare = (good, bad) if kept is None or spare is None else (kept + good, spare + bad)
     count = len(kept.examples)
@@ -163,20 +232,75 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
   return kept, parallel.put_batch(run.mesh, run.processor.collate(kept.encoded)), None, summary
 
 
-def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any) -> dict[str, Any]:
+def _truncated(loop: StageRun, rollout: Rollout) -> np.ndarray:
+  """bool[P, G]; responses that fill the buffer without an end token."""
+  mask, tokens = np.asarray(rollout.mask), np.asarray(rollout.tokens)
+  return mask.all(axis=-1) & ~np.isin(tokens[..., -1], loop.run.model.config.stop_tokens)
+
+
+def _masked_source(loop: StageRun, groups: Groups) -> Prompt | None:
+  """Prompts whose images the host has corrupted, on the device; None if the device does that.
+
+  A row for each prompt, or for each sample of each prompt. The draws depend on the seed, the step
+  and the row.
+  """
+  run, objective = loop.run, loop.programs.objective
+  views = (*objective.views, *objective.grad_views)
+  if "masked" not in views or objective.mask_on != "original":
+    return None
+  random = objective.mask_kind in ("patches", "noise")
+  rows = groups.rewards.shape[1] if random and objective.mask_per == "sample" else 1
+  corrupted = [
+      corrupt_images(
+          example, kind=objective.mask_kind, seed=(run.config.seed, run.step, p, g),
+          rate=objective.mask_rate, patch=objective.mask_pixels, level=objective.mask_level,
+          noise=objective.mask_noise, blur=objective.mask_blur)
+      for p, example in enumerate(groups.examples) for g in range(rows)]
+  return parallel.put_batch(run.mesh, run.processor.collate(run.encode(corrupted)))
+
+
+def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any,
+                 masked: Prompt | None) -> dict[str, Any]:
   """TokenStats by name: `old` (current parameters, clean image) and the objective's views."""
   run, programs, params = loop.run, loop.programs, loop.params
   tokens, mask = parallel.put_batch(run.mesh, (groups.tokens, groups.mask))
   views = {"old": scored if scored is not None else programs.score(params, prompt, tokens, mask)}
   for name in programs.objective.views:
-    if name == "ref":
+    if name == "ref" and name in programs.objective.full_kl:
+      views[name] = programs.score_reference(params, loop.reference_params, prompt, tokens, mask)
+    elif name == "ref":
       score = programs.score_base if loop.reference_is_base else programs.score
       views[name] = score(loop.reference_params, prompt, tokens, mask)
     elif name == "masked":
-      views[name] = programs.score_masked(params, prompt, tokens, mask, run.random_key(_MASK))
+      source = run.random_key(_MASK) if masked is None else masked
+      views[name] = programs.score_masked(params, prompt, tokens, mask, source)
     else:
       raise ValueError(f"objective.views: no such view {name!r}; known: 'ref', 'masked'")
   return views
+
+
+def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> dict[str, Any]:
+  """What the objective's advantages want besides rewards and mask, on the device."""
+  needs, more = loop.programs.objective.advantage_needs, {}
+  if "components" in needs:
+    weights = [_verifier_weights(loop, example) for example in groups.examples]
+    names = {name for row in weights for name in row}
+    more["components"] = {name: groups.components[name] for name in sorted(names)}
+    more["component_weights"] = {
+        name: np.repeat(np.array([[row.get(name, 0.0)] for row in weights], np.float32),
+                        groups.rewards.shape[1], axis=1) for name in sorted(names)}
+  if "baseline" in needs:
+    more["baseline"] = groups.baseline
+  more = parallel.put_batch(loop.run.mesh, more)
+  if "penalty" in needs:
+    more |= {"old": views["old"], "ref": views["ref"]}
+  return more
+
+
+def _verifier_weights(loop: StageRun, example: Example) -> dict[str, float]:
+  """The weight of each verifier in the reward of this example, by metric name."""
+  weights = dict(example.rewards or loop.stage.rewards.to_dict())
+  return dict(zip(verifiers.metric_names(weights), weights.values(), strict=True))
 
 
 def _summary(loop: StageRun, drawn: list[Groups]) -> dict[str, float]:
@@ -190,10 +314,7 @@ def _summary(loop: StageRun, drawn: list[Groups]) -> dict[str, float]:
       "train/reward_std": groups.rewards.std(axis=1).mean(),
       "train/accuracy": loop.correct(groups.components, groups.rewards).mean(),
       "train/response_length": lengths.mean(),
-      # A response that fills the buffer without an end token was cut.
-      "train/cut_share": np.mean(
-          (lengths == groups.mask.shape[-1])
-          & ~np.isin(groups.tokens[..., -1], loop.run.model.config.stop_tokens)),
+      "train/cut_share": groups.truncated.mean(),
   }
   # A verifier that a sample's own `rewards` leave out has no value there.
   values |= {f"train/reward/{k}": np.nanmean(v) for k, v in groups.components.items()}

@@ -21,13 +21,16 @@ from jaxrl_vlm.data import pipeline, sources
 from jaxrl_vlm.data.processor import EncodedPrompt
 from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.evaluate import Evaluation, evaluate
+from jaxrl_vlm.evaluate import sampling as evaluation_sampling
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.rewards.pool import RewardPool
-from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.loading import load_model, model_path, trainable_of
 from jaxrl_vlm.stages.programs import Programs, make_rollout
 from jaxrl_vlm.types import Params
+
+# What the random key of an evaluation is for; far from the numbers of the stages' own purposes.
+_EVALUATION = 1000
 
 
 class Stopped(Exception):
@@ -161,6 +164,7 @@ class StageRun:
     data: iterator of lists of P Examples.
     pool: grades answers; None in a supervised stage that evaluates nothing.
     accuracy: the verifier that is called accuracy.
+    generated_tokens: response tokens that the stage has generated so far; None if it never counted.
   """
 
   def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool | None,
@@ -172,7 +176,8 @@ class StageRun:
     if self.stage.rewards and not self.accuracy:
       self.accuracy = rewards.metric_names(self.stage.rewards.to_dict())[0]
     self.data = data if data is not None else self._make_data()
-    self.keep_reference = "ref" in programs.objective.views
+    objective = programs.objective
+    self.keep_reference = "ref" in (*objective.views, *objective.grad_views)
     self.reference: Params | None = None
     settings = run.config.model.lora
     self.reference_is_base = bool(settings.rank and not settings.path and index == 0)
@@ -180,12 +185,16 @@ class StageRun:
     self._clock = time.monotonic()
     self._eval_rollout: Callable | None = None
     self._eval_examples: list[Example] = []
+    with validation(f"config.stages[{index}]: "):
+      self._eval_sampling = evaluation_sampling(self.stage)
+    self.generated_tokens: int | None = None
 
     position = run.position
     # From here on the stage has them: nothing else keeps a second copy alive.
     start, run.trained = run.trained, None
     if position["step"] and position["stage"] == index:
       self.start = position["stage_step"]
+      self.generated_tokens = position.get("generated_tokens")
       del start
       self._restore()
       if position.get("data") is not None:
@@ -238,14 +247,27 @@ class StageRun:
 
   def steps(self) -> Iterator[int]:
     """The steps of this stage that are still to do; sets run.step to the step being done."""
-    for step in range(self.start, self.stage.steps):
-      self._begun = step, self.data.get_state()
+    step = self.start
+    while not self.ends(step):
+      self._begun = step, self.data.get_state(), self.generated_tokens
       self.run.step += 1
       yield step
       self._after_step(step)
-    if self.start < self.stage.steps or self.run.position["stage"] != self.index:
-      self._flush()
+      step += 1
+    self._flush()
     self.run.trained = self.state.params
+
+  def ends(self, done: int) -> bool:
+    """Whether the stage ends after `done` steps: it has done them all or spent its tokens."""
+    budget = self.stage.get("token_budget", 0)
+    return done >= self.stage.steps or 0 < budget <= (self.generated_tokens or 0)
+
+  def generated(self, tokens: int) -> None:
+    """Counts response tokens of the step that is being done, as they are sampled.
+
+    All count, also those that dynamic sampling then throws away.
+    """
+    self.generated_tokens = (self.generated_tokens or 0) + tokens
 
   @contextlib.contextmanager
   def reading(self) -> Iterator[None]:
@@ -253,10 +275,11 @@ class StageRun:
     try:
       yield
     except UserError:
-      done, data = self._begun
+      done, data, generated = self._begun
       self.run.step -= 1
       if done:
         self._flush()
+        self.generated_tokens = generated  # without what this step has sampled already
         self._save(done, None, data)
         self.run.checkpoints.wait()
       raise
@@ -264,7 +287,10 @@ class StageRun:
   def log(self, device_metrics: Any, host_metrics: dict[str, float], tokens: int) -> None:
     """Takes the metrics of a step; they are fetched and written while the next step runs."""
     self._flush()
-    self._pending = (self.run.step, device_metrics, {**host_metrics, "_tokens": float(tokens)})
+    values: dict[str, float] = {**host_metrics, "_tokens": float(tokens)}
+    if self.generated_tokens is not None:
+      values["train/generated_tokens"] = self.generated_tokens
+    self._pending = (self.run.step, device_metrics, values)
 
   def _flush(self) -> None:
     if self._pending is None:
@@ -294,7 +320,7 @@ class StageRun:
 
   def _after_step(self, step: int) -> None:
     done = step + 1
-    last = done == self.stage.steps
+    last = self.ends(done)
     every = self.stage.eval.every
     evaluates = last or (every and done % every == 0)
     stop = self.run.stop_signal  # one that comes from here on is for the next step
@@ -317,7 +343,7 @@ class StageRun:
     self.run.checkpoints.save(
         self.run.step, state,
         {"stage": self.index, "stage_step": done, "step": self.run.step,
-         "data": data}, accuracy)
+         "generated_tokens": self.generated_tokens, "data": data}, accuracy)
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
     """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""
@@ -337,11 +363,11 @@ class StageRun:
       source = run.open_source(self.stage, "test")
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
       self._eval_rollout = make_rollout(
-          run.model, run.mesh, Sampling(max_tokens=self.stage.max_tokens, temperature=0.0),
-          run.param_shardings)
+          run.model, run.mesh, self._eval_sampling, run.param_shardings)
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
-        correct=self.correct, batch=settings.batch, mesh=run.mesh, system=run.system)
+        correct=self.correct, batch=settings.batch, mesh=run.mesh,
+        key=run.random_key(_EVALUATION), system=run.system)
 
   def _evaluate_and_log(self) -> float | None:
     result = self.evaluate()

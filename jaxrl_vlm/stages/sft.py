@@ -39,7 +39,7 @@ def train(run: Run, index: int) -> None:
                               old=None, rewards=None)
       prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
       loop.state, metrics = programs.update(
-          loop.state, run.frozen, prompt, tokens, experience, run.random_key(0))
+          loop.state, run.frozen, prompt, tokens, experience, run.random_key(0), None)
       loop.log(metrics, {}, int(mask.sum()))
 
 

@@ -112,13 +112,14 @@ def test_sequence_losses_equal_their_sequence_form(variant):
     clips = {"clip_low": 0.4, "clip_high": 0.4}
     gmpo, _ = sequence.gmpo(logp, old, advantages, mask, **clips)
     gspo, _ = sequence.gspo(logp, old, advantages, mask, **clips, clip_dual=None)
-    return jnp.sum(gmpo * mask) / 2, jnp.sum(gspo * mask) / 2
+    token, _ = sequence.gspo_token(logp, old, advantages, mask, **clips, clip_dual=None)
+    return tuple(jnp.sum(loss * mask) / 2 for loss in (gmpo, gspo, token))
 
   def sequence_form(logp):
     return 2.0 * jnp.exp((logp[0, 0, 0] + logp[0, 0, 1]) / 2)
 
   expected, slope = jax.value_and_grad(sequence_form)(logp)
-  for i in range(2):
+  for i in range(3):
     value, gradient = variant(jax.value_and_grad(lambda x, i=i: token_form(x)[i]))(logp)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient, slope, rtol=1e-6)
@@ -128,16 +129,24 @@ def test_keyword_arguments_of_policy_losses_are_fields():
   known = {field.name for field in dataclasses.fields(objectives.PolicyGradient)}
   for name, function in POLICY_LOSSES.items():
     parameters = inspect.signature(function).parameters.values()
-    assert {p.name for p in parameters if p.kind == p.KEYWORD_ONLY} <= known, name
+    names = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
+    assert names <= known | {"cov_tokens"}, name  # those two get what `prepare` chose
 
 
 @pytest.mark.parametrize(
   ("name", "expected"), [("k1", -0.5), ("k2", 0.125), ("k3", math.exp(0.5) - 1.5), ("abs", 0.5)]
 )
 def test_kl_estimators(name, expected):
-  assert kl.ESTIMATORS[name](jnp.float32(-1.5), jnp.float32(-1.0)) == pytest.approx(
-    expected, rel=1e-6
-  )
+  value = kl.ESTIMATORS[name](jnp.float32(-1.5), jnp.float32(-1.0))
+  assert value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["k1", "k3"])
+def test_straight_through_estimators(name):
+  """k1+ and k3+ have the value of k1 and k3 and the gradient of k2, log π − log π_ref."""
+  plus = jax.value_and_grad(kl.ESTIMATORS[f"{name}+"])(jnp.float32(-1.5), jnp.float32(-1.0))
+  value = kl.ESTIMATORS[name](jnp.float32(-1.5), jnp.float32(-1.0))
+  np.testing.assert_allclose(plus, (value, -0.5), rtol=1e-6)
 
 
 # Weights
@@ -273,16 +282,15 @@ def test_vppo_by_hand(variant):
   np.testing.assert_allclose(gradient[0, 0], expected, rtol=1e-6)
 
 
-def test_vppo_over_gspo():
-  """The token filter holds for a sequence ratio: rejected tokens get no gradient."""
+@pytest.mark.parametrize(("loss", "expected"), [("gspo_token", [4, 0, 0, 0]), ("gspo", [1] * 4)])
+def test_vppo_over_gspo(loss, expected):
+  """With a ratio per token rejected tokens get no gradient; one for all pushes on all."""
   old = jnp.zeros((1, 1, 4))
   batch = experience(np.ones((1, 1, 4)), np.ones((1, 1, 1)), old, masked=[[[-3.0, 0.0, 0.0, 0.0]]])
-  objective = objectives.create(
-    "vppo", policy_loss="gspo", keep_share=0.25, clip_dual=None, **PLAIN
-  )
+  objective = objectives.create("vppo", policy_loss=loss, keep_share=0.25, clip_dual=None, **PLAIN)
   logp = jnp.asarray([[[0.0, 0.2, 0.0, 0.2]]])
   gradient = jax.grad(lambda l: objective.loss(stats(l), batch)[0])(logp)
-  np.testing.assert_allclose(gradient, [[[-math.exp(0.1) / 4, 0, 0, 0]]], rtol=1e-6)
+  np.testing.assert_allclose(gradient[0, 0], -math.exp(0.1) / 16 * np.array(expected), rtol=1e-5)
 
 
 # PAPO

@@ -69,9 +69,9 @@ def vppo(config: dict) -> objectives.Objective:
   fields["shaping"] = "minibatch" if config.get("use_advantage_shaping") else "none"
   fields["keep_share"] = config.get("top_p_perception_tokens", 0.4)
   fields["shaping_min"] = config.get("advantage_scaling_min", 0.9)
-  fields["policy_loss"] = {None: "ppo", "gspo_token": "gspo", "cispo": "cispo"}[
-    config.get("loss_type")
-  ]
+  fields["policy_loss"] = {None: "ppo", "gspo": "gspo"}.get(
+    config.get("loss_type"), config.get("loss_type")
+  )
   if config.get("use_entropy_penalty"):
     fields["entropy_penalty"] = 0.06
   return objectives.create("vppo", **fields)
@@ -97,13 +97,15 @@ def papo(config: dict) -> objectives.Objective:
 
 def verl(case: dict, length: int) -> objectives.Objective:
   config = case["config"]
-  name = {"vanilla": "ppo", "geo_mean": "gmpo"}.get(case["loss_name"], case["loss_name"])
+  name = {"vanilla": "ppo", "geo_mean": "gmpo", "gspo": "gspo_token"}.get(
+    case["loss_name"], case["loss_name"]
+  )
   fields = BASE | {
     "policy_loss": name,
     "aggregation": case["agg"],
     "clip_low": config["clip_ratio_low"],
     "clip_high": config["clip_ratio_high"],
-    "clip_dual": None if name == "gspo" else config["clip_ratio_c"],
+    "clip_dual": None if name == "gspo_token" else config["clip_ratio_c"],
     "tau_positive": config["tau_pos"],
     "tau_negative": config["tau_neg"],
     "loss_length": length,

@@ -47,9 +47,11 @@ def train(path, examples, axes, devices, adapters=None):
     history.append({"tokens": tokens, "logp": np.asarray(old.logp)})
     reference = history[0].setdefault("reference", old) if adapters is None else base
     experience = Experience(
-        mask=rollout.mask, advantages=program.advantages(rewards, rollout.mask), old=old,
+        mask=rollout.mask, advantages=program.advantages(
+            rewards, rollout.mask, {}, state.objective), old=old,
         rewards=rewards, views={"ref": reference})
-    state, metrics = program.update(state, frozen, prompt, rollout.tokens, experience, key)
+    state, metrics = program.update(
+        state, frozen, prompt, rollout.tokens, experience, key, None)
     history[-1] |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "ref_kl")}
   return history, state
 

@@ -63,7 +63,7 @@ arguments = {
     "rollout": (params, prompt, key),
     "score": (params, prompt, tokens, mask),
     "score_masked": (params, prompt, tokens, mask, key),
-    "update": (programs.abstract_state, {}, prompt, tokens, experience, key),
+    "update": (programs.abstract_state, {}, prompt, tokens, experience, key, None),
 }
 
 
@@ -140,7 +140,8 @@ for name in sys.argv[1:]:
   experience = Experience(mask=mask, advantages=number, old=stats,
                           rewards=shape((P, G), "float32"), views={"ref": stats})
   programs.rollout.lower(params, prompt, key).compile()
-  programs.update.lower(programs.abstract_state, {}, prompt, tokens, experience, key).compile()
+  programs.update.lower(
+      programs.abstract_state, {}, prompt, tokens, experience, key, None).compile()
   print(name)
 """
 

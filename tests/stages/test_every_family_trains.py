@@ -1,21 +1,16 @@
 """A directory of any family goes in, an RL stage runs, a directory of that family comes out."""
 
-import functools
-
-import jax
 import numpy as np
 import pytest
 import transformers
 
-from jaxrl_vlm import metrics, parallel, train
+from jaxrl_vlm import metrics, train
 from tests import tiny, tiny_run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_run(family, tmp_path, monkeypatch):
-  monkeypatch.setattr(parallel, "make_mesh", functools.partial(
-      parallel.make_mesh, devices=jax.devices()[:1]))
+def test_a_run(family, tmp_path, one_device):
   start = tiny.make_hf(tmp_path / "hf", family=family)
   config = tiny_run.get_config()
   config.model.scratch = {}

@@ -54,7 +54,7 @@ def update(setup, trainable: tuple[str, ...]):
                       trainable=trainable)
   trained, frozen = lora.split(params, trainable)
   state = programs.init_state(jax.tree.map(jax.numpy.copy, trained))
-  state, metrics = programs.update(state, frozen, *batch, jax.random.key(0))
+  state, metrics = programs.update(state, frozen, *batch, jax.random.key(0), None)
   return trained, frozen, state, metrics
 
 
@@ -91,12 +91,6 @@ def test_gradients_and_optimizer_state_are_of_what_trains_alone(setup, everythin
 # -- A run with adapters --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  monkeypatch.setattr(parallel, "make_mesh", parallel.make_mesh)  # undone with it
-  tiny_run.use_one_device()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """Workdir of a whole run, and by step the number of arrays of each shape that were alive."""
@@ -113,10 +107,8 @@ def finished(tmp_path_factory):
     references[self.run.step] = jax.device_get(self.reference)
     log(self, *args)
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", parallel.make_mesh)
+  with pytest.MonkeyPatch.context() as patch, tiny_run.one_device():
     patch.setattr(run_lib.StageRun, "log", count)
-    tiny_run.use_one_device()
     train.train(tiny_run.get_lora_config(), workdir)
   return workdir, alive, references
 

@@ -163,7 +163,7 @@ def test_gradient_is_that_of_separate_sequences_and_the_formula(
   objective = objectives.create(formula.__name__, **settings)
   program = make(objective)
   key = jax.random.key(5)
-  state, metrics = program.update(fresh(program, params), {}, prompt, tokens, experience, key)
+  state, metrics = program.update(fresh(program, params), {}, prompt, tokens, experience, key, None)
 
   alone = views.repeat_prompts(prompt, G)
   darkened = views.black_patches(key, alone, objective.mask_rate, black)
@@ -220,9 +220,9 @@ def test_masked_view_scores_the_image_that_the_objective_asks_for(setup, kind, p
 
 def test_kl_of_the_masked_view_is_that_of_full_distributions(setup, make):
   model, params, prompt, tokens, mask, black = setup
-  program = make(objectives.create("vppo"))
+  program = make(objectives.create("vppo", dependency="full"))
   key = jax.random.key(2)
-  kl = program.score_masked_kl(params, prompt, tokens, mask, key)
+  kl = program.score_masked(params, prompt, tokens, mask, key).kl
 
   alone = views.repeat_prompts(prompt, G)
   darkened = views.black_patches(key, alone, 0.5, black)
@@ -252,14 +252,15 @@ def test_kl_of_the_masked_view_is_that_of_full_distributions(setup, make):
     ids=["patches", "noise", "blur"])
 def test_masked_views_are_the_same_on_four_devices(setup, settings):
   model, params, prompt, tokens, mask, black = setup
-  objective = objectives.create("papo", mask_per="sample", **settings)
+  objective = objectives.create("vppo", dependency="full", **settings)
 
   def score(devices):
     mesh = parallel.make_mesh({"fsdp": devices, "tensor": 1}, devices=jax.devices()[:devices])
     program = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
                        black=black, white=black + 3.0)
     args = params, prompt, tokens, mask, jax.random.key(4)
-    return program.score_masked(*args).logp, program.score_masked_kl(*args)
+    stats = program.score_masked(*args)
+    return stats.logp, stats.kl
 
   # float32; the same draws, the sums of sharded matrices in another order.
   for one, four in zip(score(1), score(4), strict=True):
@@ -287,7 +288,7 @@ def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, 
   def update(**kwargs):
     program = make(objective, **kwargs)
     return program.update(
-        fresh(program, params), {}, prompt, tokens, experience, jax.random.key(0))
+        fresh(program, params), {}, prompt, tokens, experience, jax.random.key(0), None)
 
   whole, metrics = update()
   for microbatches in splits:
@@ -305,14 +306,14 @@ def test_minibatches_are_updates_one_after_another(setup, make, experience):
   objective = objectives.create("vppo")  # its shaping depends on the minibatch
   both = make(objective, 0.05, minibatches=2)
   state, metrics = both.update(
-      fresh(both, params), {}, prompt, tokens, experience, jax.random.key(0))
+      fresh(both, params), {}, prompt, tokens, experience, jax.random.key(0), None)
 
   single = make(objective, 0.05)
   by_hand, losses = fresh(single, params), []
   for part in (0, 1):
     batch = jax.tree.map(
         lambda a, part=part: np.asarray(a)[part::2], (prompt, tokens, experience))
-    by_hand, one = single.update(by_hand, {}, *batch, jax.random.key(0))
+    by_hand, one = single.update(by_hand, {}, *batch, jax.random.key(0), None)
     losses.append(float(one["loss"]))
   # The same computation, compiled once inside a loop and once alone.
   assert_close_trees(state.params, by_hand.params, share=1e-5)
@@ -333,7 +334,7 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
     state = jax.tree.map(jnp.copy, state)
     prompt, tokens, e = halves
     e = e.replace(advantages=change(e.advantages).astype("f4"))
-    state, metrics = program.update(state, {}, prompt, tokens, e, jax.random.key(0))
+    state, metrics = program.update(state, {}, prompt, tokens, e, jax.random.key(0), None)
     return jax.device_get(state), metrics
 
   start, _ = step(fresh(program, params))  # the momentum is no longer 0

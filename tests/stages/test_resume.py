@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_vlm import checkpoint, objectives, parallel, train
+from jaxrl_vlm import checkpoint, objectives, train
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.data import digit_boards, pipeline, sources
 from jaxrl_vlm.errors import UserError
@@ -37,20 +37,11 @@ def get_config():
 """
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-  """The runs of this process use one of its virtual devices."""
-  monkeypatch.setattr(parallel, "make_mesh", parallel.make_mesh)  # undone with it
-  tiny_run.use_one_device()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """The workdir of an uninterrupted run; tests copy it."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(parallel, "make_mesh", parallel.make_mesh)
-    tiny_run.use_one_device()
+  with tiny_run.one_device():
     train.train(tiny_run.get_config(), workdir)
   return workdir
 

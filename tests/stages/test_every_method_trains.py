@@ -1,0 +1,160 @@
+"""Every method goes through the loop: what it needs is made, and what it plots is logged."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxrl_vlm import metrics, objectives, train
+from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.stages import rl
+from tests import tiny_run
+
+
+def get_config(steps=2, **objective):
+  config = tiny_run.get_config()
+  _, stage = config.stages
+  stage.steps, stage.eval.examples = steps, 0
+  stage.rewards["format"] = 0.1  # beside variety
+  stage.accuracy = "variety"
+  stage.objective.name = objective.pop("name")
+  for field, value in objective.items():
+    stage.objective[field] = value
+  config.stages = (stage,)
+  return config
+
+
+def records_of(workdir):
+  return [r for r in metrics.read(workdir) if "train/loss" in r]
+
+
+# Together they need everything that the loop can give; what each must log.
+CASES = {
+    "dr_grpo": ({"overlong_buffer": 4, "mask_overlong": True},
+                {"overlong_penalty", "truncated_share", "zero_advantage_share"}),
+    "rloo": ({"kl": "full", "kl_target": 0.01}, {"ref_kl", "kl_coef"}),
+    "reinforce_pp": ({"kl": "full"}, {"ref_kl"}),
+    "remax": ({"correction": "mis"}, {"correction_mean", "correction_cut"}),
+    "gdpo": ({}, {"entropy", "nll", "approx_kl_k1", "clip_high", "clip_low"}),
+    "clip_cov": ({"cov_low": 0.0, "cov_share": 0.2}, {"cov_tokens"}),
+    "dapo": ({"filter_keys": ("accuracy", "reward"), "max_tries": 2}, {"clip_dual"}),
+    "papo": ({"anneal_updates": 8}, {"perception_kl", "masked_nll", "anneal"}),
+    "papo_d": ({"perception_kl": "full", "masked_gradient": True, "mask_per": "sample",
+                "filter_groups": False}, {"perception_kl", "masked_nll"}),
+    "vppo": ({"dependency": "full", "mask_kind": "semantic", "filter_groups": False},
+             {"dependency", "dependency_kept", "dependency_rejected", "kept_share",
+              "shaping_mean", "shaping_min", "shaping_max"}),
+    "token_entropy": ({"filter_groups": False}, {"kept_share"}),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_run(name, tmp_path, one_device):
+  settings, logged = CASES[name]
+  config = get_config(name=name, **settings)
+  config.stages[0].microbatches = 2 if name == "clip_cov" else 1
+  config.stages[0].minibatches = 2 if name == "papo_d" else 1
+  train.train(config, tmp_path)
+  records = records_of(tmp_path)
+  assert [r["step"] for r in records] == [1, 2]
+  for record in records:
+    assert all(np.isfinite(v) for v in record.values() if isinstance(v, float)), record
+    # This model hardly ever ends a response: where truncated ones do not count nothing may be left.
+    truncated = record.get("objective/truncated_share", 0)
+    assert (record["train/grad_norm"] > 0) == (truncated < 1)
+    assert {f"objective/{metric}" for metric in logged} <= record.keys()
+    if name == "dr_grpo":
+      assert truncated == record["train/cut_share"] > 0
+  if name == "vppo":
+    assert records[0]["objective/dependency"] > 0
+  if name == "papo":
+    assert records[1]["objective/anneal"] == 1 - 1 / 8
+
+
+def test_masks_on_the_host_are_drawn_from_seed_step_and_row(monkeypatch, tmp_path, one_device):
+  """One picture for a prompt or for each sample, another at every step, the same in every run."""
+  seen = []
+  corrupt = rl.corrupt_images
+
+  def spy(example, **settings):
+    seen.append((settings, corrupt(example, **settings).images))
+    return corrupt(example, **settings)
+
+  monkeypatch.setattr(rl, "corrupt_images", spy)
+  for per, rows in (("prompt", 1), ("sample", 2)):
+    runs = []
+    for attempt in range(2):
+      seen.clear()
+      config = get_config(name="papo", mask_per=per, mask_pixels=9)
+      train.train(config, tmp_path / f"{per}{attempt}")
+      assert len(seen) == 2 * 4 * rows and seen[0][0]["patch"] == 9 and seen[0][0]["rate"] == 0.6
+      assert len({settings["seed"] for settings, _ in seen}) == len(seen)
+      runs.append([images for _, images in seen])
+    assert runs[0] == runs[1]
+
+
+def test_what_changes_from_update_to_update_is_resumed(tmp_path, one_device):
+  settings = {"kl_target": 1e-4, "kl_horizon": 20, "anneal_updates": 5}
+  config = get_config(steps=3, name="papo", **settings)
+  config.checkpoint.every, config.checkpoint.keep = 1, 10
+  train.train(config, tmp_path / "once")
+  shutil.copytree(tmp_path / "once", tmp_path / "again")
+  shutil.rmtree(tmp_path / "again" / "checkpoints" / "3")
+  shutil.rmtree(tmp_path / "again" / "model")
+  train.train(config, tmp_path / "again")
+  once, again = (records_of(tmp_path / name) for name in ("once", "again"))
+  for key in ("objective/kl_coef", "objective/anneal", "train/loss"):
+    assert [r[key] for r in again] == [r[key] for r in once]
+  assert [r["objective/anneal"] for r in once] == pytest.approx([1, 0.8, 0.6])
+  # 8 responses in 20: at most 0.2 · 8 / 20 a step.
+  factors = np.divide(*(np.array([r["objective/kl_coef"] for r in once])[s] for s in (
+      slice(1, None), slice(None, -1))))
+  assert np.all(np.abs(factors - 1) <= 0.08 + 1e-6) and np.any(np.abs(factors - 1) > 0.01)
+
+
+# Refused before anything is built
+
+
+def refusal(config, tmp_path):
+  with pytest.raises(UserError) as error:
+    train.train(config, tmp_path / "run")
+  assert not (tmp_path / "run" / "checkpoints").exists()
+  return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vppo", "papo"])
+def test_a_view_of_images_without_images(name, tmp_path, one_device):
+  config = get_config(name=name)
+  config.stages[0].data.options = {"live": True, "tasks": ("arithmetic",)}
+  assert refusal(config, tmp_path).startswith(
+      f"config.stages[0]: objective.name='{name}': needs the view 'masked'")
+  path = tmp_path / "text.jsonl"
+  path.write_text('{"id": "1", "question": "1+1?", "answer": "2"}\n')
+  config.stages[0].data.name, config.stages[0].data.options = str(path), {}
+  assert "have no images" in refusal(config, tmp_path)
+
+
+def test_one_sample_of_a_prompt(tmp_path, one_device):
+  config = get_config(name="grpo")
+  config.stages[0].num_samples = 1
+  assert "num_samples=1: expected at least 2" in refusal(config, tmp_path)
+
+
+def test_a_filter_by_an_unknown_verifier(tmp_path, one_device):
+  config = get_config(name="dapo", filter_keys=("acuracy",))
+  message = refusal(config, tmp_path)
+  assert "filter_keys=('acuracy',): no such verifier" in message and "accuracy" in message
+
+
+def test_a_coefficient_out_of_range(tmp_path, one_device):
+  assert "config.objective.kl_coef=-1: expected a number >= 0" in refusal(
+      get_config(name="grpo", kl_coef=-1), tmp_path)
+
+
+def test_a_stage_knows_the_longest_response():
+  config = get_config(name="dr_grpo")
+  assert rl.objective_of(config.stages[0]).max_length == 8
+  config.stages[0].objective.max_length = 5
+  assert rl.objective_of(config.stages[0]).max_length == 5
+  assert objectives.create("dr_grpo", loss_length=3).max_length is None
