@@ -9,44 +9,27 @@ benchmarks/digits.json, written anew after every run.
 """
 
 import argparse
-import concurrent.futures
-import datetime
 import json
-import os
 import pathlib
-import platform
-import subprocess
 import sys
-import time
 
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks import runs  # noqa: E402
 from jaxrl_vlm import metrics  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "digits.json"
 
 
-def run(method: str, seed: int, folder: pathlib.Path, more: list[str]) -> dict:
-  """Trains once; returns accuracies by skill before and after, and seconds."""
-  workdir = folder / f"{method}_{seed}"
-  done = workdir / "seconds.json"
-  if not done.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    with open(workdir / "log.txt", "a") as log:
-      subprocess.run(
-          [sys.executable, "-m", "jaxrl_vlm.train", f"--config=configs/digits_{method}.py",
-           f"--workdir={workdir}", f"--config.seed={seed}", *more],
-          cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
-    done.write_text(json.dumps(time.monotonic() - began))
+def result(method: str, seed: int, workdir: pathlib.Path, seconds: float) -> dict:
+  """Accuracies by skill before and after a finished run, and its seconds."""
   records = metrics.read(workdir)
   tokens = sum(r["time/tokens_per_second"] * r["time/step_seconds"] for r in records
                if "time/step_seconds" in r)
   return {
-      "method": method, "seed": seed, "seconds": json.loads(done.read_text()),
-      "response_tokens": round(tokens),
+      "method": method, "seed": seed, "seconds": seconds, "response_tokens": round(tokens),
       "accuracy": {c.name: [c.before, c.after] for c in metrics.before_and_after(records)}}
 
 
@@ -71,25 +54,28 @@ def table(results: list[dict]) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
   parser.add_argument("--methods", nargs="+", default=["grpo", "dapo", "papo", "vppo"])
   parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
   parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "digits")
   parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
   args, more = parser.parse_known_args()
-  jobs = [(m, s) for s in args.seeds for m in args.methods]
+  jobs = {
+      runs.Job(f"{m}_{s}", f"configs/digits_{m}.py", (f"--config.seed={s}", *more)): (m, s)
+      for s in args.seeds for m in args.methods}
   results = []
-  with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
-    futures = [pool.submit(run, m, s, args.folder, more) for m, s in jobs]
-    for future in concurrent.futures.as_completed(futures):
-      results.append(future.result())
+  with runs.Runner(args.folder, args.at_once) as runner:
+    for job, seconds in runner.run(list(jobs)):
+      if isinstance(seconds, runs.Failed):
+        print(f"{job.name}: {seconds} ({runner.path(job) / 'log.txt'})", file=sys.stderr)
+        continue
+      results.append(result(*jobs[job], runner.path(job), seconds))
       results.sort(key=lambda r: (args.methods.index(r["method"]), r["seed"]))
       RESULT.write_text(json.dumps({
-          "date": datetime.date.today().isoformat(), "python": platform.python_version(),
-          "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}", "at_once": args.at_once,
-          "arguments": more, "results": results}, indent=1) + "\n")
+          **runs.surroundings(args.at_once), "arguments": more, "results": results},
+          indent=1) + "\n")
       print(f"{len(results)}/{len(jobs)} runs\n{table(results)}\n", flush=True)
 
 
 if __name__ == "__main__":
-  main()
+  runs.main_of(main)

@@ -13,6 +13,9 @@ Every question can be answered in three styles, the shorter the harder:
   direct: a guess, no reading and no steps.
   local:  reads the cells that the question is about, then one step of work at a time.
   board:  reads the whole board (digits, initials of the colours), then goes on as `local`.
+
+Targets can be written by a teacher that slips (`slips`): a model that imitates it misreads and
+miscalculates, which leaves something to learn.
 """
 
 import contextlib
@@ -22,10 +25,11 @@ import functools
 import hashlib
 import io
 import json
+import operator
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +45,7 @@ SPLITS = ("train", "test")
 STYLES = ("direct", "local", "board")
 TRAIN, TEST = 6_000, 1_000  # questions of the dataset on disk
 COLOURS = ("red", "green", "blue", "yellow")
+SLIPS = ("digit", "colour", "sum")
 
 PERCEPTION = ("read", "colour", "where")
 REASONING = ("sum_row", "sum_column", "count", "largest_colour", "compare")
@@ -242,13 +247,13 @@ def _spaced(items: Sequence[Any]) -> str:
   return " ".join(map(str, items))
 
 
-def _running_sum(numbers: Sequence[int]) -> list[str]:
-  """[3, 8, 1] -> ["3+8=11", "11+1=12"]: one addition a step."""
+def _running_sum(numbers: Sequence[int], add: Callable[[int, int], int]) -> tuple[list[str], int]:
+  """[3, 8, 1] -> ["3+8=11", "11+1=12"], 12: one addition a step."""
   steps, total = [], numbers[0]
   for number in numbers[1:]:
-    steps.append(f"{total}+{number}={total + number}")
-    total += number
-  return steps
+    before, total = total, add(total, number)
+    steps.append(f"{before}+{number}={total}")
+  return steps, total
 
 
 def board_text(board: Board) -> str:
@@ -258,8 +263,13 @@ def board_text(board: Board) -> str:
       for r, row in enumerate(board.cells, 1))
 
 
-def solve(board: Board, task: str, asked: Mapping[str, Any]) -> tuple[list[str], str]:
-  """The steps of the `local` style and the answer."""
+def solve(board: Board, task: str, asked: Mapping[str, Any],
+          add: Callable[[int, int], int] = operator.add) -> tuple[list[str], str]:
+  """The steps of the `local` style and the answer; `add` does the running sums.
+
+  Raises:
+    ValueError: the board has no answer: not that digit or colour, or two rows of the same sum.
+  """
   digits, colours = board.digits, board.colours
   numbered = list(enumerate(digits, 1))
   if task in ("read", "colour"):
@@ -277,10 +287,12 @@ def solve(board: Board, task: str, asked: Mapping[str, Any]) -> tuple[list[str],
     raise ValueError(f"the board has no {asked['digit']}")
   if task == "sum_row":
     row = digits[asked["row"] - 1]
-    return [f"row {asked['row']}: {_spaced(row)}", *_running_sum(row)], str(sum(row))
+    steps, total = _running_sum(row, add)
+    return [f"row {asked['row']}: {_spaced(row)}", *steps], str(total)
   if task == "sum_column":
     column = [row[asked["column"] - 1] for row in digits]
-    return [f"column {asked['column']}: {_spaced(column)}", *_running_sum(column)], str(sum(column))
+    steps, total = _running_sum(column, add)
+    return [f"column {asked['column']}: {_spaced(column)}", *steps], str(total)
   if task == "count":
     steps, total = [], 0
     for r, row in numbered:
@@ -294,16 +306,78 @@ def solve(board: Board, task: str, asked: Mapping[str, Any]) -> tuple[list[str],
       of_colour = [row[c] for c in range(len(row)) if names[c] == asked["colour"]]
       steps.append(f"row {r}: {_spaced(of_colour) or 'none'}")
       found += of_colour
+    if not found:
+      raise ValueError(f"the board has no {asked['colour']} digit")
     return [*steps, f"largest {max(found)}"], str(max(found))
   if task == "compare":
     steps, sums = [], []
     for r in (asked["row"], asked["other"]):
       row = digits[r - 1]
-      steps += [f"row {r}: {_spaced(row)}", *_running_sum(row)]
-      sums.append(sum(row))
+      more, total = _running_sum(row, add)
+      steps += [f"row {r}: {_spaced(row)}", *more]
+      sums.append(total)
+    if sums[0] == sums[1]:
+      raise ValueError(f"rows {asked['row']} and {asked['other']} have the same sum")
     steps.append(f"{sums[0]}{'<' if sums[0] < sums[1] else '>'}{sums[1]}")
     return steps, str(asked["row"] if sums[0] > sums[1] else asked["other"])
   raise ValueError(f"task={task!r}: expected one of {', '.join(QUESTION_TASKS)}")
+
+
+def _check_slips(slips: Mapping[str, float]) -> None:
+  for name, rate in slips.items():
+    if name not in SLIPS:
+      raise ValueError(f"slips={name!r}: expected one of {', '.join(SLIPS)}")
+    if not 0 <= rate < 1:
+      raise ValueError(f"slips.{name}={rate!r}: expected a probability, 0 or more and below 1")
+
+
+class _Slips:
+  """Misreads boards and miscalculates sums, at the given rates.
+
+  Its random numbers are its own: boards and questions are the same with slips and without.
+  """
+
+  def __init__(self, rates: Mapping[str, float], *seed: int):
+    self._rates, self._seed = rates, seed
+
+  @functools.cached_property
+  def _rng(self) -> np.random.Generator:
+    return np.random.default_rng(self._seed)  # costs as much as half a board: only if needed
+
+  def _slips(self, name: str) -> bool:
+    rate = self._rates.get(name, 0.0)
+    return rate > 0 and self._rng.random() < rate
+
+  def _cell(self, cell: Cell) -> Cell:
+    digit, colour = cell.digit, COLOURS.index(cell.colour)
+    if self._slips("digit"):
+      digit = (digit + int(self._rng.integers(1, 10))) % 10
+    if self._slips("colour"):
+      colour = (colour + int(self._rng.integers(1, len(COLOURS)))) % len(COLOURS)
+    return dataclasses.replace(cell, digit=digit, colour=COLOURS[colour])
+
+  def read(self, board: Board) -> Board:
+    if not self._rates:
+      return board
+    return dataclasses.replace(
+        board, cells=tuple(tuple(self._cell(cell) for cell in row) for row in board.cells))
+
+  def add(self, a: int, b: int) -> int:
+    """a + b, or a number at most 3 away from it."""
+    if not self._slips("sum"):
+      return a + b
+    return int(self._rng.choice([n for n in range(max(0, a + b - 3), a + b + 4) if n != a + b]))
+
+  def solve(self, board: Board, task: str, asked: Mapping[str, Any]
+            ) -> tuple[Board, list[str], str]:
+    """The board as it was read, and `solve` of that."""
+    for _ in range(1000):
+      seen = self.read(board)
+      # A board that was misread may have no answer: then it is read once more.
+      with contextlib.suppress(ValueError):
+        return seen, *solve(seen, task, asked, self.add)
+    raise ValueError(
+        f"slips={dict(self._rates)!r}: expected rates at which {task!r} can be answered")
 
 
 def _response(thought: str, answer: str) -> str:
@@ -333,11 +407,14 @@ def _choose(rng: np.random.Generator, field: str, choice: Choice, known: Sequenc
 
 def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
            style: Choice | None = None, rows: Sequence[int] = ROWS,
-           columns: Sequence[int] = COLUMNS) -> tuple[Board | None, Example]:
+           columns: Sequence[int] = COLUMNS, slips: Mapping[str, float] | None = None
+           ) -> tuple[Board | None, Example]:
   """As `make_example`, but gives the board itself (None for arithmetic) and no images."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+  _check_slips(slips or {})
   rng = np.random.default_rng((SPLITS.index(split), seed, index))
+  teacher = _Slips(slips or {}, SPLITS.index(split), seed, index, 1)
   task = _choose(rng, "tasks", QUESTION_TASKS if tasks is None else tasks,
                  QUESTION_TASKS + BASE_TASKS)
   name = f"{split}-{seed}-{index}"
@@ -347,21 +424,23 @@ def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
     # The additions that occur in running sums of at most four digits.
     more = int(rng.integers(1, 4))
     numbers = [int(rng.integers(0, 37 - 9 * more)), *rng.integers(0, 10, more).tolist()]
-    answer = str(sum(numbers))
+    steps, total = _running_sum(numbers, teacher.add)
     return None, Example(
-        id=name, question="+".join(map(str, numbers)) + "=", answer=answer,
-        target=_response("; ".join(_running_sum(numbers)), answer), meta=meta)
+        id=name, question="+".join(map(str, numbers)) + "=", answer=str(sum(numbers)),
+        target=_response("; ".join(steps), str(total)), meta=meta)
 
   board, asked = _draw_question(rng, split, task, rows, columns)
   target = None
   if task == "transcribe":
-    target = answer = board_text(board)
+    answer = board_text(board)
+    target = board_text(teacher.read(board))
   else:
-    steps, answer = solve(board, task, asked)
+    _, answer = solve(board, task, asked)
     if style is not None:  # drawn last: the same board and question in every style
       meta["style"] = _choose(rng, "style", style, STYLES)
-      thought = {"direct": ["guess"], "local": steps, "board": [board_text(board), *steps]}
-      target = _response("; ".join(thought[meta["style"]]), answer)
+      seen, steps, reached = teacher.solve(board, task, asked)
+      thought = {"direct": ["guess"], "local": steps, "board": [board_text(seen), *steps]}
+      target = _response("; ".join(thought[meta["style"]]), reached)
   meta |= {"asked": asked, "rows": len(board.cells), "cols": len(board.cells[0]),
            "cells": _cells(board)}
   return board, Example(id=name, question=_QUESTIONS[task].format(**asked), answer=answer,
@@ -370,7 +449,8 @@ def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
 
 def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
                  style: Choice | None = None, rows: Sequence[int] = ROWS,
-                 columns: Sequence[int] = COLUMNS) -> Example:
+                 columns: Sequence[int] = COLUMNS,
+                 slips: Mapping[str, float] | None = None) -> Example:
   """The sample number `index`: one PNG image of [16 * rows, 16 * cols], none for arithmetic.
 
   Args:
@@ -379,12 +459,15 @@ def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
     tasks: of QUESTION_TASKS (all of them when None) and BASE_TASKS; with weights when a mapping.
     style: of STYLES, with weights when a mapping; None leaves `target` None for the questions.
     rows, columns: the least and the most of them.
+    slips: errors of the target, and of nothing else: probabilities that a cell's `digit` or its
+      `colour` is taken for another one, and that an addition (`sum`) is off by up to 3. The
+      target's answer follows from its steps; `answer` is right.
 
   Returns:
     An Example whose meta holds skill, task, style, asked (the numbers in the question), rows,
     cols, and cells[row][column] = {digit, colour, source, box}.
   """
-  board, example = sample(split, seed, index, tasks, style, rows, columns)
+  board, example = sample(split, seed, index, tasks, style, rows, columns, slips)
   return example if board is None else example.replace(images=(encode_png(render(board)),))
 
 
@@ -398,11 +481,12 @@ class LiveBoards:
 
   def __init__(self, split: str, size: int = 1_000_000, seed: int = 0,
                tasks: Choice | None = None, style: Choice | None = None,
-               rows: Sequence[int] = ROWS, columns: Sequence[int] = COLUMNS):
+               rows: Sequence[int] = ROWS, columns: Sequence[int] = COLUMNS,
+               slips: Mapping[str, float] | None = None):
     if size < 1:
       raise ValueError(f"{split}={size}: expected at least 1 question")
     self._split, self._size, self._seed = split, size, seed
-    self._how = (tasks, style, rows, columns)
+    self._how = (tasks, style, rows, columns, slips)
     sample(split, seed, 0, *self._how)  # a wrong name is an error now, not in a worker
 
   def __len__(self) -> int:
@@ -452,7 +536,7 @@ def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
 
     def _generate_examples(self, split):
       boards = LiveBoards(split, settings[split], settings["seed"], settings["tasks"],
-                          settings["style"])
+                          settings["style"], slips=settings.get("slips"))
       for index in range(len(boards)):
         example = boards[index]
         yield index, {
@@ -465,14 +549,17 @@ def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
 
 def check_settings(train: int = TRAIN, test: int = TEST, seed: int = 0,
                    tasks: Choice | None = None,
-                   style: Choice | None = ("local", "board")) -> dict[str, Any]:
+                   style: Choice | None = ("local", "board"),
+                   slips: Mapping[str, float] | None = None) -> dict[str, Any]:
   """The settings of `builder` in JSON's types; a ValueError names the first wrong one."""
   if tasks is not None and "arithmetic" in ([tasks] if isinstance(tasks, str) else tasks):
     raise ValueError("tasks='arithmetic': has no image to store; set live=True")
-  LiveBoards("train", train, seed, tasks, style)
-  LiveBoards("test", test, seed, tasks, style)
-  return {"train": train, "test": test, "seed": seed, "tasks": _plain(tasks),
-          "style": _plain(style)}
+  for split, size in (("train", train), ("test", test)):
+    LiveBoards(split, size, seed, tasks, style, slips=slips)
+  settings = {"train": train, "test": test, "seed": seed, "tasks": _plain(tasks),
+              "style": _plain(style)}
+  # Without slips the settings are those that datasets on disk are named after.
+  return settings | {"slips": dict(slips)} if slips else settings
 
 
 def builder(data_dir: str | os.PathLike, **settings: Any) -> Any:
@@ -483,7 +570,7 @@ def builder(data_dir: str | os.PathLike, **settings: Any) -> Any:
 
   Args:
     data_dir: the TFDS directory.
-    **settings: train, test: numbers of questions; seed, tasks, style: as in `make_example`.
+    **settings: train, test: numbers of questions; seed, tasks, style, slips: as in `make_example`.
 
   Returns:
     A tfds.core.DatasetBuilder with the splits train and test; features id, image (PNG),

@@ -27,7 +27,7 @@ from jaxrl_vlm.example import Example
 OPTIONS = {
     # As digit_boards.builder; live: draw the boards as they are read and store nothing.
     # rows, columns: with live, the least and the most of them.
-    "digit_boards": ("tasks", "style", "seed", "train", "test", "live", "rows", "columns"),
+    "digit_boards": ("tasks", "style", "slips", "seed", "train", "test", "live", "rows", "columns"),
     # fields: names of the dataset's features, {"question": "text", ...}; by default our own names.
     "tfds": ("fields",),
     # allow_outside: images may lie outside the directory of the file.

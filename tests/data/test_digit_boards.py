@@ -212,3 +212,115 @@ def test_a_killed_build_leaves_nothing_in_the_way(tmp_path):
   built = boards.builder(tmp_path, **small)
   assert len(built.as_data_source("train")) == 3
   assert not list(wanted.glob("incomplete*"))
+
+
+# -- Teachers that slip ---------------------------------------------------------------------------
+
+RATES = {"digit": 0.3, "colour": 0.2, "sum": 0.25}
+
+
+def thought_and_answer(example):
+  assert example.target is not None
+  found = re.fullmatch(r"<think>(.*)</think>\\boxed\{(.*)\}", example.target)
+  assert found
+  return found[1], found[2]
+
+
+def test_slips_change_the_target_and_nothing_else():
+  tasks = boards.QUESTION_TASKS + boards.BASE_TASKS
+  changed = 0
+  for index in range(400):
+    plain = boards.make_example("train", 6, index, tasks=tasks, style=boards.STYLES)
+    nothing = boards.make_example("train", 6, index, tasks=tasks, style=boards.STYLES, slips={})
+    slipped = boards.make_example("train", 6, index, tasks=tasks, style=boards.STYLES, slips=RATES)
+    assert plain == nothing
+    assert plain == slipped.replace(target=plain.target)
+    assert slipped == boards.make_example(
+        "train", 6, index, tasks=tasks, style=boards.STYLES, slips=RATES)
+    changed += plain.target != slipped.target
+  assert 200 < changed < 400
+  # Questions without targets have nothing to slip in.
+  assert boards.make_example("test", 6, 0, slips=RATES) == boards.make_example("test", 6, 0)
+
+
+def test_slips_are_as_frequent_as_they_should_be():
+  cells = wrong_digits = wrong_colours = sums = wrong_sums = 0
+  for index in range(1500):
+    board, example = boards.sample("train", 7, index, tasks="transcribe", slips=RATES)
+    assert board is not None and example.target is not None
+    right, seen = example.answer.split(), example.target.split()
+    for a, b in zip(right, seen, strict=True):
+      if a[0].isdigit() and not a.endswith(":"):
+        cells += 1
+        wrong_digits += a[0] != b[0]
+        wrong_colours += a[1] != b[1]
+    _, example = boards.sample("train", 7, index, tasks="arithmetic", slips=RATES)
+    thought, answer = thought_and_answer(example)
+    for left, more, total in re.findall(r"(\d+)\+(\d+)=(\d+)", thought):
+      apart = int(total) - int(left) - int(more)
+      assert abs(apart) <= 3
+      sums += 1
+      wrong_sums += apart != 0
+    assert thought.endswith(f"={answer}")
+  # Four standard deviations.
+  for name, wrong, of in (("digit", wrong_digits, cells), ("colour", wrong_colours, cells),
+                          ("sum", wrong_sums, sums)):
+    rate = RATES[name]
+    assert of > 2000 and abs(wrong / of - rate) < 4 * (rate * (1 - rate) / of) ** 0.5
+
+
+@pytest.mark.parametrize("task", boards.QUESTION_TASKS)
+def test_a_slipped_answer_follows_from_the_slipped_steps(task):
+  wrong = 0
+  for index in range(150):
+    _, example = boards.sample("train", 8, index, tasks=task, style="local", slips=RATES)
+    thought, answer = thought_and_answer(example)
+    asked, wrong = example.meta["asked"], wrong + (answer != example.answer)
+    rows = dict(re.findall(r"row (\d): ([^;]*)", thought))
+    totals = [int(n) for n in re.findall(r"\d+\+\d+=(\d+)", thought)]
+    if task in ("read", "colour"):
+      assert answer == rows[str(asked["row"])].split()[asked["column"] - 1]
+    elif task == "where":
+      row, column = map(int, answer.split(","))
+      assert rows[str(row)].split()[column - 1] == str(asked["digit"])
+    elif task in ("sum_row", "sum_column"):
+      assert int(answer) == totals[-1]
+    elif task == "count":
+      assert int(answer) == sum(row.split().count(str(asked["digit"])) for row in rows.values())
+    elif task == "largest_colour":
+      assert int(answer) == max(int(d) for row in rows.values() for d in re.findall(r"\d", row))
+    else:
+      ((left, sign, right),) = re.findall(r"; (\d+)([<>])(\d+)$", thought)
+      assert (int(left) > int(right)) == (sign == ">")
+      assert answer == str(asked["row"] if sign == ">" else asked["other"])
+  assert 10 < wrong < 150
+
+
+def test_boards_without_an_answer_are_errors():
+  board, _ = boards.sample("train", 0, 0, tasks="sum_row", rows=(2, 2), columns=(1, 1))
+  assert board is not None
+  (a,), (b,) = board.digits
+  equal = boards.Board((board.cells[0], board.cells[0]), board.background)
+  missing = next(d for d in range(10) if d not in (a, b))
+  colour = next(c for c in boards.COLOURS if [c] not in board.colours)
+  for at, task, asked, message in (
+      (board, "where", {"digit": missing}, f"the board has no {missing}"),
+      (board, "largest_colour", {"colour": colour}, f"the board has no {colour} digit"),
+      (equal, "compare", {"row": 1, "other": 2}, "rows 1 and 2 have the same sum")):
+    with pytest.raises(ValueError, match=message):
+      boards.solve(at, task, asked)
+
+
+@pytest.mark.parametrize(("slips", "message"), [
+    ({"digits": 0.1}, "slips='digits': expected one of digit, colour, sum"),
+    ({"sum": 1.0}, "slips.sum=1.0: expected a probability, 0 or more and below 1"),
+])
+def test_wrong_slips_are_named(slips, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    boards.LiveBoards("train", slips=slips)
+
+
+def test_slips_make_another_dataset_on_disk():
+  settings = boards.check_settings()
+  assert "slips" not in settings and settings == boards.check_settings(slips={})
+  assert boards.check_settings(slips={"sum": 0.5}) == settings | {"slips": {"sum": 0.5}}

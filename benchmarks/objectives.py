@@ -1,0 +1,502 @@
+"""Objectives compared: one cold start, one number of generated tokens, tuned alike, paired seeds.
+
+    python benchmarks/objectives.py         # hours; stopped, the same command continues
+    python benchmarks/objectives.py --plan  # how many runs and hours are left
+
+First the cold start is trained (configs/objectives_base.py), then every method at three learning
+rates with the tuning seeds, judged on questions of their own; then, at its best rate, every method
+with the comparison seeds, all methods of a seed before the next seed. After each run
+benchmarks/objectives.json, docs/objectives.md (between its markers) and docs/images/objectives.png
+are written anew. A run that fails is reported and tried again by the next start.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks import runs  # noqa: E402
+from jaxrl_vlm import config as config_lib  # noqa: E402
+from jaxrl_vlm import metrics  # noqa: E402
+
+RESULT = "benchmarks/objectives.json"
+PAGE = "docs/objectives.md"
+PICTURE = "docs/images/objectives.png"
+BEGIN, END = "<!-- benchmarks/objectives.py: begin -->", "<!-- benchmarks/objectives.py: end -->"
+
+LEARNING_RATES = (5e-5, 1e-4, 2e-4)
+TUNING_SEEDS = (100, 101)
+SEEDS = (0, 1, 2, 3, 4)
+TOKEN_BUDGET = 100_000
+STEPS = 200  # more than any method needs to spend the budget
+TUNING_QUESTIONS = 1  # seed of the boards that tuning is judged on; the comparison has 0
+SKILLS = ("overall", "perception", "reasoning")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A row of the comparison.
+
+  Attributes:
+    label: in tables.
+    objective: fields of config.stages[0].objective.
+    like: takes the learning rate tuned for this method; "" is tuned itself.
+    filters: dynamic sampling: its steps generate more tokens, so it is evaluated more often.
+  """
+
+  label: str
+  objective: Mapping[str, Any]
+  like: str = ""
+  filters: bool = False
+
+
+def _vppo(label: str, **fields: Any) -> Method:
+  return Method(label, {"name": "vppo", **fields}, like="vppo",
+                filters=fields.get("filter_groups", True))
+
+
+# Compared with GRPO.
+METHODS = {
+    "grpo": Method("GRPO", {"name": "grpo"}),
+    "dr_grpo": Method("Dr.GRPO", {"name": "dr_grpo", "loss_length": 64}),
+    "dapo": Method("DAPO", {"name": "dapo"}, filters=True),
+    "gspo": Method("GSPO", {"name": "gspo"}),
+    "cispo": Method("CISPO", {"name": "cispo"}),
+    "rloo": Method("RLOO", {"name": "rloo"}),
+    "papo": Method("PAPO_G", {"name": "papo"}),
+    "papo_d": Method("PAPO_D", {"name": "papo_d"}, filters=True),
+    "vppo": Method("VPPO", {"name": "vppo"}, filters=True),
+    "vppo_shaping": _vppo("VPPO, shaping only", tokens="all"),
+    "vppo_filter": _vppo("VPPO, token filter only", shaping="none"),
+}
+# Compared with VPPO.
+VARIANTS = {
+    "vppo_all_groups": _vppo("without dynamic sampling", filter_groups=False),
+    "vppo_mask_prompt": _vppo("one mask per prompt", mask_per="prompt"),
+    "vppo_full_kl": _vppo("dependency: KL over the vocabulary", dependency="full"),
+    **{f"vppo_keep_{share}": _vppo(f"keep_share {share}", keep_share=share)
+       for share in (0.1, 0.2, 0.6, 0.8, 1.0)},
+}
+EVERYTHING = METHODS | VARIANTS
+TUNED = tuple(name for name, method in METHODS.items() if not method.like)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One run of the comparison: `purpose` is "tune" or "compare"."""
+
+  method: str
+  learning_rate: float
+  seed: int
+  purpose: str
+
+  def job(self, base: pathlib.Path, settings: Mapping[str, Any], more: Sequence[str]) -> runs.Job:
+    method = EVERYTHING[self.method]
+    stage = "--config.stages[0]"
+    every = settings["eval_every"]
+    flags = {
+        "--config.model.path": base, "--config.seed": self.seed,
+        f"{stage}.steps": STEPS, f"{stage}.token_budget": settings["token_budget"],
+        f"{stage}.optimizer.learning_rate": self.learning_rate,
+        f"{stage}.eval.every": every // 2 if method.filters else every,
+        **{f"{stage}.objective.{k}": v for k, v in method.objective.items()}}
+    if self.purpose == "tune":
+      flags[f"{stage}.eval.options"] = {"seed": TUNING_QUESTIONS}
+    name = f"{self.purpose}_{self.method}_{self.learning_rate:g}_{self.seed}"
+    return runs.Job(name, "configs/objectives.py",
+                    (*(f"{flag}={value}" for flag, value in flags.items()), *more))
+
+
+# ------------------------------------------------------------------------------------------------
+# What a run gave
+# ------------------------------------------------------------------------------------------------
+
+
+def curve(records: Sequence[metrics.Record]) -> dict[str, list[float]]:
+  """Every evaluation of a run: step, tokens generated and seconds trained so far, accuracies.
+
+  Seconds are those of steps, without evaluations; a step that compiled counts as a median one.
+  """
+  steps = [r for r in records if "train/generated_tokens" in r]
+  times = np.array([r["time/step_seconds"] for r in steps])
+  compiled = np.diff([0, *(r["time/compilations"] for r in steps)]) != 0
+  if len(times):
+    times[compiled] = np.median(times if compiled.all() else times[~compiled])
+  seconds = dict(zip((r["step"] for r in steps), np.cumsum(times), strict=True))
+  tokens = {r["step"]: r["train/generated_tokens"] for r in steps}
+  result: dict[str, list[float]] = {
+      name: [] for name in ("step", "tokens", "seconds", *SKILLS)}
+  for record in records:
+    if record.get("eval/accuracy") is None:
+      continue
+    step = record["step"]
+    result["step"].append(step)
+    result["tokens"].append(tokens.get(step, 0))
+    result["seconds"].append(round(float(seconds.get(step, 0.0)), 2))
+    for skill in SKILLS:
+      key = "eval/accuracy" if skill == "overall" else f"eval/accuracy/{skill}"
+      result[skill].append(round(record[key], 5))
+  return result
+
+
+def reached(run: Mapping[str, Any], accuracy: float, unit: str) -> float | None:
+  """Tokens or seconds at the first evaluation with at least `accuracy`, the crossing between it
+  and the one before placed linearly; None if there is none."""
+  values, at = run["curve"]["overall"], run["curve"][unit]
+  for i, value in enumerate(values):
+    if value >= accuracy:
+      if i == 0:
+        return float(at[0])
+      share = (accuracy - values[i - 1]) / (value - values[i - 1])
+      return float(at[i - 1] + share * (at[i] - at[i - 1]))
+  return None
+
+
+def tuned(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """The learning rate of each method: the best mean final accuracy over the tuning seeds."""
+  best = {}
+  for method in TUNED:
+    means = {}
+    for rate in LEARNING_RATES:
+      finals = [r["curve"]["overall"][-1] for r in results if r["purpose"] == "tune"
+                and r["method"] == method and r["learning_rate"] == rate]
+      if finals:
+        means[rate] = float(np.mean(finals))
+    if means:
+      best[method] = max(means, key=lambda rate: means[rate])
+  return best
+
+
+# ------------------------------------------------------------------------------------------------
+# Statistics
+# ------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+  """Mean and half the width of its 95% confidence interval (Student's t); nan for one value."""
+  from scipy import stats
+
+  x = np.asarray(values, float)
+  if len(x) < 2:
+    return float(x.mean()), float("nan")
+  return float(x.mean()), float(stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / len(x) ** 0.5)
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float]:
+  """Mean difference over the seeds that both have, half its 95% interval, p of the paired t-test.
+
+  The last two are nan with fewer than two seeds.
+  """
+  from scipy import stats
+
+  seeds = sorted(ours.keys() & theirs.keys())
+  if not seeds:
+    return float("nan"), float("nan"), float("nan")
+  apart = np.array([ours[s] - theirs[s] for s in seeds])
+  mean, half = interval(apart)
+  if len(seeds) < 2:
+    return mean, half, float("nan")
+  if not apart.std():  # the test divides by it
+    return mean, 0.0, 1.0 if not mean else 0.0
+  test: Any = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
+  return mean, half, float(test.pvalue)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+  """Holm's correction for several tests; nan is no test."""
+  tests = sorted((value, name) for name, value in p.items() if np.isfinite(value))
+  corrected, highest = dict.fromkeys(p, float("nan")), 0.0
+  for i, (value, name) in enumerate(tests):
+    highest = max(highest, min(1.0, value * (len(tests) - i)))
+    corrected[name] = highest
+  return corrected
+
+
+# ------------------------------------------------------------------------------------------------
+# Page and picture
+# ------------------------------------------------------------------------------------------------
+
+
+def _number(value: float, text: str) -> str:
+  return text.format(value) if np.isfinite(value) else "–"
+
+
+def _plus_minus(mean: float, half: float, sign: str = "") -> str:
+  return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if np.isfinite(half) else "")
+
+
+def _finals(mine: Sequence[Mapping[str, Any]], skill: str) -> dict[int, float]:
+  """Final accuracy in percent by seed."""
+  return {r["seed"]: 100 * r["curve"][skill][-1] for r in mine}
+
+
+def _compared(results: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
+              ) -> dict[str, list[Mapping[str, Any]]]:
+  """Comparison runs by method, at the learning rate that is now the tuned one."""
+  rates = data["learning_rates"]
+  found = {}
+  for name, method in EVERYTHING.items():
+    mine = [r for r in results if r["purpose"] == "compare" and r["method"] == name
+            and r["learning_rate"] == rates.get(method.like or name)]
+    if mine:
+      found[name] = sorted(mine, key=lambda r: r["seed"])
+  return found
+
+
+def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], against: str) -> str:
+  """Markdown: final accuracies, the paired difference from `against`, and the cost of its level."""
+  label = EVERYTHING[against].label
+  head = ["", "learning rate", "seeds", *SKILLS, f"difference from {label}", "p", "p (Holm)",
+          f"tokens to {label}'s level", "seconds", "seconds of a run"]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  if against not in found:
+    return "\n".join(lines)
+  base = _finals(found[against], "overall")
+  level = float(np.mean(list(base.values()))) / 100
+  names = [name for name in names if name in found]
+  tests = {name: paired(_finals(found[name], "overall"), base) for name in names
+           if name != against}
+  corrected = holm({name: test[2] for name, test in tests.items()})
+  for name in names:
+    mine = found[name]
+    cells = [EVERYTHING[name].label, f"{mine[0]['learning_rate']:g}", str(len(mine))]
+    cells += [_plus_minus(*interval(list(_finals(mine, skill).values()))) for skill in SKILLS]
+    if name == against:
+      cells += ["", "", ""]
+    else:
+      mean, half, p = tests[name]
+      cells += [_plus_minus(mean, half, "+"), _number(p, "{:.3f}"),
+                _number(corrected[name], "{:.3f}")]
+    for unit in ("tokens", "seconds"):
+      costs = [c for c in (reached(r, level, unit) for r in mine) if c is not None]
+      few = f" ({len(costs)} of {len(mine)})" if len(costs) < len(mine) else ""
+      mean = float(np.mean(costs)) if costs else 0.0
+      shown = f"{mean / 1000:.0f}k" if unit == "tokens" else f"{mean:.0f}"
+      cells.append(shown + few if costs else "not reached")
+    cells.append(f"{np.mean([r['seconds'] for r in mine]):.0f}")
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def tuning_table(data: Mapping[str, Any]) -> str:
+  """Markdown: final accuracy of each method at each learning rate, the best in bold."""
+  head = ["", *(f"{rate:g}" for rate in LEARNING_RATES)]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for name in TUNED:
+    cells = [METHODS[name].label]
+    for rate in LEARNING_RATES:
+      finals = [100 * r["curve"]["overall"][-1] for r in data["results"] if r["purpose"] == "tune"
+                and r["method"] == name and r["learning_rate"] == rate]
+      text = f"{np.mean(finals):.1f}" if finals else "–"
+      cells.append(f"**{text}**" if rate == data["learning_rates"].get(name) else text)
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def page(data: Mapping[str, Any]) -> str:
+  """What stands between the markers of docs/objectives.md."""
+  found = _compared(data["results"], data)
+  settings = data["settings"]
+  starts = [100 * r["curve"]["overall"][0] for mine in found.values() for r in mine]
+  start = f"All begin at {np.mean(starts):.1f}%. " if starts else ""
+  failed = "".join(f"\n- {name}: {text}" for name, text in data["failed"].items())
+  commit = f", commit {data['commit']}" if data.get("commit") else ""
+  return f"""
+{data['done']} of {data['planned']} runs, {data['date']}, {data['machine']}, {data['at_once']} runs
+side by side{commit}.{' Failed, to be tried again:' + failed if failed else ''}
+
+![Accuracy over generated tokens](images/{pathlib.Path(PICTURE).name})
+
+Held-out accuracy in percent after {settings['token_budget']:,} generated tokens, mean over seeds ±
+half the 95% confidence interval (Student's t). {start}Differences are between runs of the same
+seed, with a paired t-test and Holm's correction for the number of rows.
+
+{table(found, list(METHODS), 'grpo')}
+
+Variants of VPPO at its learning rate; VPPO itself has keep_share 0.4, a mask for every sample and
+the dependency of the sampled token (k3):
+
+{table(found, ['vppo', *VARIANTS], 'vppo')}
+
+Final accuracy at each learning rate, mean of the tuning seeds, on other questions:
+
+{tuning_table(data)}
+"""
+
+
+def picture(path: pathlib.Path, data: Mapping[str, Any]) -> None:
+  """Left: accuracy over generated tokens, means over seeds. Right: final accuracies."""
+  from matplotlib import colormaps
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
+  found = _compared(data["results"], data)
+  names = [name for name in METHODS if name in found]
+  if not names:
+    return
+  figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
+  FigureCanvasAgg(figure)
+  left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+  at = np.linspace(0, data["settings"]["token_budget"], 60)
+  for i, name in enumerate(names):
+    color = colormaps["tab20"](2 * i % 20 + (i >= 10))
+    curves = [np.interp(at, r["curve"]["tokens"], r["curve"]["overall"]) for r in found[name]]
+    left.plot(at / 1000, 100 * np.mean(curves, axis=0), color=color, linewidth=1.8,
+              label=METHODS[name].label)
+    mean, half = interval(list(_finals(found[name], "overall").values()))
+    right.errorbar(mean, -i, xerr=half if np.isfinite(half) else 0.0, fmt="o", color=color,
+                   capsize=3)
+  left.set_xlabel("generated tokens (thousands)")
+  left.set_ylabel("held-out accuracy (%)")
+  left.legend(frameon=False, fontsize=8)
+  right.set_yticks([-i for i in range(len(names))], [METHODS[name].label for name in names])
+  right.set_xlabel("final accuracy (%), 95% interval")
+  for axes in (left, right):
+    axes.grid(axis="both", color="#e5e7eb")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=0)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path)
+
+
+def write(out: pathlib.Path, data: Mapping[str, Any]) -> None:
+  """Writes the results, the page and the picture below `out`."""
+  for name in (RESULT, PAGE):
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+  config_lib.write_atomically(out / RESULT, json.dumps(data, indent=1) + "\n")
+  file = out / PAGE
+  text = file.read_text() if file.exists() else f"# Objectives compared\n\n{BEGIN}\n{END}\n"
+  head, begin, rest = text.partition(BEGIN)
+  _, end, tail = rest.partition(END)
+  if not begin or not end:
+    raise SystemExit(f"{file}: expected the lines {BEGIN} and {END}")
+  config_lib.write_atomically(file, head + BEGIN + "\n" + page(data) + "\n" + END + tail)
+  picture(out / PICTURE, data)
+
+
+# ------------------------------------------------------------------------------------------------
+# All runs
+# ------------------------------------------------------------------------------------------------
+
+
+def tuning_trials() -> list[Trial]:
+  return [Trial(method, rate, seed, "tune")
+          for seed in TUNING_SEEDS for rate in LEARNING_RATES for method in TUNED]
+
+
+def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
+  """All methods of a seed before the next seed; those without a learning rate are left out."""
+  trials = []
+  for seed in SEEDS:
+    for name, method in EVERYTHING.items():
+      rate = rates.get(method.like or name)
+      if rate is not None:
+        trials.append(Trial(name, rate, seed, "compare"))
+  return trials
+
+
+class Benchmark:
+  """Runs trials and keeps the results.
+
+  Attributes:
+    data: what stands in benchmarks/objectives.json.
+  """
+
+  def __init__(self, runner: runs.Runner, out: pathlib.Path, settings: Mapping[str, Any],
+               more: Sequence[str]):
+    self.runner, self.out, self.settings, self.more = runner, out, settings, tuple(more)
+    self.base = runs.Job("base", "configs/objectives_base.py")
+    self.data: dict[str, Any] = {
+        **runs.surroundings(runner.at_once), "settings": dict(settings), "arguments": list(more),
+        "done": 0, "planned": 1 + len(tuning_trials()) + len(SEEDS) * len(EVERYTHING),
+        "failed": {}, "learning_rates": {}, "results": []}
+
+  def run(self, trials: Sequence[Trial]) -> None:
+    model = self.runner.path(self.base) / "model"
+    jobs = {trial.job(model, self.settings, self.more): trial for trial in trials}
+    old = sum(self.runner.seconds(job) is not None for job in jobs)
+    for number, (job, seconds) in enumerate(self.runner.run(list(jobs)), 1):
+      trial = jobs[job]
+      if isinstance(seconds, runs.Failed):
+        self.data["failed"][job.name] = str(seconds)
+        print(f"{job.name} failed: {seconds} ({self.runner.path(job) / 'log.txt'})",
+              file=sys.stderr, flush=True)
+      else:
+        # 150 runs would fill 5 GB, and nothing continues from a finished one.
+        shutil.rmtree(self.runner.path(job) / "checkpoints", ignore_errors=True)
+        found = curve(metrics.read(self.runner.path(job)))
+        self.data["results"].append(
+            {**dataclasses.asdict(trial), "seconds": round(seconds, 1), "curve": found})
+        self.data["done"] += 1
+        print(f"{self.data['done']}/{self.data['planned']} {job.name}: "
+              f"{found['overall'][0]:.3f} -> {found['overall'][-1]:.3f}, {seconds:.0f} s",
+              flush=True)
+      if trial.purpose == "tune":
+        self.data["learning_rates"] = tuned(self.data["results"])
+      if number >= old:  # those of an earlier start come first: one page for all of them
+        write(self.out, self.data)
+
+  def run_all(self) -> None:
+    for _, seconds in self.runner.run([self.base]):
+      if isinstance(seconds, runs.Failed):
+        raise SystemExit(f"the cold start: {seconds} "
+                         f"({self.runner.path(self.base) / 'log.txt'})")
+      self.data["done"] += 1
+    self.run(tuning_trials())
+    self.run(comparison_trials(self.data["learning_rates"]))
+    if self.data["failed"]:
+      raise SystemExit(f"{len(self.data['failed'])} runs failed; the same command tries them again")
+
+
+def plan(runner: runs.Runner, settings: Mapping[str, Any], more: Sequence[str],
+         seconds: float, base_seconds: float) -> str:
+  """Numbers of runs, and hours that are left at the mean pace of the runs that are finished."""
+  base = runs.Job("base", "configs/objectives_base.py")
+  # Rates do not matter for the number; finished comparison runs are found at any of them.
+  jobs = [t.job(runner.path(base) / "model", settings, more) for t in tuning_trials()]
+  known = [s for s in map(runner.seconds, jobs) if s is not None]
+  compared = [runner.seconds(runs.Job(path.name, "")) for path in runner.folder.glob("compare_*")]
+  known += [s for s in compared if s is not None]
+  total = len(jobs) + len(SEEDS) * len(EVERYTHING)
+  each = float(np.mean(known)) if known else seconds
+  hours = ((total - len(known)) * each / runner.at_once
+           + (0.0 if runner.seconds(base) else base_seconds)) / 3600
+  return (f"{1 + total} runs: the cold start, {len(jobs)} to tune ({len(TUNED)} methods x "
+          f"{len(LEARNING_RATES)} learning rates x {len(TUNING_SEEDS)} seeds), "
+          f"{len(SEEDS) * len(METHODS)} to compare methods and {len(SEEDS) * len(VARIANTS)} to "
+          f"compare variants; {len(known)} finished.\nAt {each:.0f} seconds a run, "
+          f"{runner.at_once} side by side: {hours:.1f} hours left.")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+  parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "objectives")
+  parser.add_argument("--out", type=pathlib.Path, default=ROOT, help="where results are written")
+  parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
+  parser.add_argument("--token-budget", type=int, default=TOKEN_BUDGET)
+  parser.add_argument("--eval-every", type=int, default=10, help="steps; half with filtering")
+  parser.add_argument("--plan", action="store_true", help="only say what there is to do")
+  args, more = parser.parse_known_args()
+  settings = {"token_budget": args.token_budget, "eval_every": args.eval_every}
+  runner = runs.Runner(args.folder.absolute(), args.at_once)
+  if args.plan:
+    print(plan(runner, settings, more, seconds=SECONDS, base_seconds=BASE_SECONDS))
+    return
+  with runner:
+    Benchmark(runner, args.out, settings, more).run_all()
+
+
+# Measured once, for --plan before anything has run.
+SECONDS, BASE_SECONDS = 130.0, 330.0
+
+if __name__ == "__main__":
+  runs.main_of(main)
