@@ -105,8 +105,8 @@ def sft() -> ConfigDict:
 def rl() -> ConfigDict:
   """A reinforcement-learning stage: P prompts x G samples a step, graded, then updated."""
   c = _common("rl")
-  # "grpo", "dapo", "papo", "vppo"; further fields of this dictionary override the objective's own
-  # (objective.clip_high=0.28). Their names and meanings: jaxrl_vlm/objectives.
+  # "grpo", "dapo", "gspo", "papo", "vppo" ...; further fields of this dictionary override the
+  # objective's own (objective.clip_high=0.28). All names, fields and metrics: docs/objectives.md.
   c.objective.name = "grpo"
   c.num_samples = 8  # G
   c.temperature = 1.0  # of sampling and of the scored log-probabilities; 0 is greedy

@@ -118,7 +118,7 @@ def train(run: Run, index: int) -> None:
           loop.state, run.frozen, prompt, tokens, experience,
           run.random_key(_UPDATE) if masked is None else masked, reference)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
-      if step == 0 or (step + 1) % run.config.rollouts_every == 0 or step + 1 == stage.steps:
+      if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
         _keep_rollouts(loop, groups, np.asarray(advantages))
 
 

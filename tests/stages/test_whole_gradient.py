@@ -79,7 +79,9 @@ class Setup:
         mask=mask, advantages=jnp.broadcast_to(advantages, mask.shape), rewards=self.rewards,
         old=programs.score(self.old, *batch), views=seen)
     state = programs.init_state(jax.tree.map(jnp.copy, self.params))
-    state, metrics = programs.update(state, {}, self.prompt, self.tokens, experience, KEY, None)
+    reference = self.ref if "ref" in objective.grad_views else None
+    state, metrics = programs.update(
+        state, {}, self.prompt, self.tokens, experience, KEY, reference)
     assert metrics["bad_steps"] == 0
     return jax.tree.map(lambda old, new: (old - new) / RATE, self.params, state.params), metrics
 
@@ -167,17 +169,21 @@ def grpo(s: Setup, mask, clean):
 def papo(s: Setup, mask, clean, full=False):
   """arXiv 2507.06448, eq. 5 and 6, with the reference's KL; both branches have a gradient.
 
-  `full`: KL(clean ‖ dark) over the whole vocabulary, not an estimate from the sampled token.
+  `full`: both KLs over the whole vocabulary, not estimates from the sampled token.
   """
-  ref, old = (s.picked(jax.jit(s.log_probs)(policy, clean)) for policy in (s.ref, s.old))
+  ref, old = (jax.jit(s.log_probs)(policy, clean) for policy in (s.ref, s.old))
+  old = s.picked(old)
   dark = s.darkened("prompt", 0.6, 2)
   advantages = group_advantages(s.rewards)
 
   def loss(params):
     seen, unseen = (s.log_probs(params, view) for view in (clean, dark))
     logp, blind = s.picked(seen), s.picked(unseen)
-    apart = (jnp.exp(seen) * (seen - unseen)).sum(axis=-1) if full else k3(logp, blind)
-    token = surrogate(logp, old, advantages) + 0.01 * k3(logp, ref)
+    if full:
+      apart, moved = ((jnp.exp(seen) * (seen - other)).sum(axis=-1) for other in (unseen, ref))
+    else:
+      apart, moved = k3(logp, blind), k3(logp, s.picked(ref))
+    token = surrogate(logp, old, advantages) + 0.05 * moved
     return token_mean(token - 0.2 * apart - 0.05 * logp - 0.03 * blind, mask)
 
   return loss
@@ -212,14 +218,15 @@ def vppo(s: Setup, mask, clean):
   return loss
 
 
-PAPO = {"masked_gradient": True, "kl": "k3", "kl_coef": 0.01, "perception_kl": "k3",
+PAPO = {"masked_gradient": True, "kl": "k3", "kl_coef": 0.05, "perception_kl": "k3",
         "perception_coef": 0.2, "entropy_penalty": 0.05, "masked_entropy_penalty": 0.03,
         "mask_kind": "patches", "mask_on": "processed", "mask_per": "prompt", "mask_rate": 0.6,
         "mask_patch": 2}
 FORMULAS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "grpo": (grpo, {"kl": "k3", "kl_coef": 0.05}),
     "papo": (papo, PAPO),
-    "papo_full": (functools.partial(papo, full=True), PAPO | {"perception_kl": "full"}),
+    "papo_full": (functools.partial(papo, full=True),
+                  PAPO | {"perception_kl": "full", "kl": "full"}),
     "vppo": (vppo, {
         "dependency": "full", "tokens": "dependency", "keep_share": 0.4, "shaping": "minibatch",
         "shaping_min": 0.9, "entropy_penalty": 0.06, "kl_coef": 0.0, "filter_groups": False,
