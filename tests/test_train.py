@@ -127,6 +127,9 @@ def test_a_typo_is_one_line_before_anything_is_built(tmp_path):
       ("--config.stages[0].accuracy=exat", "did you mean 'exact'?"),
       ("--config.stages[0].optimizer.schedule=cosin", "config.optimizer.schedule='cosin'"),
       ("--config.stages[0].top_p=0", "sampling.top_p=0"),
+      ("--config.stages[0].num_samples=1", "num_samples=1: expected at least 2"),
+      ("--config.stages[0].eval.samples=4", "eval.samples=4: expected 1 with"),
+      ("--config.stages[0].token_budget=-1", "config.stages[0].token_budget=-1: expected at least"),
       ("--config.stages[0].data.options={'taks': 'read'}", "did you mean 'tasks'?"),
       ("--config.checkpoint.every=0", "config.checkpoint.every=0"),
       ("--config.model.path=nowhere", "config.model.path='nowhere'")):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import models, objectives, parallel, rewards
+from jaxrl_vlm import evaluate, models, objectives, parallel, rewards
 from jaxrl_vlm.checkpoint import Unreadable
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.errors import UserError, hint, one_line, validation
@@ -99,7 +99,10 @@ def check(config: ConfigDict) -> None:
     expect(stage.prompts_per_step % parts == 0, f"{field}.prompts_per_step",
            stage.prompts_per_step,
            f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
+    budget = stage.get("token_budget", 0)
+    expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (no limit)")
     with validation(f"{field}: "):
+      evaluate.sampling(stage)
       if stage.kind == "rl":
         rl.objective_of(stage)
         rl.sampling(stage)
