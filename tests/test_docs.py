@@ -139,7 +139,7 @@ def metrics_of(objective: objectives.Objective, stats, masked_stats, experience)
 
   def everything(stats, masked_stats, experience):
     experience = objective.prepare(experience)
-    views = dict.fromkeys(objective.grad_views, masked_stats)
+    views: Any = dict.fromkeys(objective.grad_views, masked_stats)
     return objective.prepare_metrics(experience) | objective.loss(stats, experience, **views)[1]
 
   return set(jax.eval_shape(everything, stats, masked_stats, experience))
@@ -158,7 +158,8 @@ def test_every_metric_is_in_the_table():
   for objective in every.values():
     produced |= metrics_of(objective, *inputs)
   experience = inputs[-1]
-  compare = functools.partial(Programs._compare, None)
+  nobody: Any = None
+  compare = functools.partial(Programs._compare, nobody)
   logp, mask = experience.sampler_logp, experience.mask
   produced |= set(jax.eval_shape(compare, logp, logp, mask))
   assert {x for x in written if x.startswith("objective/")} == {f"objective/{x}" for x in produced}
