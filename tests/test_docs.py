@@ -18,7 +18,7 @@ from benchmarks import objectives as comparison
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm import objectives, stages
 from jaxrl_vlm.objectives import dpo
-from jaxrl_vlm.stages import rl
+from jaxrl_vlm.stages import loading
 from jaxrl_vlm.stages.programs import Programs
 from tests.objectives import test_properties as properties
 
@@ -182,7 +182,7 @@ def test_the_commands_are_possible(monkeypatch):
     config = config_lib.load(words[3:]).config
     stages.check(config)
     # Every flag makes a difference to what is run.
-    objective = rl.objective_of(config.stages[0])
+    objective = loading.objective_of(config.stages[0])
     plain = objectives.create(config.stages[0].objective.name, max_length=objective.max_length)
     flags = [word for word in words if ".objective." in word and ".name=" not in word]
     assert sum(getattr(objective, f.name) != getattr(plain, f.name)

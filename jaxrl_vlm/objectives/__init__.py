@@ -31,7 +31,7 @@ _METHODS: dict[str, tuple[type[Objective], dict[str, Any]]] = {
   # EasyR1's GRPO: clip 0.2/0.3, dual clip 3, k3 to the reference at 0.01, token-mean. The paper
   # (arXiv 2402.03300) has clip 0.2, KL 0.04, seq-mean-token-mean and no dual clip.
   "grpo": (PolicyGradient, {}),
-  # Liu et al. 2025, arXiv 2503.20783; a stage sets loss_length to its max_tokens.
+  # Liu et al. 2025, arXiv 2503.20783; a stage sets max_length, its constant, to its max_tokens.
   "dr_grpo": (
     PolicyGradient,
     {

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,10 +54,13 @@ class Objective:
     mask_level: of solid: the grey level, 0 to 255; VPPO's code offers 128.
     mask_noise: of noise: standard deviation in grey levels; VPPO's code offers 189.
     mask_blur: of blur: standard deviation in pixels; VPPO's code offers 6.
-    mask_per: "sample": every sample is scored under a mask of its own; "prompt": the samples of a
-      prompt share one, which costs a group's worth less of prompt work. Of patches and noise; the
-      others are the same for all samples.
+    mask_per: "sample": every sample is scored under a mask of its own, so the prompt's work is done
+      once for each; "prompt": the samples of a prompt share one. Of patches and noise; the others
+      are the same for all samples.
   """
+
+  # The kind of stage that runs it.
+  kind: ClassVar[str] = "rl"
 
   aggregation: str = fields.choice("token-mean", masked.AGGREGATIONS)
   max_length: int | None = fields.count(None, optional=True)

@@ -1,6 +1,7 @@
 """DPO and relatives: preferences between two given responses, no rewards and no sampling."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ class DPO(Objective):
   share of pairs in which the chosen one's is larger; all means over pairs. nll_chosen: aggregated
   like in the loss, without λ.
   """
+
+  kind: ClassVar[str] = "preference"
 
   beta: float = fields.number(0.1, above=0)
   label_smoothing: float = fields.number(0.0, least=0, most=0.5)

@@ -236,9 +236,17 @@ class PolicyGradient(Objective):
       ratio = self._sampler_ratio(experience, before)
       extras["correction"] = ratio
       weights = weights * jnp.minimum(ratio, self.correction_high)
-    experience = dataclasses.replace(experience, advantages=full, weights=weights, extras=extras)
+    experience = self._shaped(
+      dataclasses.replace(experience, advantages=full, weights=weights, extras=extras)
+    )
     if self.needs_current and experience.current is not None:
-      extras["cov_tokens"] = self._cov_tokens(experience, experience.current.logp)
+      chosen = self._cov_tokens(experience, experience.current.logp)
+      extras = dict(experience.extras, cov_tokens=chosen)
+      experience = dataclasses.replace(experience, extras=extras)
+    return experience
+
+  def _shaped(self, experience: Experience) -> Experience:
+    """Other advantages, or policy weights of some tokens, for methods that stand on this one."""
     return experience
 
   def _cov_tokens(self, experience: Experience, logp: Array) -> Array:

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the negative log-likelihood of given responses."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ class SFT(Objective):
 
   Metrics: nll and entropy, means over tokens.
   """
+
+  kind: ClassVar[str] = "sft"
 
   def loss(
     self, stats: TokenStats, experience: Experience, **grad_views: TokenStats

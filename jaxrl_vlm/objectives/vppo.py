@@ -94,8 +94,8 @@ class VPPO(PolicyGradient):
   def _uses_image(self) -> bool:
     return self.tokens in ("dependency", "either") or self.shaping != "none"
 
-  def prepare(self, experience: Experience) -> Experience:
-    experience = super().prepare(experience)
+  def _shaped(self, experience: Experience) -> Experience:
+    experience = super()._shaped(experience)
     mask = experience.mask
     weights, _ = minibatch_weights(experience)
     extras = dict(experience.extras)

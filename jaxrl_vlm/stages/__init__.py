@@ -6,13 +6,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import evaluate, models, objectives, parallel, rewards
+from jaxrl_vlm import evaluate, models, parallel, rewards
 from jaxrl_vlm.checkpoint import Unreadable
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.errors import UserError, hint, one_line, validation
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.stages import rl, sft
-from jaxrl_vlm.stages.loading import lora_of, trainable_of
+from jaxrl_vlm.stages.loading import lora_of, objective_of, trainable_of
 from jaxrl_vlm.stages.programs import make_optimizer
 from jaxrl_vlm.stages.run import Run, Stopped, source_spec
 
@@ -103,11 +103,9 @@ def check(config: ConfigDict) -> None:
     expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (no limit)")
     with validation(f"{field}: "):
       evaluate.sampling(stage)
+      objective_of(stage)
       if stage.kind == "rl":
-        rl.objective_of(stage)
         rl.sampling(stage)
-      else:
-        objectives.create(**stage.objective.to_dict())
       make_optimizer(stage.optimizer, stage.steps)
     if stage.eval.examples:
       expect(stage.eval.batch >= 1 and stage.eval.batch % fsdp == 0, f"{field}.eval.batch",

@@ -1,11 +1,11 @@
-"""The model of a run: its directory, and what of it trains."""
+"""What a config says that is more than a number: the model, what of it trains, the objective."""
 
 import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import models, parallel
+from jaxrl_vlm import models, objectives, parallel
 from jaxrl_vlm.data.processor import Processor
 from jaxrl_vlm.errors import UserError, one_line
 from jaxrl_vlm.models import lora
@@ -58,3 +58,22 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
           f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
     params = lora.merge(lora.strip(params), loaded)
   return model, params, processor
+
+
+def objective_of(stage: ConfigDict) -> objectives.Objective:
+  """The stage's objective; ValueError names a field that is out of range.
+
+  Its `max_length` is the stage's `max_tokens` unless it says otherwise.
+  """
+  settings = {"max_length": stage.max_tokens} | stage.objective.to_dict()
+  objective = objectives.create(**settings)
+  if objective.kind != stage.kind:
+    raise ValueError(f"objective.name={stage.objective.name!r}: expected an objective of "
+                     f"{stage.kind!r} stages, this is one of {objective.kind!r} stages")
+  samples = stage.get("num_samples", 1)
+  if samples < objective.min_samples:
+    raise ValueError(
+        f"num_samples={samples!r}: expected at least {objective.min_samples}, because objective "
+        f"{stage.objective.name!r} compares the samples of a prompt with each other (advantages "
+        "'remax' and 'reinforce_pp' do not)")
+  return objective

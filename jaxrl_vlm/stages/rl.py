@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import objectives, parallel
+from jaxrl_vlm import parallel
 from jaxrl_vlm import rewards as verifiers
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.data.corrupt import corrupt_images
@@ -18,6 +18,7 @@ from jaxrl_vlm.example import Example
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling, with_text
+from jaxrl_vlm.stages.loading import objective_of
 from jaxrl_vlm.stages.programs import Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun, source_spec
 from jaxrl_vlm.types import Experience, Prompt, Rollout
@@ -145,21 +146,6 @@ def check_objective(stage: ConfigDict) -> None:
     raise ValueError(
         f"objective.name={stage.objective.name!r}: needs the view 'masked', the prompt under a "
         f"corrupted image, but the first examples of data.name={stage.data.name!r} have no images")
-
-
-def objective_of(stage: ConfigDict) -> objectives.Objective:
-  """The stage's objective; ValueError names a field that is out of range.
-
-  Its `max_length` is the stage's `max_tokens` unless it says otherwise.
-  """
-  settings = {"max_length": stage.max_tokens} | stage.objective.to_dict()
-  objective = objectives.create(**settings)
-  if stage.num_samples < objective.min_samples:
-    raise ValueError(
-        f"num_samples={stage.num_samples!r}: expected at least {objective.min_samples}, because "
-        f"objective {stage.objective.name!r} compares the samples of a prompt with each other "
-        "(advantages 'remax' and 'reinforce_pp' do not)")
-  return objective
 
 
 def sampling(stage: ConfigDict) -> Sampling:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl_vlm import objectives, parallel
+from jaxrl_vlm import parallel
 from jaxrl_vlm.data.processor import Processor
 from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards.pool import RewardPool
+from jaxrl_vlm.stages.loading import objective_of
 from jaxrl_vlm.stages.programs import Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun
 from jaxrl_vlm.types import Experience
@@ -19,7 +20,7 @@ def train(run: Run, index: int) -> None:
   """Runs stage `index` to its end, or from where a checkpoint left it."""
   stage = run.config.stages[index]
   with validation(f"config.stages[{index}]: "):
-    objective = objectives.create(**stage.objective.to_dict())
+    objective = objective_of(stage)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
                       trainable=run.trainable, microbatches=stage.microbatches)

@@ -33,6 +33,7 @@ OBJECTIVES = {
   "vppo_clip_cov": objectives.create(
     "vppo", policy_loss="clip_cov", cov_share=0.1, cov_low=0.1, correction="tis",
     correction_level="sequence"),
+  "vppo_kl_cov": objectives.create("vppo", policy_loss="kl_cov", cov_share=0.3),
   "grpo_full": objectives.create("grpo", kl="full", kl_target=0.1),
   "grpo_mis": objectives.create(
     "grpo", correction="mis", mask_overlong=True, mask_zero_advantages=True),
@@ -146,9 +147,10 @@ def test_compiled_is_not_compiled(name):
 def test_microbatches_add_up(name, seed):
   """The whole minibatch at once = one prompt at a time, in loss, metrics and gradients."""
   stats, masked_stats, experience = batch(seed)
+  # The whole, which chooses tokens in its own pass where it chooses any.
+  (value, metrics), gradients = run(OBJECTIVES[name], stats, masked_stats, experience)
   experience = dataclasses.replace(experience, current=stats)
   prepared = jax.device_get(prepare(OBJECTIVES[name], experience))
-  (value, metrics), gradients = loss(OBJECTIVES[name], stats, masked_stats, prepared)
   results = [
     loss(
       OBJECTIVES[name], *jax.tree.map(lambda x, i=i: x[i : i + 1], (stats, masked_stats, prepared))

@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_vlm import metrics, objectives, train
 from jaxrl_vlm.errors import UserError
-from jaxrl_vlm.stages import rl
+from jaxrl_vlm.stages import loading, rl
 from tests import tiny_run
 
 
@@ -141,6 +141,12 @@ def test_one_sample_of_a_prompt(tmp_path, one_device):
   assert "num_samples=1: expected at least 2" in refusal(config, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dpo", "sft"])
+def test_an_objective_of_another_kind_of_stage(name, tmp_path, one_device):
+  message = refusal(get_config(name=name), tmp_path)
+  assert f"objective.name='{name}': expected an objective of 'rl' stages" in message
+
+
 def test_a_filter_by_an_unknown_verifier(tmp_path, one_device):
   config = get_config(name="dapo", filter_keys=("acuracy",))
   message = refusal(config, tmp_path)
@@ -154,7 +160,7 @@ def test_a_coefficient_out_of_range(tmp_path, one_device):
 
 def test_a_stage_knows_the_longest_response():
   config = get_config(name="dr_grpo")
-  assert rl.objective_of(config.stages[0]).max_length == 8
+  assert loading.objective_of(config.stages[0]).max_length == 8
   config.stages[0].objective.max_length = 5
-  assert rl.objective_of(config.stages[0]).max_length == 5
+  assert loading.objective_of(config.stages[0]).max_length == 5
   assert objectives.create("dr_grpo", loss_length=3).max_length is None
