@@ -53,14 +53,15 @@ def black_patches(
   resizing, rate 0.6, once a prompt.
 
   Args:
-    key: of jax.random.
+    key: of jax.random; one, or one for each row.
     prompt: P prompts.
     rate: probability of each square.
     black: f32[C·t·p·p]; a black patch as the processor normalises it.
     block: side of a square in patches of the tower.
     merge_size: merge_size² patches of one visual token are adjacent; needed where block > 1.
   """
-  hit = jax.random.bernoulli(key, rate, prompt.patches.shape[:2])
+  count = prompt.patches.shape[1]
+  hit = jax.vmap(lambda key: jax.random.bernoulli(key, rate, (count,)))(_row_keys(key, prompt))
   if block > 1:  # a square goes as the draw of its upper left patch does
     corner = prompt.patch_positions // block * block
     hit = jnp.take_along_axis(hit, _patch_index(prompt, corner, merge_size), axis=1)
@@ -154,7 +155,7 @@ def noise(
   repeated, so the frames within one temporal patch share ε, those of a video too.
 
   Args:
-    key: of jax.random.
+    key: of jax.random; one, or one for each row.
     prompt: P prompts.
     std: in grey levels.
     black, white: f32[C·t·p·p]; `level_patch` of 0 and of 255.
@@ -162,7 +163,8 @@ def noise(
   """
   c, t, p, _ = patch_shape
   patches = prompt.patches
-  drawn = jax.random.normal(key, (*patches.shape[:2], c, 1, p, p))
+  shape = (patches.shape[1], c, 1, p, p)
+  drawn = jax.vmap(lambda key: jax.random.normal(key, shape))(_row_keys(key, prompt))
   drawn = jnp.broadcast_to(drawn, (*patches.shape[:2], c, t, p, p)).reshape(patches.shape)
   noisy = patches + std / LEVELS * (white - black) * drawn
   return _replace(prompt, True, jnp.clip(noisy, black, white))
@@ -211,6 +213,11 @@ def blur(prompt: Prompt, radius: float, patch_shape: PatchShape, merge_size: int
       total += jnp.einsum(product, taps, patch, precision="highest")
     x = total
   return _replace(prompt, True, x.reshape(prompt.patches.shape))
+
+
+def _row_keys(key: Array, prompt: Prompt) -> Array:
+  """A key for each row, so that the draws of a row do not depend on which others are beside it."""
+  return key if key.ndim else jax.random.split(key, prompt.patches.shape[0])
 
 
 def _replace(prompt: Prompt, where: Array | bool, patches: Array) -> Prompt:

@@ -132,6 +132,8 @@ def test_a_typo_is_one_line_before_anything_is_built(tmp_path):
       ("--config.stages[0].token_budget=-1", "config.stages[0].token_budget=-1: expected at least"),
       ("--config.stages[0].data.options={'taks': 'read'}", "did you mean 'tasks'?"),
       ("--config.checkpoint.every=0", "config.checkpoint.every=0"),
+      ("--config.stages[0].minibatches=0", "config.stages[0].minibatches=0"),
+      ("--config.seed=-1", "config.seed=-1: expected at least 0"),
       ("--config.model.path=nowhere", "config.model.path='nowhere'")):
     result = run(flag)
     assert result.returncode == 2, flag

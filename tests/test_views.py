@@ -104,6 +104,12 @@ def test_level_patch_is_what_the_processor_makes_of_an_image_of_one_level():
       np.testing.assert_array_equal(level_patch(settings, level), patch)
 
 
+def draws(key, rate: float, prompt: Prompt) -> np.ndarray:
+  """bool[P, N]; each row with a key of its own."""
+  keys, count = jax.random.split(key, prompt.patches.shape[0]), prompt.patches.shape[1]
+  return np.stack([jax.random.bernoulli(key, rate, (count,)) for key in keys])
+
+
 @pytest.mark.parametrize("merge", [2, 4])
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 20])
 def test_black_patches_are_squares_of_the_grid_drawn_at_their_corners(merge, block):
@@ -113,7 +119,7 @@ def test_black_patches_are_squares_of_the_grid_drawn_at_their_corners(merge, blo
   new = jax.jit(lambda prompt: views.black_patches(
       key, prompt, 0.4, black, block=block, merge_size=merge))(prompt)
   assert_only_patches_of_images_changed(new, prompt)
-  drawn = np.asarray(jax.random.bernoulli(key, 0.4, prompt.patches.shape[:2]))
+  drawn = draws(key, 0.4, prompt)
   for row, grids in enumerate(GRIDS[merge]):
     frames, places = frames_of(settings, new, row), frames_of(settings, prompt, row)
     # The draw of each patch, laid over the frames.
@@ -156,7 +162,7 @@ def test_one_patch_a_square_needs_no_layout_and_is_the_plain_draw():
   settings, prompt, _ = make(2)
   black, _ = levels(settings)
   key = jax.random.key(7)
-  drawn = np.asarray(jax.random.bernoulli(key, 0.5, prompt.patches.shape[:2]))
+  drawn = draws(key, 0.5, prompt)
   chosen = drawn & (prompt.patch_segments > 0)
   expected = np.where(chosen[..., None], black, prompt.patches)
   np.testing.assert_array_equal(views.black_patches(key, prompt, 0.5, black).patches, expected)

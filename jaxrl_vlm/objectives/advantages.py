@@ -38,9 +38,10 @@ def _std(rewards: Array) -> Array:
   return jnp.sqrt(jnp.sum(_centered(rewards) ** 2, axis=1, keepdims=True) / (rewards.shape[1] - 1))
 
 
-def _needs(mask: Array | None, name: str) -> Array:
+def given(mask: Array | None, field: str, value: object) -> Array:
+  """The mask; ValueError if there is none, for a field that needs one."""
   if mask is None:
-    raise ValueError(f"config.objective.advantage={name!r}: needs the response mask, got None")
+    raise ValueError(f"config.objective.{field}={value!r}: needs the response mask, got None")
   return mask
 
 
@@ -68,7 +69,7 @@ def rloo(rewards: Array, mask: Array | None = None) -> Array:
 
 def opo(rewards: Array, mask: Array | None = None) -> Array:
   """A_i = R_i − Σ n_j R_j / Σ n_j, n_j tokens of response j. Hao et al. 2025, arXiv 2505.23585."""
-  tokens = jnp.sum(_needs(mask, "opo"), axis=-1).astype(jnp.float32)
+  tokens = jnp.sum(given(mask, "advantage", "opo"), axis=-1).astype(jnp.float32)
   shifted = rewards - rewards[:, :1]
   total = jnp.maximum(jnp.sum(tokens, axis=1, keepdims=True), 1)
   return (shifted - jnp.sum(tokens * shifted, axis=1, keepdims=True) / total)[..., None]
@@ -96,7 +97,7 @@ def gpg(rewards: Array, mask: Array | None = None) -> Array:
 
   Responses without tokens do not count. Chu et al. 2025, arXiv 2504.02546, as in verl (f_norm 1).
   """
-  real = jnp.any(_needs(mask, "gpg"), axis=-1)
+  real = jnp.any(given(mask, "advantage", "gpg"), axis=-1)
   earned = jnp.maximum(jnp.sum(real & (rewards != 0)), 1)
   return (_centered(rewards) * (jnp.sum(real) / earned))[..., None]
 
@@ -114,7 +115,7 @@ def gdpo(
   total is not used. Where the sum of rewards is the same for different mixtures of them GRPO sees
   one group, this several. Liu et al. 2026 (GDPO), arXiv 2601.05242, as in verl.
   """
-  tokens = _needs(mask, "gdpo")
+  tokens = given(mask, "advantage", "gdpo")
   total = jnp.zeros_like(rewards)
   for name, values in components.items():
     judged = jnp.isfinite(values)
@@ -145,14 +146,14 @@ def reinforce_pp(
 
   The reward stands on the last token and returns are not discounted.
   """
-  tokens = _needs(mask, "reinforce_pp")
+  tokens = given(mask, "advantage", "reinforce_pp")
   returns = _returns(rewards, penalty)
   return masked.masked_whiten(jnp.broadcast_to(returns, tokens.shape), tokens)
 
 
 def reinforce_pp_baseline(rewards: Array, mask: Array | None = None) -> Array:
   """R_i − mean R on every token, whitened over all tokens of the array. arXiv 2501.03262."""
-  tokens = _needs(mask, "reinforce_pp_baseline")
+  tokens = given(mask, "advantage", "reinforce_pp_baseline")
   centered = _centered(rewards)[..., None]
   return masked.masked_whiten(jnp.broadcast_to(centered, tokens.shape), tokens)
 

@@ -76,7 +76,7 @@ def choose_for_clip(
 
   All of them where there are fewer. What is drawn depends on nothing but the bits of the tokens'
   log-probabilities under the sampling policy: as good as random, and the same whatever the order,
-  padding or split of the minibatch.
+  padding or split of the minibatch. Of tokens with the same bits the earlier one ranks first.
   """
   covariance = _covariance(now, advantages, mask)
   _, clips = ppo.clipped_surrogate(

@@ -74,3 +74,17 @@ def top_share(scores: Array, mask: Array, share: float) -> Array:
   order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), axis=-1, stable=True)
   rank = jnp.argsort(order, axis=-1)
   return mask & (rank < count)
+
+
+def above_quantile(scores: Array, mask: Array, quantile: float) -> Array:
+  """Where scores are at least that quantile of the n true positions of the last axis, as bool.
+
+  The quantile lies between two scores in general (torch's and numpy's linear interpolation); what
+  is at least that is what is at least the upper one, number ⌈quantile (n − 1)⌉ from 0, and ties.
+  """
+  # From the host in float64, as in `top_share`.
+  places = np.maximum(np.arange(mask.shape[-1] + 1) - 1, 0)
+  index = np.ceil(np.round(quantile * places, 9)).astype(np.int32)
+  index = jnp.asarray(index)[jnp.sum(mask, axis=-1, keepdims=True)]
+  ascending = jnp.sort(jnp.where(mask, scores, jnp.inf), axis=-1)
+  return mask & (scores >= jnp.take_along_axis(ascending, index, axis=-1))

@@ -37,9 +37,10 @@ class PAPO(PolicyGradient):
       wants `masked_gradient=True`, because the constant l′ is of the sampled token alone.
     anneal_updates: γ and both η fall linearly to 0 over so many updates, as the code can (from its
       0.01 over the first half of training); None: they stay.
-    perception_clip: K ≤ this, without gradient above; None: off. The code offers 0.2.
-    perception_share: only the tokens of a response with the largest K, this share of them rounded
-      up, count in Σ w K (w as before); None: all. The code offers 0.2, from a quantile.
+    perception_clip: K is cut to [0, this], without gradient outside; None: off. The code has 0.2.
+    perception_share: only the tokens of a response whose K is at least the (1 − share) quantile of
+      its tokens' count in Σ w K (w as before), so 1 + ⌊share (n − 1)⌋ and ties; None: all. The code
+      has 0.2.
     entropy_penalty, masked_entropy_penalty: η₁, η₂.
     masked_gradient: l′ is the current policy's, with gradient.
 
@@ -116,10 +117,12 @@ class PAPO(PolicyGradient):
     else:
       token_kl = kl.ESTIMATORS[self.perception_kl](logp, masked_logp)
     if self.perception_share is not None:
-      top = masked.top_share(jax.lax.stop_gradient(token_kl), mask, self.perception_share)
+      top = masked.above_quantile(
+        jax.lax.stop_gradient(token_kl), mask, 1 - self.perception_share
+      )
       token_kl = jnp.where(top, token_kl, 0.0)
     if self.perception_clip is not None:
-      token_kl = jnp.minimum(token_kl, self.perception_clip)
+      token_kl = jnp.clip(token_kl, 0.0, self.perception_clip)
     perception_kl = jnp.sum(penalty_weights(experience) * token_kl)
     masked_nll = -jnp.sum(minibatch_weights(experience)[1] * masked_logp)
     perception = self.masked_entropy_penalty * masked_nll - self.perception_coef * perception_kl

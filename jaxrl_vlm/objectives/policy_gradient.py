@@ -43,8 +43,8 @@ class PolicyGradient(Objective):
     kl_in: "loss", or "reward": β KL_t of the sampling policy is subtracted from each token's reward
       before the advantages; estimators of one value per response subtract the sum.
     kl_target, kl_horizon: adaptive β (Ziegler et al. 2019, arXiv 1909.08593; verl): after an update
-      of n responses β becomes β (1 + clip(KL / kl_target − 1, ±0.2) n / kl_horizon), KL being the
-      metric `ref_kl`. None: β stays.
+      of n responses β becomes β (1 + clip(KL / kl_target − 1, ±0.2) n / kl_horizon), 0 at least, KL
+      being the metric `ref_kl`. None: β stays.
     entropy_penalty: η; raises the log-probabilities of the sampled tokens, so lowers entropy.
     tau_positive, tau_negative: sapo's temperatures for A > 0 and A ≤ 0.
     cov_share: clip_cov's and kl_cov's share of tokens; cov_coef: kl_cov's coefficient of their
@@ -67,7 +67,8 @@ class PolicyGradient(Objective):
     correction_mean, correction_cut: mean ρ, and the share of tokens that is truncated or masked.
     overlong_penalty: mean over responses of what overlong punishment adds to the reward.
     truncated_share: of responses, that `mask_overlong` leaves out.
-    zero_advantage_share: of groups; those that `mask_zero_advantages` leaves out.
+    zero_advantage_share: of groups; those that `mask_zero_advantages` leaves out. Advantages that
+      are whitened over the batch are hardly ever 0.
   """
 
   advantage: str = fields.choice("grpo", advantages.ESTIMATORS)
@@ -153,7 +154,9 @@ class PolicyGradient(Objective):
 
   @property
   def min_samples(self) -> int:
-    return 1 if self.advantage in advantages.WITHOUT_GROUP else 2
+    # The filter wants groups that are mixed.
+    alone = self.advantage in advantages.WITHOUT_GROUP and not self.filter_groups
+    return 1 if alone else 2
 
   def initial_state(self) -> dict[str, Array]:
     adaptive = self.kl_target is not None
@@ -164,7 +167,9 @@ class PolicyGradient(Objective):
     if self.kl_target is not None:
       responses = jnp.sum(jnp.any(experience.mask, axis=-1))
       error = jnp.clip(metrics["ref_kl"] / self.kl_target - 1.0, -0.2, 0.2)
-      state["kl_coef"] = state["kl_coef"] * (1.0 + error * responses / self.kl_horizon)
+      # A horizon shorter than 0.2 n could turn the penalty into a reward.
+      factor = jnp.maximum(1.0 + error * responses / self.kl_horizon, 0.0)
+      state["kl_coef"] = state["kl_coef"] * factor
     return state
 
   def penalty(
@@ -183,10 +188,11 @@ class PolicyGradient(Objective):
       )
     rewards = jnp.asarray(rewards).astype(jnp.float32)
     if self.overlong_buffer is not None:
-      rewards = rewards + self._overlong(_given(mask, "overlong_buffer"))
+      mask = advantages.given(mask, "overlong_buffer", self.overlong_buffer)
+      rewards = rewards + self._overlong(mask)
     penalty = more.pop("penalty", None)
     if penalty is not None:
-      penalty = masked.masked_fill(penalty, _given(mask, "kl_in"))
+      penalty = masked.masked_fill(penalty, advantages.given(mask, "kl_in", self.kl_in))
       if "penalty" in advantages.needs(self.advantage):
         more["penalty"] = penalty
       else:
@@ -226,12 +232,16 @@ class PolicyGradient(Objective):
 
   def prepare(self, experience: Experience) -> Experience:
     before = jnp.asarray(experience.mask).astype(bool)
+    some = jnp.broadcast_to(self._some_advantage(experience)[:, None, None], before.shape)
     experience = super().prepare(experience)
     mask = experience.mask
     weights, _ = minibatch_weights(experience)
     full = jnp.broadcast_to(jnp.asarray(experience.advantages), mask.shape)
     full = masked.masked_fill(full, mask)
-    extras = dict(experience.extras, penalty_weights=weights, sampled=before.astype(jnp.float32))
+    extras = dict(
+      experience.extras, penalty_weights=weights, sampled=before.astype(jnp.float32),
+      some_advantage=some.astype(jnp.float32),
+    )  # fmt: skip
     if self.correction != "none":
       ratio = self._sampler_ratio(experience, before)
       extras["correction"] = ratio
@@ -306,7 +316,7 @@ class PolicyGradient(Objective):
     sampled = extras["sampled"] > 0
     responses = jnp.any(sampled, axis=-1)
     groups = jnp.any(responses, axis=-1)
-    some = jnp.any(experience.advantages != 0, axis=(1, 2))
+    some = extras["some_advantage"][:, 0, 0] > 0
     metrics["zero_advantage_share"] = masked.masked_mean(~some, groups)
     if self.mask_overlong and experience.truncated is not None:
       metrics["truncated_share"] = masked.masked_mean(experience.truncated, responses)
@@ -342,12 +352,6 @@ class PolicyGradient(Objective):
   def _coefficient(self, name: str, state: Mapping[str, Array]) -> Array:
     """The field, or what it has become."""
     return state[name] if name in state else jnp.float32(getattr(self, name))
-
-
-def _given(mask: Array | None, field: str) -> Array:
-  if mask is None:
-    raise ValueError(f"objective.advantages: config.objective.{field} needs the mask, got None")
-  return mask
 
 
 def penalty_weights(experience: Experience) -> Array:

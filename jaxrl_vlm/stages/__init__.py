@@ -85,6 +85,7 @@ def check(config: ConfigDict) -> None:
                "log_every", "rollouts_every"):
     value: Any = functools.reduce(getattr, name.split("."), config)
     expect(value >= 1, f"config.{name}", value, "at least 1")
+  expect(config.seed >= 0, "config.seed", config.seed, "at least 0")
   expect(config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout,
          "seconds above 0")
   with validation():
@@ -93,8 +94,9 @@ def check(config: ConfigDict) -> None:
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:
       raise UserError(f"{field}.kind={stage.kind!r}: no such stage; {hint(stage.kind, KINDS)}")
-    for name in ("steps", "prompts_per_step", "max_tokens", "microbatches"):
-      expect(stage[name] >= 1, f"{field}.{name}", stage[name], "at least 1")
+    for name in ("steps", "prompts_per_step", "max_tokens", "microbatches", "minibatches"):
+      value = stage.get(name, 1)
+      expect(value >= 1, f"{field}.{name}", value, "at least 1")
     parts = stage.microbatches * stage.get("minibatches", 1) * fsdp
     expect(stage.prompts_per_step % parts == 0, f"{field}.prompts_per_step",
            stage.prompts_per_step,

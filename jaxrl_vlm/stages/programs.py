@@ -67,7 +67,8 @@ class Programs:
   trainable)` and gives only the first away; all others take them whole: `lora.merge` of both.
   `score_base` takes them without adapters, `score_reference` takes the policy and the reference.
   The `source` of a masked view is the random key with which to draw it, or the prompts under
-  images that the host has corrupted, a row for each prompt or for each sample.
+  images that the host has corrupted, a row for each prompt or for each sample. Every row is drawn
+  with a key of its own, so that no split of the batch changes it.
 
   `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
   masked view is made of.
@@ -133,7 +134,7 @@ class Programs:
     """
     if isinstance(source, Prompt):
       return source
-    key = source
+    key = source.reshape(-1)
     objective, vision = self.objective, self.model.config.vision
     black, white = self.black, self.white
     shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
@@ -178,7 +179,15 @@ class Programs:
       stats = dataclasses.replace(stats, kl=kl)
     return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), stats)
 
+  def _row_sources(self, source: Array | Prompt, prompts: int, group: int) -> Array | Prompt:
+    """Of a key: keys [P] or [P, G], for every row of the masked view."""
+    if isinstance(source, Prompt):
+      return source
+    each = self.objective.mask_per == "sample"
+    return jax.random.split(source, (prompts, group) if each else prompts)
+
   def _score_masked(self, params, prompt, tokens, mask, source) -> TokenStats:
+    source = self._row_sources(source, *tokens.shape[:2])
     other = self._corrupted(source, params, prompt, tokens.shape[1])
     return self._view("masked", params, None, prompt, params, other, tokens, mask)
 
@@ -219,9 +228,9 @@ class Programs:
           name, params, hidden, prompt, other_params, other_prompt, tokens, mask)
     return self.objective.loss(stats, experience, **views)
 
-  def _minibatch(self, state: TrainState, frozen, batch, source, reference
+  def _minibatch(self, state: TrainState, frozen, batch, reference
                  ) -> tuple[TrainState, dict[str, Array]]:
-    prompt, tokens, experience = batch
+    prompt, tokens, experience, source = batch
     count = self.microbatches
     if count > 1 and self.objective.needs_current:
       experience = dataclasses.replace(
@@ -237,9 +246,8 @@ class Programs:
     if count == 1:
       (value, sums), grads = grad(state.params, prompt, tokens, experience, source)
     else:
-      parts = _split(
-          (prompt, tokens, dataclasses.replace(experience, state={})), count, tokens.shape[0])
-      parts = (*parts, _split_source(source, count, tokens.shape[0]))
+      parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
+                     tokens.shape[0])
 
       def one(total, part):
         out = grad(state.params, *part)
@@ -277,13 +285,12 @@ class Programs:
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
-    batch, count = (prompt, tokens, experience), self.minibatches
-    if count == 1:
-      return self._minibatch(state, frozen, batch, source, reference)
-    parts = _split(batch, count, tokens.shape[0])
-    sources = _split_source(source, count, tokens.shape[0])
+    batch = (prompt, tokens, experience, self._row_sources(source, *tokens.shape[:2]))
+    if self.minibatches == 1:
+      return self._minibatch(state, frozen, batch, reference)
     state, metrics = jax.lax.scan(
-        lambda s, x: self._minibatch(s, frozen, x[0], x[1], reference), state, (parts, sources))
+        lambda state, part: self._minibatch(state, frozen, part, reference), state,
+        _split(batch, self.minibatches, tokens.shape[0]))
     last = metrics.pop("bad_steps")[-1]
     return state, jax.tree.map(lambda a: a.mean(axis=0), metrics) | {"bad_steps": last}
 
@@ -299,13 +306,6 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
     return a.reshape(count, -1, *a.shape[3:])
 
   return jax.tree.map(one, tree)
-
-
-def _split_source(source: Array | Prompt, count: int, prompts: int) -> Any:
-  """`_split` of prompts; of a key, a key for each part."""
-  if isinstance(source, Prompt):
-    return _split(source, count, prompts)
-  return jax.random.split(source, count)
 
 
 @functools.lru_cache(maxsize=8)

@@ -133,19 +133,20 @@ def check_objective(stage: ConfigDict) -> None:
   known = {"accuracy", "reward", *verifiers.metric_names(stage.rewards.to_dict())}
   for key in objective.filter_keys:
     if key not in known:
-      raise ValueError(f"config.objective.filter_keys={objective.filter_keys!r}: no such verifier; "
-                       f"{hint(key, sorted(known))}")
+      raise ValueError(
+          f"config.objective.filter_keys={objective.filter_keys!r}: no such verifier in rewards of "
+          f"the stage (a weight of 0.0 will do); {hint(key, sorted(known))}")
   if "masked" not in (*objective.views, *objective.grad_views):
     return
   spec = source_spec(stage, "train")
   if spec["name"] == "digit_boards":  # nothing is written for a look
     spec["options"] = {**spec["options"], "live": True}
   source = sources.open_source(spec, "train")
-  some = (source[i] for i in range(min(len(source), 64)))
-  if not any(example.images for example in some):
+  some = np.linspace(0, len(source) - 1, 64).astype(int)
+  if not any(source[int(i)].images for i in sorted(set(some))):
     raise ValueError(
         f"objective.name={stage.objective.name!r}: needs the view 'masked', the prompt under a "
-        f"corrupted image, but the first examples of data.name={stage.data.name!r} have no images")
+        f"corrupted image, but the examples of data.name={stage.data.name!r} have no images")
 
 
 def sampling(stage: ConfigDict) -> Sampling:
@@ -270,11 +271,14 @@ def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> d
   needs, more = loop.programs.objective.advantage_needs, {}
   if "components" in needs:
     weights = [_verifier_weights(loop, example) for example in groups.examples]
-    names = {name for row in weights for name in row}
-    more["components"] = {name: groups.components[name] for name in sorted(names)}
+    # Whoever has judged stays, or every other set of verifiers would be another compilation.
+    loop.verifiers |= {name for row in weights for name in row}
+    nothing = np.full_like(groups.rewards, np.nan)
+    more["components"] = {
+        name: groups.components.get(name, nothing) for name in sorted(loop.verifiers)}
     more["component_weights"] = {
         name: np.repeat(np.array([[row.get(name, 0.0)] for row in weights], np.float32),
-                        groups.rewards.shape[1], axis=1) for name in sorted(names)}
+                        groups.rewards.shape[1], axis=1) for name in sorted(loop.verifiers)}
   if "baseline" in needs:
     more["baseline"] = groups.baseline
   more = parallel.put_batch(loop.run.mesh, more)

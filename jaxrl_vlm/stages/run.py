@@ -165,6 +165,7 @@ class StageRun:
     pool: grades answers; None in a supervised stage that evaluates nothing.
     accuracy: the verifier that is called accuracy.
     generated_tokens: response tokens that the stage has generated so far; None if it never counted.
+    verifiers: metric names of all that have had a weight in a reward of this stage.
   """
 
   def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool | None,
@@ -188,6 +189,7 @@ class StageRun:
     with validation(f"config.stages[{index}]: "):
       self._eval_sampling = evaluation_sampling(self.stage)
     self.generated_tokens: int | None = None
+    self.verifiers: set[str] = set()
 
     position = run.position
     # From here on the stage has them: nothing else keeps a second copy alive.

@@ -1,11 +1,13 @@
 """Advantages that need more than rewards, and rewards with something taken off, by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrl_vlm import objectives
-from jaxrl_vlm.types import TokenStats
+from jaxrl_vlm.objectives import masked
+from jaxrl_vlm.types import Experience, TokenStats
 
 MASK = np.array([[[1, 1, 1], [1, 0, 0]], [[1, 1, 0], [0, 0, 0]]], bool)
 
@@ -127,7 +129,7 @@ def test_overlong_punishment():
   np.testing.assert_allclose(
     objective.advantages(rewards, mask)[0, :, 0], expected - expected.mean(), rtol=1e-6
   )
-  with pytest.raises(ValueError, match="overlong_buffer needs the mask"):
+  with pytest.raises(ValueError, match="overlong_buffer=4: needs the response mask"):
     objective.advantages(rewards)
 
 
@@ -167,3 +169,41 @@ def test_samples_that_a_method_wants():
   least = {name: objectives.create(name, max_length=8).min_samples for name in objectives.names()}
   assert {name for name, samples in least.items() if samples == 1} == {
     "remax", "reinforce_pp", "sft"}  # fmt: skip
+  filtered = objectives.create("dapo", advantage="remax")  # one is never both right and wrong
+  assert filtered.min_samples == 2
+
+
+# PAPO's choice of tokens
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3, 0.4, 0.5, 1.0])
+def test_tokens_above_a_quantile(share):
+  """numpy's quantile over the tokens of each response; ties are kept, as in the released code."""
+  rng = np.random.default_rng(0)
+  mask = np.arange(9) < rng.permutation(np.arange(12) % 10).reshape(3, 4, 1)
+  scores = rng.integers(0, 6, mask.shape).astype(np.float32)
+  kept = np.asarray(masked.above_quantile(jnp.asarray(scores), jnp.asarray(mask), 1 - share))
+  for p, g in np.ndindex(3, 4):
+    row = scores[p, g][mask[p, g]]
+    expected = row >= np.quantile(row, 1 - share) if len(row) else []
+    np.testing.assert_array_equal(kept[p, g][mask[p, g]], expected)
+  assert not np.any(kept & ~mask)
+
+
+def test_clipping_a_divergence_that_may_be_negative():
+  """k1: 0 below 0 and the bound above it, without gradient there."""
+  objective = objectives.create(
+    "papo_d", perception_kl="k1", perception_clip=0.2, perception_coef=1.0, entropy_penalty=0.0,
+    masked_entropy_penalty=0.0)  # fmt: skip
+  logp = np.array([[[-0.5, -0.5, -0.5]]], np.float32)
+  view = TokenStats(logp - np.array([[[-1.0, 0.1, 1.0]]], np.float32), logp)
+  batch = Experience(mask=np.ones((1, 1, 3), bool), advantages=np.zeros((1, 1, 1)),
+                     old=TokenStats(logp, logp), rewards=np.zeros((1, 1)),
+                     views={"masked": view})  # fmt: skip
+
+  def loss(logp):
+    return objective.loss(TokenStats(logp, logp), batch)[0]
+
+  value, gradient = jax.value_and_grad(loss)(jnp.asarray(logp))
+  assert value == pytest.approx(-(0 + 0.1 + 0.2) / 3, rel=1e-5)
+  np.testing.assert_allclose(gradient, [[[0, -1 / 3, 0]]], atol=1e-7)

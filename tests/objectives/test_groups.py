@@ -63,6 +63,12 @@ def test_a_soft_filter_keeps_what_is_mixed_in_one_respect():
     soft.kept(accuracy, accuracy, {})
 
 
+def test_a_group_that_is_cut_is_not_one_without_advantage():
+  batch = experience([[1, -1], [1, -1], [0, 0]], truncated=np.array([[1, 1], [0, 0], [0, 0]], bool))
+  _, metrics = gradient(objectives.create("grpo", mask_overlong=True, **PLAIN), batch)
+  assert metrics["zero_advantage_share"] == pytest.approx(1 / 3)
+
+
 # State
 
 
@@ -78,6 +84,13 @@ def test_the_kl_coefficient_follows_its_target():
     value *= 1 + np.clip(measured / 0.1 - 1, -0.2, 0.2) * 5 / 50
   assert state["kl_coef"] == pytest.approx(value, rel=1e-6)
   assert objectives.create("grpo").initial_state() == {}
+
+
+def test_the_kl_coefficient_never_becomes_a_reward():
+  objective = objectives.create("grpo", kl_coef=0.02, kl_target=0.1, kl_horizon=1)
+  batch = experience([[1, -1]] * P, state=objective.initial_state())
+  state = objective.next_state(objective.prepare(batch), {"ref_kl": jnp.float32(0)})
+  assert state["kl_coef"] == 0
 
 
 @pytest.mark.parametrize("where", ["loss", "reward"])
