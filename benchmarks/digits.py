@@ -5,7 +5,7 @@
 
 Each run is `python -m jaxrl_vlm.train --config=configs/digits_<method>.py --config.seed=<seed>`.
 Finished runs are not repeated, stopped ones continue. The result is a table on stdout and
-benchmarks/digits.json, written anew after every run.
+benchmarks/digits.json, written anew after every run. The exit code is 1 if a run failed.
 """
 
 import argparse
@@ -63,11 +63,12 @@ def main() -> None:
   jobs = {
       runs.Job(f"{m}_{s}", f"configs/digits_{m}.py", (f"--config.seed={s}", *more)): (m, s)
       for s in args.seeds for m in args.methods}
-  results = []
+  results, failed = [], 0
   with runs.Runner(args.folder, args.at_once) as runner:
     for job, seconds in runner.run(list(jobs)):
       if isinstance(seconds, runs.Failed):
         print(f"{job.name}: {seconds} ({runner.path(job) / 'log.txt'})", file=sys.stderr)
+        failed += 1
         continue
       results.append(result(*jobs[job], runner.path(job), seconds))
       results.sort(key=lambda r: (args.methods.index(r["method"]), r["seed"]))
@@ -75,6 +76,8 @@ def main() -> None:
           **runs.surroundings(args.at_once), "arguments": more, "results": results},
           indent=1) + "\n")
       print(f"{len(results)}/{len(jobs)} runs\n{table(results)}\n", flush=True)
+  if failed:
+    raise SystemExit(f"{failed} of {len(jobs)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
     python benchmarks/objectives.py         # hours; stopped, the same command continues
     python benchmarks/objectives.py --plan  # how many runs and hours are left
+    python benchmarks/objectives.py --page  # page and picture of the results that are there
 
 First the cold start is trained (configs/objectives_base.py), then every method at three learning
-rates with a tuning seed, judged on questions of their own; then, at its best rate, every method
-with the comparison seeds, all methods of a seed before the next seed. After each run
-benchmarks/objectives.json, docs/objectives.md (between its markers) and docs/images/objectives.png
-are written anew. A run that fails is reported and tried again by the next start.
+rates with a tuning seed, judged on questions of their own; a method whose best rate is the lowest
+or the highest goes on beyond it. Then, at its best rate, every method with the comparison seeds,
+all methods of a seed before the next seed. After each run benchmarks/objectives.json,
+docs/objectives.md (between its markers) and docs/images/objectives.png are written anew. A run that
+fails is reported and tried again by the next start; a method is compared once its tuning is
+complete. Runs that are there with other settings are refused.
 """
 
 import argparse
@@ -33,6 +36,7 @@ PICTURE = "docs/images/objectives.png"
 BEGIN, END = "<!-- benchmarks/objectives.py: begin -->", "<!-- benchmarks/objectives.py: end -->"
 
 LEARNING_RATES = (5e-5, 1e-4, 2e-4)
+EXTENSIONS = 2  # doublings or halvings, while the best rate is at the edge
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 TOKEN_BUDGET = 100_000
@@ -89,6 +93,8 @@ VARIANTS = {
 }
 EVERYTHING = METHODS | VARIANTS
 TUNED = tuple(name for name, method in METHODS.items() if not method.like)
+
+BASE = runs.Job("base", "configs/objectives_base.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,18 +168,48 @@ def reached(run: Mapping[str, Any], accuracy: float, unit: str) -> float | None:
   return None
 
 
+def tuning(results: Sequence[Mapping[str, Any]], method: str) -> dict[float, float]:
+  """Mean final accuracy at each learning rate that all tuning seeds are through with, ascending."""
+  finals: dict[float, dict[int, float]] = {}
+  for r in results:
+    if r["purpose"] == "tune" and r["method"] == method:
+      finals.setdefault(r["learning_rate"], {})[r["seed"]] = r["curve"]["overall"][-1]
+  return {rate: float(np.mean(list(finals[rate].values()))) for rate in sorted(finals)
+          if finals[rate].keys() >= set(TUNING_SEEDS)}
+
+
+def grid(means: Mapping[float, float]) -> tuple[float, ...]:
+  """Learning rates that a method needs, as far as `means`, what `tuning` gave for it, tells.
+
+  The common ones; then, while the best is the lowest or the highest, half or twice that, at most
+  `EXTENSIONS` of them.
+  """
+  rates = LEARNING_RATES
+  for _ in range(EXTENSIONS):
+    if not means.keys() >= set(rates):
+      break
+    best = _best({rate: means[rate] for rate in rates})
+    if best == max(rates):
+      rates += (2 * best,)
+    elif best == min(rates):
+      rates += (best / 2,)
+    else:
+      break
+  return rates
+
+
+def _best(means: Mapping[float, float]) -> float:
+  return max(sorted(means), key=lambda rate: means[rate])
+
+
 def tuned(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The learning rate of each method: the best mean final accuracy over the tuning seeds."""
+  """The best learning rate of each method that is through with all that its `grid` asks for."""
   best = {}
   for method in TUNED:
-    means = {}
-    for rate in LEARNING_RATES:
-      finals = [r["curve"]["overall"][-1] for r in results if r["purpose"] == "tune"
-                and r["method"] == method and r["learning_rate"] == rate]
-      if finals:
-        means[rate] = float(np.mean(finals))
-    if means:
-      best[method] = max(means, key=lambda rate: means[rate])
+    means = tuning(results, method)
+    rates = grid(means)
+    if means.keys() >= set(rates):
+      best[method] = _best({rate: means[rate] for rate in rates})
   return best
 
 
@@ -257,7 +293,7 @@ def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], ag
   """Markdown: final accuracies, the paired difference from `against`, and the cost of its level."""
   label = EVERYTHING[against].label
   head = ["", "learning rate", "seeds", *SKILLS, f"difference from {label}", "p", "p (Holm)",
-          f"tokens to {label}'s level", "seconds", "seconds of a run"]
+          f"tokens to {label}'s level", "seconds", "tokens of a run", "seconds of a run"]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   if against not in found:
     return "\n".join(lines)
@@ -286,23 +322,33 @@ def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], ag
       mean = float(np.mean(costs)) if costs else 0.0
       shown = f"{mean / 1000:.0f}k" if unit == "tokens" else f"{mean * pace[name]:.0f}"
       cells.append(shown + few if costs else "not reached")
-    cells.append(f"{np.mean([r['curve']['step'][-1] for r in mine]) * pace[name]:.0f}")
+    tokens, steps = (np.mean([r["curve"][unit][-1] for r in mine]) for unit in ("tokens", "step"))
+    cells += [f"{tokens / 1000:.0f}k", f"{steps * pace[name]:.0f}"]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
 def tuning_table(data: Mapping[str, Any]) -> str:
-  """Markdown: final accuracy of each method at each learning rate, the best in bold."""
-  head = ["", *(f"{rate:g}" for rate in LEARNING_RATES)]
+  """Markdown: final accuracy of each method at each learning rate, the best in bold, with a mark if
+  it is the lowest or the highest that the method was tried at."""
+  means = {name: tuning(data["results"], name) for name in TUNED}
+  rates = sorted({*LEARNING_RATES, *(rate for mine in means.values() for rate in mine)})
+  head = ["", *(f"{rate:g}" for rate in rates)]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  for name in TUNED:
+  marked = False
+  for name, mine in means.items():
     cells = [METHODS[name].label]
-    for rate in LEARNING_RATES:
-      finals = [100 * r["curve"]["overall"][-1] for r in data["results"] if r["purpose"] == "tune"
-                and r["method"] == name and r["learning_rate"] == rate]
-      text = f"{np.mean(finals):.1f}" if finals else "–"
-      cells.append(f"**{text}**" if rate == data["learning_rates"].get(name) else text)
+    for rate in rates:
+      text = f"{100 * mine[rate]:.1f}" if rate in mine else "–"
+      if rate in mine and rate == data["learning_rates"].get(name):
+        edge = rate in (min(mine), max(mine))
+        marked |= edge
+        text = f"**{text}**{' †' if edge else ''}"
+      cells.append(text)
     lines.append(f"| {' | '.join(cells)} |")
+  if marked:
+    lines += ["", "† The best rate is the lowest or the highest that the method was tried at; one "
+              "beyond it may be better."]
   return "\n".join(lines)
 
 
@@ -322,16 +368,21 @@ side by side{commit}.{' Failed, to be tried again:' + failed if failed else ''}
 
 Held-out accuracy in percent after {settings['token_budget']:,} generated tokens, mean over seeds ±
 half the 95% confidence interval (Student's t). {start}Differences are between runs of the same
-seed, with a paired t-test and Holm's correction for the number of rows.
+seed, with a paired t-test and Holm's correction for the number of rows. A run ends with the step
+that spends the budget, so it generates more than that (tokens of a run), most with dynamic
+sampling, whose steps are longer. Seconds are steps times the seconds per step of the method's least
+disturbed run, without evaluations and compilation.
 
 {table(found, list(METHODS), 'grpo')}
 
 Variants of VPPO at its learning rate; VPPO itself has keep_share 0.4, a mask for every sample and
-the dependency of the sampled token (k3):
+the dependency of the sampled token (k3). With keep_share 1.0 the filter keeps every token, so that
+row is the objective of "{METHODS['vppo_shaping'].label}" above, at VPPO's learning rate.
 
 {table(found, ['vppo', *VARIANTS], 'vppo')}
 
-Final accuracy at each learning rate, with another seed and on other questions:
+Final accuracy at each learning rate that a method was tried at, with another seed and on other
+questions:
 
 {tuning_table(data)}
 """
@@ -375,10 +426,15 @@ def picture(path: pathlib.Path, data: Mapping[str, Any]) -> None:
 
 def write(out: pathlib.Path, data: Mapping[str, Any]) -> None:
   """Writes the results, the page and the picture below `out`."""
-  for name in (RESULT, PAGE):
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
+  (out / RESULT).parent.mkdir(parents=True, exist_ok=True)
   config_lib.write_atomically(out / RESULT, json.dumps(data, indent=1) + "\n")
+  show(out, data)
+
+
+def show(out: pathlib.Path, data: Mapping[str, Any]) -> None:
+  """Writes the page and the picture below `out`."""
   file = out / PAGE
+  file.parent.mkdir(parents=True, exist_ok=True)
   text = file.read_text() if file.exists() else f"# Objectives compared\n\n{BEGIN}\n{END}\n"
   head, begin, rest = text.partition(BEGIN)
   _, end, tail = rest.partition(END)
@@ -393,9 +449,13 @@ def write(out: pathlib.Path, data: Mapping[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def tuning_trials() -> list[Trial]:
-  return [Trial(method, rate, seed, "tune")
-          for seed in TUNING_SEEDS for rate in LEARNING_RATES for method in TUNED]
+def tuning_trials(results: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
+  """What tuning needs as far as `results` tell: first the common rates, then those beyond."""
+  rates = {name: grid(tuning(results, name)) for name in TUNED}
+  common = len(LEARNING_RATES)
+  return [Trial(name, rates[name][i], seed, "tune")
+          for places in (range(common), range(common, common + EXTENSIONS))
+          for seed in TUNING_SEEDS for i in places for name in TUNED if i < len(rates[name])]
 
 
 def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
@@ -409,6 +469,28 @@ def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
   return trials
 
 
+def possible_trials() -> list[Trial]:
+  """Every trial that some outcome of the tuning would need."""
+  factors = [2.0 ** i for i in range(1, EXTENSIONS + 1)]
+  rates = (*LEARNING_RATES, *(max(LEARNING_RATES) * f for f in factors),
+           *(min(LEARNING_RATES) / f for f in factors))
+  return [Trial(name, rate, seed, purpose)
+          for purpose, names, seeds in (("tune", TUNED, TUNING_SEEDS),
+                                        ("compare", EVERYTHING, SEEDS))
+          for name in names for rate in rates for seed in seeds]
+
+
+def planned(results: Sequence[Mapping[str, Any]]) -> int:
+  """How many runs there are to be, the cold start too, as far as `results` tell."""
+  return 1 + len(tuning_trials(results)) + len(SEEDS) * len(EVERYTHING)
+
+
+def outcome(trial: Trial, path: pathlib.Path, seconds: float) -> dict[str, Any]:
+  """What benchmarks/objectives.json holds of a finished run."""
+  return {**dataclasses.asdict(trial), "seconds": round(seconds, 1),
+          "curve": curve(metrics.read(path))}
+
+
 class Benchmark:
   """Runs trials and keeps the results.
 
@@ -419,15 +501,18 @@ class Benchmark:
   def __init__(self, runner: runs.Runner, out: pathlib.Path, settings: Mapping[str, Any],
                more: Sequence[str]):
     self.runner, self.out, self.settings, self.more = runner, out, settings, tuple(more)
-    self.base = runs.Job("base", "configs/objectives_base.py")
+    self.begun: set[Trial] = set()
     self.data: dict[str, Any] = {
         **runs.surroundings(runner.at_once), "settings": dict(settings), "arguments": list(more),
-        "done": 0, "planned": 1 + len(tuning_trials()) + len(SEEDS) * len(EVERYTHING),
-        "failed": {}, "learning_rates": {}, "results": []}
+        "done": 0, "planned": planned([]), "failed": {}, "learning_rates": {},
+        "results": []}
+
+  def job(self, trial: Trial) -> runs.Job:
+    return trial.job(self.runner.path(BASE) / "model", self.settings, self.more)
 
   def run(self, trials: Sequence[Trial]) -> None:
-    model = self.runner.path(self.base) / "model"
-    jobs = {trial.job(model, self.settings, self.more): trial for trial in trials}
+    self.begun.update(trials)
+    jobs = {self.job(trial): trial for trial in trials}
     old = sum(self.runner.seconds(job) is not None for job in jobs)
     for number, (job, seconds) in enumerate(self.runner.run(list(jobs)), 1):
       trial = jobs[job]
@@ -438,10 +523,10 @@ class Benchmark:
       else:
         # 150 runs would fill 5 GB, and nothing continues from a finished one.
         shutil.rmtree(self.runner.path(job) / "checkpoints", ignore_errors=True)
-        found = curve(metrics.read(self.runner.path(job)))
-        self.data["results"].append(
-            {**dataclasses.asdict(trial), "seconds": round(seconds, 1), "curve": found})
+        self.data["results"].append(outcome(trial, self.runner.path(job), seconds))
+        found = self.data["results"][-1]["curve"]
         self.data["done"] += 1
+        self.data["planned"] = planned(self.data["results"])
         print(f"{self.data['done']}/{self.data['planned']} {job.name}: "
               f"{found['overall'][0]:.3f} -> {found['overall'][-1]:.3f}, {seconds:.0f} s",
               flush=True)
@@ -451,12 +536,19 @@ class Benchmark:
         write(self.out, self.data)
 
   def run_all(self) -> None:
-    for _, seconds in self.runner.run([self.base]):
+    self.runner.check([BASE, *map(self.job, possible_trials())])
+    for _, seconds in self.runner.run([BASE]):
       if isinstance(seconds, runs.Failed):
         raise SystemExit(f"the cold start: {seconds} "
-                         f"({self.runner.path(self.base) / 'log.txt'})")
+                         f"({self.runner.path(BASE) / 'log.txt'})")
       self.data["done"] += 1
-    self.run(tuning_trials())
+    # First the common rates, then, for methods whose best is at the edge, those beyond.
+    while todo := [t for t in tuning_trials(self.data["results"]) if t not in self.begun]:
+      self.run(todo)
+    for name in TUNED:
+      if name not in self.data["learning_rates"]:
+        print(f"{name}: not compared, because a run of its tuning failed", file=sys.stderr,
+              flush=True)
     self.run(comparison_trials(self.data["learning_rates"]))
     if self.data["failed"]:
       raise SystemExit(f"{len(self.data['failed'])} runs failed; the same command tries them again")
@@ -465,21 +557,32 @@ class Benchmark:
 def plan(runner: runs.Runner, settings: Mapping[str, Any], more: Sequence[str],
          seconds: float, base_seconds: float) -> str:
   """Numbers of runs, and hours that are left at the mean pace of the runs that are finished."""
-  base = runs.Job("base", "configs/objectives_base.py")
-  # Rates do not matter for the number; finished comparison runs are found at any of them.
-  jobs = [t.job(runner.path(base) / "model", settings, more) for t in tuning_trials()]
-  known = [s for s in map(runner.seconds, jobs) if s is not None]
-  compared = [runner.seconds(runs.Job(path.name, "")) for path in runner.folder.glob("compare_*")]
-  known += [s for s in compared if s is not None]
-  total = len(jobs) + len(SEEDS) * len(EVERYTHING)
+  def job(trial: Trial) -> runs.Job:
+    return trial.job(runner.path(BASE) / "model", settings, more)
+
+  runner.check([BASE, *map(job, possible_trials())])
+  results: list[dict[str, Any]] = []
+  seen: set[Trial] = set()
+  while todo := [t for t in tuning_trials(results) if t not in seen]:
+    seen.update(todo)
+    results += [outcome(t, runner.path(job(t)), s) for t in todo
+                if (s := runner.seconds(job(t))) is not None]
+  # Comparison runs at a rate that is not, or not yet, the tuned one are not of use.
+  compared = [runner.seconds(job(t)) for t in comparison_trials(tuned(results))]
+  known = [r["seconds"] for r in results] + [s for s in compared if s is not None]
+  tunings = len(tuning_trials(results))
+  common = len(tuning_trials())
+  beyond = f", and {tunings - common} beyond the edge" if tunings > common else ""
+  total = planned(results)
   each = float(np.mean(known)) if known else seconds
-  hours = ((total - len(known)) * each / runner.at_once
-           + (0.0 if runner.seconds(base) else base_seconds)) / 3600
-  return (f"{1 + total} runs: the cold start, {len(jobs)} to tune ({len(TUNED)} methods x "
-          f"{len(LEARNING_RATES)} learning rates x {len(TUNING_SEEDS)} seeds), "
+  base = runner.seconds(BASE)
+  hours = ((total - 1 - len(known)) * each / runner.at_once
+           + (base_seconds if base is None else 0.0)) / 3600
+  return (f"{total} runs: the cold start, {tunings} to tune ({len(TUNED)} methods x "
+          f"{len(LEARNING_RATES)} learning rates x {len(TUNING_SEEDS)} seeds{beyond}), "
           f"{len(SEEDS) * len(METHODS)} to compare methods and {len(SEEDS) * len(VARIANTS)} to "
-          f"compare variants; {len(known)} finished.\nAt {each:.0f} seconds a run, "
-          f"{runner.at_once} side by side: {hours:.1f} hours left.")
+          f"compare variants; {len(known) + (base is not None)} finished.\nAt {each:.0f} seconds "
+          f"a run, {runner.at_once} side by side: {hours:.1f} hours left.")
 
 
 def main() -> None:
@@ -491,9 +594,16 @@ def main() -> None:
   # GRPO spends the budget in 33 steps: the third evaluation is also the last.
   parser.add_argument("--eval-every", type=int, default=11, help="steps; half with filtering")
   parser.add_argument("--plan", action="store_true", help="only say what there is to do")
+  parser.add_argument("--page", action="store_true", help=f"only write {PAGE} and {PICTURE} anew")
   args, more = parser.parse_known_args()
   settings = {"token_budget": args.token_budget, "eval_every": args.eval_every}
-  runner = runs.Runner(args.folder.absolute(), args.at_once)
+  if args.page:
+    file = args.out / RESULT
+    if not file.exists():
+      raise SystemExit(f"{file}: no such file; expected results, from a run without --page")
+    show(args.out, json.loads(file.read_text()))
+    return
+  runner = runs.Runner(args.folder, args.at_once)
   if args.plan:
     print(plan(runner, settings, more, seconds=SECONDS, base_seconds=BASE_SECONDS))
     return

@@ -17,8 +17,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from jaxrl_vlm import config as config_lib
+
 ROOT = pathlib.Path(__file__).parents[1]
-_SECONDS = "seconds.json"
+_SECONDS, _SETTINGS = "seconds.json", "settings.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Job:
   """`python -m jaxrl_vlm.train --config=<config> --workdir=<folder>/<name> <flags>`.
 
   Attributes:
-    name: of its directory; another run has another name.
+    name: of its directory; another run has another name. A name that is there with another config
+      or other flags is refused (`Runner.check`).
     config: relative to the repository.
     flags: as on the command line.
   """
@@ -56,7 +59,7 @@ class Runner:
   """
 
   def __init__(self, folder: pathlib.Path, at_once: int):
-    self.folder, self.at_once = folder, at_once
+    self.folder, self.at_once = folder.absolute(), at_once  # runs have another directory
     self._children: set[subprocess.Popen] = set()
     self._stopping = False
     every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -105,14 +108,52 @@ class Runner:
       return None
     return sum(_lives(path))
 
+  def settings(self, job: Job) -> dict[str, str]:
+    """Config and flags by name, the last of a name; paths in the folder are relative to it, so that
+    it may be moved."""
+    found, name = {"--config": job.config}, ""
+    for word in job.flags:
+      if word.startswith("--"):
+        name, equals, value = word.partition("=")
+        found[name] = value if equals else "True"
+      else:
+        found[name] = word
+    return {name: value.removeprefix(f"{self.folder}/") for name, value in found.items()}
+
+  def check(self, jobs: Sequence[Job]) -> None:
+    """Nothing is run or written. A run without a file of settings is taken for what it is.
+
+    Raises:
+      SystemExit: a run that has begun, or is finished, has other settings than its job.
+    """
+    for job in jobs:
+      path = self.path(job)
+      # Training writes the first file once it has accepted the config: before, nothing is done yet.
+      begun = (path / "config.json").exists() or self.seconds(job) is not None
+      if not begun or not (path / _SETTINGS).exists():
+        continue
+      there, here = json.loads((path / _SETTINGS).read_text()), self.settings(job)
+      for field in (*here, *there):
+        if there.get(field) != here.get(field):
+          raise SystemExit(
+              f"{path}: {field} is {there.get(field, 'not given')} in this run, "
+              f"{here.get(field, 'not given')} now; delete the run, or choose another --folder")
+
   def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float | Failed]]:
-    """Runs what is not finished, in order; yields all jobs as they end, finished ones first."""
+    """Runs what is not finished, in order; yields all jobs as they end, finished ones first.
+
+    Raises:
+      SystemExit: as `check`, before anything runs.
+    """
+    self.check(jobs)
     todo = []
     for job in jobs:
       seconds = self.seconds(job)
       if seconds is None:
         todo.append(job)
       else:
+        if not (self.path(job) / _SETTINGS).exists():
+          self._keep_settings(job)
         yield job, seconds
     pool = concurrent.futures.ThreadPoolExecutor(self.at_once)
     futures = {pool.submit(self._run, job): job for job in todo}
@@ -128,9 +169,14 @@ class Runner:
     finally:
       pool.shutdown(cancel_futures=True)
 
+  def _keep_settings(self, job: Job) -> None:
+    text = json.dumps(self.settings(job), indent=1) + "\n"
+    config_lib.write_atomically(self.path(job) / _SETTINGS, text)
+
   def _run(self, job: Job) -> float:
     path = self.path(job)
     path.mkdir(parents=True, exist_ok=True)
+    self._keep_settings(job)
     place = self._places.get()
     try:
       return self._train(job, path, place)

@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks import digits, runs
 from benchmarks import objectives as bench
-from benchmarks import runs
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm import stages
 
@@ -106,6 +106,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert "18 of 157 runs, 2026-01-01, 2 CPU cores" in text
   assert "compare_rloo_0.0001_0: exit code 2: no such objective" in text
   rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
+  assert "the objective of \"VPPO, shaping only\" above" in text
   cells = [cell.strip() for cell in rows["VPPO"].strip("|").split("|")]
   assert cells == ["VPPO", "50.1", "**51.1**", "50.1"]  # the last table: learning rates
   main = bench.table(bench._compared(data["results"], data), list(bench.METHODS), "grpo")
@@ -117,6 +118,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   # GRPO's level is 61%, between 40% at 100k and 65, 66.2 and 67.4% at 310k.
   assert vppo[9] == f"{np.mean([100 + 210 * 0.21 / (d - 0.4) for d in (0.65, 0.662, 0.674)]):.0f}k"
   assert grpo[9].endswith("(2 of 3)")
+  assert grpo[11:] == vppo[11:] == ["310k", "20"] and "tokens of a run | seconds of a run" in main
   assert main in text and json.loads((tmp_path / bench.RESULT).read_text()) == data
   assert (tmp_path / bench.PICTURE).stat().st_size > 10_000
 
@@ -124,6 +126,159 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
 def test_nothing_measured_yet_is_a_page_too(data, tmp_path):
   bench.write(tmp_path, data | {"results": [], "learning_rates": {}, "done": 0})
   assert "0 of 157 runs" in (tmp_path / bench.PAGE).read_text()
+
+
+def test_the_page_is_written_from_results_that_are_there(data, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "argv", ["objectives.py", "--page", f"--out={tmp_path}"])
+  with pytest.raises(SystemExit, match=r"objectives.json: no such file; expected results"):
+    bench.main()
+  text = json.dumps(data)
+  (tmp_path / bench.RESULT).parent.mkdir()
+  (tmp_path / bench.RESULT).write_text(text)
+  bench.main()
+  assert "18 of 157 runs" in (tmp_path / bench.PAGE).read_text()
+  assert (tmp_path / bench.PICTURE).exists()
+  assert (tmp_path / bench.RESULT).read_text() == text
+
+
+# -- Learning rates -------------------------------------------------------------------------------
+
+
+def tunings(method, finals):
+  return [result(method, rate, 100, "tune", final) for rate, final in finals.items()]
+
+
+@pytest.mark.parametrize(("finals", "rates", "best"), [
+    ({}, (5e-5, 1e-4, 2e-4), None),
+    ({5e-5: 0.3, 1e-4: 0.9}, (5e-5, 1e-4, 2e-4), None),  # one is missing: nothing is known
+    ({5e-5: 0.3, 1e-4: 0.5, 2e-4: 0.4}, (5e-5, 1e-4, 2e-4), 1e-4),
+    ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5}, (5e-5, 1e-4, 2e-4, 4e-4), None),
+    ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.4}, (5e-5, 1e-4, 2e-4, 4e-4), 2e-4),
+    ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.6}, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), None),
+    ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.6, 8e-4: 0.7}, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), 8e-4),
+    ({5e-5: 0.5, 1e-4: 0.4, 2e-4: 0.3, 2.5e-5: 0.6}, (5e-5, 1e-4, 2e-4, 2.5e-5, 1.25e-5), None),
+])
+def test_rates_go_on_beyond_the_edge_while_the_best_is_there(finals, rates, best):
+  results = tunings("grpo", finals)
+  assert bench.grid(bench.tuning(results, "grpo")) == rates
+  assert bench.tuned(results) == ({} if best is None else {"grpo": best})
+  mine = [t for t in bench.tuning_trials(results) if t.method == "grpo"]
+  assert [t.learning_rate for t in mine] == list(rates)
+  assert set(bench.tuning_trials(results)) <= set(bench.possible_trials())
+  assert set(bench.comparison_trials(bench.tuned(results))) <= set(bench.possible_trials())
+
+
+def test_the_tuning_table_marks_a_best_rate_at_the_edge(data):
+  results = tunings("grpo", {5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.6, 8e-4: 0.7})
+  results += tunings("vppo", {5e-5: 0.3, 1e-4: 0.5, 2e-4: 0.4})
+  text = bench.tuning_table(data | {"results": results, "learning_rates": bench.tuned(results)})
+  head, _, *lines = text.splitlines()
+  assert head == "|  | 5e-05 | 0.0001 | 0.0002 | 0.0004 | 0.0008 |"
+  assert lines[0] == "| GRPO | 30.0 | 40.0 | 50.0 | 60.0 | **70.0** † |"
+  assert "| VPPO | 30.0 | **50.0** | 40.0 | – | – |" in lines
+  assert lines[-1].startswith("† The best rate is the lowest or the highest")
+  assert "†" not in bench.tuning_table(data)
+
+
+class Pretended(runs.Runner):
+  """Runs take no time and end at an accuracy; those in `fail` fail."""
+
+  def __init__(self, folder, accuracy, fail=()):
+    super().__init__(folder, 2)
+    self.accuracy, self.fail, self.ran = accuracy, fail, []
+
+  def run(self, jobs):
+    self.check(jobs)
+    for job in jobs:
+      if job.name not in self.fail and self.seconds(job) is None:
+        flags = self.settings(job)
+        rate = float(flags.get("--config.stages[0].optimizer.learning_rate", 0))
+        final = self.accuracy(flags.get("--config.stages[0].objective.name"), rate)
+        path = self.path(job)
+        (path / "model").mkdir(parents=True)
+        (path / "model" / "config.json").write_text("{}")
+        (path / "seconds.json").write_text("[360.0]")
+        evaluations = [{"step": step, "eval/accuracy": a, "eval/accuracy/perception": a,
+                        "eval/accuracy/reasoning": a} for step, a in ((0, 0.3), (1, final))]
+        step = {"step": 1, "train/generated_tokens": 100_000, "time/step_seconds": 1.0,
+                "time/compilations": 0}
+        (path / "metrics.jsonl").write_text("".join(
+            json.dumps({"stage": "rl", **r}) + "\n" for r in (*evaluations[:1], step,
+                                                            *evaluations[1:])))
+        self._keep_settings(job)
+      self.ran.append(job.name)
+      yield job, runs.Failed("no memory") if job.name in self.fail else 360.0
+
+
+SETTINGS = {"token_budget": 1000, "eval_every": 10}
+
+
+def accuracy(method, rate):
+  """GRPO's best is beyond all that is tried, RLOO's below the common rates, others' inside."""
+  best = {"grpo": 1.0, "rloo": 2.5e-5}.get(method, 1e-4)
+  return 0.6 - 0.01 * abs(np.log2((rate or 1.0) / best))
+
+
+def test_common_rates_first_then_those_beyond_then_the_comparison(tmp_path, monkeypatch):
+  monkeypatch.setattr(bench, "write", lambda *_: None)
+  runner = Pretended(tmp_path / "runs", accuracy)
+  more = ("--config.log_every=5",)
+
+  def plan():
+    return bench.plan(runner, SETTINGS, more, seconds=3600.0, base_seconds=7200.0)
+
+  assert plan().startswith("129 runs") and "; 0 finished." in plan()
+  assert plan().endswith(" 66.0 hours left.")  # 128 runs of an hour, two at once, and two hours
+  benchmark = bench.Benchmark(runner, tmp_path, SETTINGS, more)
+  benchmark.run_all()
+  tuning = [name for name in runner.ran if name.startswith("tune")]
+  assert runner.ran[:1 + len(tuning)] == ["base", *tuning] and len(tuning) == 33 + 4
+  assert tuning[33:] == [f"tune_{name}_100" for name in (
+      "grpo_0.0004", "rloo_2.5e-05", "grpo_0.0008", "rloo_1.25e-05")]
+  rates = benchmark.data["learning_rates"]
+  assert rates == dict.fromkeys(bench.TUNED, 1e-4) | {"grpo": 8e-4, "rloo": 2.5e-5}
+  assert benchmark.data["done"] == benchmark.data["planned"] == 133 == len(runner.ran)
+  # A run at a rate that is not the tuned one is of no use, and is not counted.
+  other = bench.Trial("grpo", 1e-4, 0, "compare")
+  list(runner.run([benchmark.job(other)]))
+  assert plan().startswith("133 runs") and "x 1 seeds, and 4 beyond the edge)" in plan()
+  assert plan().endswith(" 133 finished.\nAt 360 seconds a run, 2 side by side: 0.0 hours left.")
+
+
+def test_a_method_is_compared_once_its_tuning_is_complete(tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(bench, "write", lambda *_: None)
+  fail = ["tune_cispo_0.0002_100", "tune_vppo_5e-05_100", "tune_rloo_2.5e-05_100"]
+  runner = Pretended(tmp_path / "runs", accuracy, fail)
+  with pytest.raises(SystemExit, match="3 runs failed; the same command"):
+    bench.Benchmark(runner, tmp_path, SETTINGS, ()).run_all()
+  left_out = {"cispo", "vppo", "rloo", *bench.VARIANTS}
+  expected = {bench.Trial(name, 8e-4 if name == "grpo" else 1e-4, seed, "compare").job(
+      tmp_path, SETTINGS, ()).name for name in bench.EVERYTHING.keys() - left_out
+      for seed in bench.SEEDS}
+  assert {name for name in runner.ran if name.startswith("compare")} == expected
+  said = capsys.readouterr().err
+  for name in ("cispo", "vppo", "rloo"):
+    assert f"{name}: not compared, because a run of its tuning failed" in said
+  again = Pretended(tmp_path / "runs", accuracy)
+  benchmark = bench.Benchmark(again, tmp_path, SETTINGS, ())
+  benchmark.run_all()
+  assert not benchmark.data["failed"] and benchmark.data["done"] == 133
+
+
+def test_other_settings_are_refused_before_anything_runs(tmp_path):
+  runner = Pretended(tmp_path / "runs", accuracy)
+  benchmark = bench.Benchmark(runner, tmp_path, SETTINGS, ())
+  # The last kind of run that would be reached, at a rate beyond the common ones.
+  list(runner.run([benchmark.job(bench.Trial("vppo_full_kl", 8e-4, 4, "compare"))]))
+  runner.ran.clear()
+  settings = {**SETTINGS, "token_budget": 2000}
+  expected = (r"compare_vppo_full_kl_0.0008_4: --config.stages\[0\].token_budget is 1000 in this "
+              "run, 2000 now; delete the run, or choose another --folder$")
+  with pytest.raises(SystemExit, match=expected):
+    bench.Benchmark(runner, tmp_path, settings, ()).run_all()
+  with pytest.raises(SystemExit, match=expected):
+    bench.plan(runner, settings, (), seconds=1.0, base_seconds=1.0)
+  assert not runner.ran
 
 
 # -- Runs -----------------------------------------------------------------------------------------
@@ -149,12 +304,14 @@ def test_every_run_of_the_benchmark_has_a_valid_config(tmp_path, one_device):
 TRAIN = '''
 import json, os, pathlib, signal, sys, time
 
-flags = dict(a.lstrip("-").split("=", 1) for a in sys.argv[1:])
+flags = dict(a.lstrip("-").split("=", 1) for a in sys.argv[1:] if "=" in a)
 workdir = pathlib.Path(flags["workdir"])
+assert workdir.is_absolute()
 signal.signal(signal.SIGTERM, lambda *_: (print("stopped"), sys.exit(0)))
 print("pid", os.getpid(), flush=True)
 if "bad" in workdir.name and not pathlib.Path("mended").exists():
   sys.exit("config.sed: no such field")
+(workdir / "config.json").write_text("{}")
 if "slow" in workdir.name and not (workdir / "begun").exists():
   (workdir / "begun").touch()
   time.sleep(60)
@@ -187,6 +344,89 @@ def test_a_failed_run_is_reported_and_tried_again_a_finished_one_is_not(root):
   assert second[jobs[0]] == first[jobs[0]]
   # Both of its lives count.
   assert second[jobs[1]] == sum(json.loads((root / "runs" / "bad" / "seconds.json").read_text()))
+
+
+def run_alone(folder, *jobs):
+  with runs.Runner(folder, 1) as runner:
+    return list(runner.run(jobs))
+
+
+def test_a_run_with_other_settings_is_refused_before_anything_runs(root):
+  folder = root / "runs"
+  model = f"--config.model.path={folder}/base/model"
+  done = runs.Job("done", "configs/x.py", ("--config.seed=1", model, "--config.seed", "2"))
+  run_alone(folder, done)
+  kept = json.loads((folder / "done" / "settings.json").read_text())
+  assert kept == {"--config": "configs/x.py", "--config.seed": "2",
+                  "--config.model.path": "base/model"}
+  for job, text in (
+      (runs.Job("done", "configs/y.py", done.flags), "--config is configs/x.py in this run, "
+       "configs/y.py now"),
+      (runs.Job("done", "configs/x.py", (*done.flags, "--config.seed=3")),
+       "--config.seed is 2 in this run, 3 now"),
+      (runs.Job("done", "configs/x.py", (*done.flags, "--config.log")),
+       "--config.log is not given in this run, True now"),
+      (runs.Job("done", "configs/x.py", done.flags[:2]), "--config.seed is 2 in this run, 1 now"),
+      (runs.Job("done", "configs/x.py", (model,)), "in this run, not given now"),
+  ):
+    with pytest.raises(SystemExit) as error:
+      run_alone(folder, runs.Job("new", "configs/x.py"), job)
+    line = str(error.value)
+    assert line.startswith(f"{folder}/done: ") and text in line and "\n" not in line
+    assert "delete the run, or choose another --folder" in line
+  assert not (folder / "new").exists()
+  # Moved, it is the same run.
+  folder.rename(root / "moved")
+  flags = (f"--config.model.path={root}/moved/base/model", "--config.seed=2")
+  ((_, seconds),) = run_alone(root / "moved", runs.Job("done", "configs/x.py", flags))
+  assert isinstance(seconds, float)
+
+
+def test_begun_runs_keep_their_settings_and_those_that_did_not_begin_take_new_ones(root):
+  bad = runs.Job("bad", "configs/x.py", ("--config.sed=1",))
+  ((_, failed),) = run_alone(root / "runs", bad)  # its config is refused: nothing is done
+  assert isinstance(failed, runs.Failed)
+  better = runs.Job("bad", "configs/x.py", ("--config.seed=1",))
+  run_alone(root / "runs", better)
+  (root / "runs" / "bad" / "config.json").write_text("{}")  # now it has begun
+  with pytest.raises(SystemExit, match="--config.seed is 1 in this run, 2 now"):
+    run_alone(root / "runs", runs.Job("bad", "configs/x.py", ("--config.seed=2",)))
+
+
+def test_a_finished_run_without_a_file_of_settings_counts_and_gets_one(root):
+  job = runs.Job("old", "configs/x.py", ("--config.seed=1",))
+  run_alone(root / "runs", job)
+  file, log = (root / "runs" / "old" / name for name in ("settings.json", "log.txt"))
+  text = log.read_text()
+  file.unlink()
+  with runs.Runner(root / "runs", 1) as runner:
+    runner.check([job])
+    assert not file.exists()
+  ((_, seconds),) = run_alone(root / "runs", job)
+  assert isinstance(seconds, float) and log.read_text() == text and file.exists()
+  with pytest.raises(SystemExit, match="--config.seed is 1"):
+    run_alone(root / "runs", runs.Job("old", "configs/x.py"))
+
+
+def test_digit_runs_in_a_relative_folder_that_fail_give_an_exit_code(root, monkeypatch, capsys):
+  monkeypatch.setattr(digits, "RESULT", root / "digits.json")
+  monkeypatch.setattr(digits, "result", lambda method, seed, workdir, seconds: {
+      "method": method, "seed": seed, "seconds": seconds, "accuracy": {"overall": [0.1, 0.2]}})
+  (root / "elsewhere").mkdir()
+  monkeypatch.chdir(root / "elsewhere")
+  argv = ["digits.py", "--seeds", "0", "--folder", "my_runs", "--at-once", "1", "--methods"]
+  monkeypatch.setattr(sys, "argv", [*argv, "good", "bad"])
+  with pytest.raises(SystemExit, match="1 of 2 runs failed; the same command tries them again"):
+    digits.main()
+  assert "bad_0: exit code 1: config.sed: no such field" in capsys.readouterr().err
+  assert (root / "elsewhere" / "my_runs" / "good_0" / "model" / "config.json").exists()
+  (root / "mended").touch()
+  digits.main()
+  assert len(json.loads((root / "digits.json").read_text())["results"]) == 2
+  monkeypatch.setattr(sys, "argv", [*argv, "good", "new", "--config.log_every=3"])
+  with pytest.raises(SystemExit, match="good_0: --config.log_every is not given in this run"):
+    digits.main()
+  assert not (root / "elsewhere" / "my_runs" / "new_0").exists()
 
 
 def test_two_benchmarks_do_not_share_a_folder(root):
