@@ -15,6 +15,7 @@ complete. Runs that are there with other settings are refused.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -502,16 +503,43 @@ class Benchmark:
                more: Sequence[str]):
     self.runner, self.out, self.settings, self.more = runner, out, settings, tuple(more)
     self.begun: set[Trial] = set()
+    self.known: dict[Trial, dict[str, Any]] = {}  # results whose runs lie elsewhere
     self.data: dict[str, Any] = {
         **runs.surroundings(runner.at_once), "settings": dict(settings), "arguments": list(more),
-        "done": 0, "planned": planned([]), "failed": {}, "learning_rates": {},
+        "cold_start": "", "done": 0, "planned": planned([]), "failed": {}, "learning_rates": {},
         "results": []}
 
   def job(self, trial: Trial) -> runs.Job:
     return trial.job(self.runner.path(BASE) / "model", self.settings, self.more)
 
+  def take_known(self) -> None:
+    """Takes over what the results file holds and this folder does not: runs of another checkout.
+
+    Raises:
+      SystemExit: they have other settings or began from another cold start.
+    """
+    model = self.runner.path(BASE) / "model" / "model.safetensors"
+    self.data["cold_start"] = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
+    file = self.out / RESULT
+    if not file.exists():
+      return
+    before = json.loads(file.read_text())
+    for field in ("settings", "arguments", "cold_start"):
+      if before["results"] and before.get(field) not in (None, self.data[field]):
+        raise SystemExit(f"{file}: {field} is {before[field]} there, {self.data[field]} now; move "
+                         "it away to begin anew, or choose another --out")
+    for result in before["results"]:
+      fields = {f.name: result[f.name] for f in dataclasses.fields(Trial)}
+      self.known[Trial(**fields)] = result
+
   def run(self, trials: Sequence[Trial]) -> None:
     self.begun.update(trials)
+    for trial in trials:
+      if trial in self.known and self.runner.seconds(self.job(trial)) is None:
+        self.data["results"].append(self.known[trial])
+        self.data["done"] += 1
+        trials = [t for t in trials if t != trial]
+    self.data["learning_rates"] = tuned(self.data["results"])
     jobs = {self.job(trial): trial for trial in trials}
     old = sum(self.runner.seconds(job) is not None for job in jobs)
     for number, (job, seconds) in enumerate(self.runner.run(list(jobs)), 1):
@@ -542,6 +570,7 @@ class Benchmark:
         raise SystemExit(f"the cold start: {seconds} "
                          f"({self.runner.path(BASE) / 'log.txt'})")
       self.data["done"] += 1
+    self.take_known()
     # First the common rates, then, for methods whose best is at the edge, those beyond.
     while todo := [t for t in tuning_trials(self.data["results"]) if t not in self.begun]:
       self.run(todo)

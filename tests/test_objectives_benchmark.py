@@ -183,6 +183,8 @@ def test_the_tuning_table_marks_a_best_rate_at_the_edge(data):
 class Pretended(runs.Runner):
   """Runs take no time and end at an accuracy; those in `fail` fail."""
 
+  weights = b"weights"
+
   def __init__(self, folder, accuracy, fail=()):
     super().__init__(folder, 2)
     self.accuracy, self.fail, self.ran = accuracy, fail, []
@@ -197,6 +199,7 @@ class Pretended(runs.Runner):
         path = self.path(job)
         (path / "model").mkdir(parents=True)
         (path / "model" / "config.json").write_text("{}")
+        (path / "model" / "model.safetensors").write_bytes(self.weights)
         (path / "seconds.json").write_text("[360.0]")
         evaluations = [{"step": step, "eval/accuracy": a, "eval/accuracy/perception": a,
                         "eval/accuracy/reasoning": a} for step, a in ((0, 0.3), (1, final))]
@@ -263,6 +266,32 @@ def test_a_method_is_compared_once_its_tuning_is_complete(tmp_path, capsys, monk
   benchmark = bench.Benchmark(again, tmp_path, SETTINGS, ())
   benchmark.run_all()
   assert not benchmark.data["failed"] and benchmark.data["done"] == 133
+
+
+def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
+  """The results file is enough: runs that it holds are not done again, only the cold start is."""
+  write = bench.write
+  monkeypatch.setattr(bench, "write", lambda *_: None)
+  first = bench.Benchmark(Pretended(tmp_path / "runs", accuracy), tmp_path, SETTINGS, ())
+  first.run_all()
+  results = first.data["results"]
+  write(tmp_path, first.data | {"results": results[:-3]})
+
+  runner = Pretended(tmp_path / "elsewhere", accuracy)
+  second = bench.Benchmark(runner, tmp_path, SETTINGS, ())
+  second.run_all()
+  last = [bench.Trial(**{k: r[k] for k in ("method", "learning_rate", "seed", "purpose")})
+          for r in results[-3:]]
+  assert sorted(runner.ran) == sorted(["base", *(second.job(t).name for t in last)])
+  assert second.data["done"] == first.data["done"] and len(second.data["results"]) == len(results)
+  assert second.data["learning_rates"] == first.data["learning_rates"]
+
+  with pytest.raises(SystemExit, match="settings is .* move it away to begin anew"):
+    bench.Benchmark(Pretended(tmp_path / "other", accuracy), tmp_path,
+                    SETTINGS | {"token_budget": 7}, ()).run_all()
+  monkeypatch.setattr(Pretended, "weights", b"others")
+  with pytest.raises(SystemExit, match="cold_start is .* move it away to begin anew"):
+    bench.Benchmark(Pretended(tmp_path / "third", accuracy), tmp_path, SETTINGS, ()).run_all()
 
 
 def test_other_settings_are_refused_before_anything_runs(tmp_path):
