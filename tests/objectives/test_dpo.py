@@ -140,6 +140,18 @@ def test_padding_changes_nothing(name):
 
 
 @every
+def test_prompts_have_no_order(name):
+  logp, e = batch(8, least=0)
+  order = np.random.default_rng(8).permutation(P)
+  (value, metrics), gradient = run(OBJECTIVES[name], logp, e)
+  (other, others), slope = run(OBJECTIVES[name], *jax.tree.map(lambda x: x[order], (logp, e)))
+  close(other, value)
+  jax.tree.map(close, others, metrics)
+  close(slope, np.asarray(gradient)[order])
+  assert np.any(order != np.arange(P)) and np.any(gradient)
+
+
+@every
 @pytest.mark.parametrize("empty", [0, 1, 2], ids=["chosen", "rejected", "both"])
 def test_a_pair_without_one_of_its_responses_counts_nowhere(name, empty):
   logp, e = batch(3)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxrl_vlm import objectives
+from jaxrl_vlm import objectives, parallel
 from jaxrl_vlm.objectives import advantages
 from jaxrl_vlm.types import Experience, TokenStats
 
@@ -18,7 +18,7 @@ P, G, T = 4, 3, 6
 # Every method by name, and what else a field can make of the loss.
 OBJECTIVES = {
   name: objectives.create(name, max_length=16)
-  for name in objectives.names() if name not in ("sft", "dpo")  # see test_dpo.py
+  for name in objectives.names() if name != "dpo"  # see test_dpo.py
 } | {
   "clip_cov": objectives.create("clip_cov", cov_share=0.1, cov_low=0.1),
   "kl_cov": objectives.create("kl_cov", cov_share=0.1),
@@ -39,6 +39,9 @@ OBJECTIVES = {
     "grpo", correction="mis", mask_overlong=True, mask_zero_advantages=True),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", OBJECTIVES)
+every_rl = pytest.mark.parametrize(
+  "name", [k for k, v in OBJECTIVES.items() if isinstance(v, objectives.PolicyGradient)]
+)
 few = settings(
   max_examples=6,
   deadline=None,
@@ -50,30 +53,38 @@ seeds = st.integers(0, 2**31 - 1)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
-def batch(seed: int, scale: float = 0.5, dtype=np.float32):
+def batch(seed: int, scale: float = 0.5, dtype=np.float32, prompts: int = P):
   """Random current stats, masked stats and experience; some responses empty, some short."""
   rng = np.random.default_rng(seed)
-  lengths = rng.integers(0, T + 1, (P, G))
+  lengths = rng.integers(0, T + 1, (prompts, G))
   mask = np.arange(T) < lengths[..., None]
   logps = {}
-  base = -rng.exponential(1.0, (P, G, T))
+  base = -rng.exponential(1.0, (prompts, G, T))
   for name in ("new", "old", "ref", "masked", "new_masked", "sampler"):
-    logp = base + scale * rng.standard_normal((P, G, T))
+    logp = base + scale * rng.standard_normal((prompts, G, T))
     logps[name] = TokenStats(
       logp=logp.astype(dtype),
-      entropy=rng.exponential(1.0, (P, G, T)).astype(dtype),
-      kl=rng.exponential(0.1, (P, G, T)).astype(dtype),
+      entropy=rng.exponential(1.0, (prompts, G, T)).astype(dtype),
+      kl=rng.exponential(0.1, (prompts, G, T)).astype(dtype),
     )
   experience = Experience(
     mask=mask,
-    advantages=rng.standard_normal((P, G, 1)).astype(np.float32),
+    advantages=rng.standard_normal((prompts, G, 1)).astype(np.float32),
     old=logps["old"],
-    rewards=rng.standard_normal((P, G)).astype(np.float32),
+    rewards=rng.standard_normal((prompts, G)).astype(np.float32),
     views={name: logps[name] for name in ("ref", "masked")},
     sampler_logp=logps["sampler"].logp,
-    truncated=rng.random((P, G)) < 0.2,
+    truncated=rng.random((prompts, G)) < 0.2,
   )
   return logps["new"], logps["new_masked"], experience
+
+
+def batch_of(name: str, *args, **kwargs):
+  """`batch` with nothing in it that the objective's stage does not have."""
+  stats, masked_stats, experience = batch(*args, **kwargs)
+  if isinstance(OBJECTIVES[name], objectives.SFT):
+    experience = Experience(mask=experience.mask, advantages=None, old=None, rewards=None)
+  return stats, masked_stats, experience
 
 
 prepare = jax.jit(lambda objective, experience: objective.prepare(experience), static_argnums=0)
@@ -100,7 +111,7 @@ def run(objective, stats, masked_stats, experience):
 @few
 def test_padding_changes_nothing(name, seed):
   """More padded tokens, samples and prompts, anything at all in them."""
-  inputs = batch(seed)
+  inputs = batch_of(name, seed)
 
   def pad(x):
     axes = [(0, 2), (0, 1), (0, 3)][: x.ndim]
@@ -123,7 +134,7 @@ def test_padding_changes_nothing(name, seed):
 @given(seed=seeds)
 @few
 def test_neither_prompts_nor_samples_have_an_order(name, axis, seed):
-  inputs = batch(seed)
+  inputs = batch_of(name, seed)
   order = np.random.default_rng(seed).permutation((P, G)[axis])
   permute = functools.partial(jax.tree.map, lambda x: np.take(x, order, axis))
   (value, metrics), gradients = run(OBJECTIVES[name], *inputs)
@@ -135,7 +146,7 @@ def test_neither_prompts_nor_samples_have_an_order(name, axis, seed):
 
 @every
 def test_compiled_is_not_compiled(name):
-  inputs = batch(5)
+  inputs = batch_of(name, 5)
   with jax.disable_jit():
     plain = run(OBJECTIVES[name], *inputs)
   jax.tree.map(close, run(OBJECTIVES[name], *inputs), plain)
@@ -146,7 +157,7 @@ def test_compiled_is_not_compiled(name):
 @few
 def test_microbatches_add_up(name, seed):
   """The whole minibatch at once = one prompt at a time, in loss, metrics and gradients."""
-  stats, masked_stats, experience = batch(seed)
+  stats, masked_stats, experience = batch_of(name, seed)
   # The whole, which chooses tokens in its own pass where it chooses any.
   (value, metrics), gradients = run(OBJECTIVES[name], stats, masked_stats, experience)
   experience = dataclasses.replace(experience, current=stats)
@@ -164,6 +175,26 @@ def test_microbatches_add_up(name, seed):
   )
 
 
+whole = jax.jit(
+  lambda objective, stats, masked_stats, experience: (
+    loss(objective, stats, masked_stats, prepared := objective.prepare(experience)),
+    objective.prepare_metrics(prepared),
+  ),
+  static_argnums=0,
+)
+
+
+@every
+def test_eight_devices_are_one(name):
+  """Prompts over devices: sums, sorts and choices over the minibatch cross them."""
+  inputs = batch_of(name, 11, prompts=8)
+  mesh = parallel.make_mesh({"fsdp": 8, "tensor": 1}, devices=jax.devices())
+  sharded = parallel.put_batch(mesh, inputs)
+  assert len(sharded[0].logp.sharding.device_set) == 8
+  plain = whole(OBJECTIVES[name], *inputs)
+  jax.tree.map(close, whole(OBJECTIVES[name], *sharded), plain)
+
+
 @pytest.mark.parametrize("name", ["grpo", "papo", "vppo"])
 def test_an_unprepared_experience_is_a_whole_minibatch(name):
   inputs = batch(0)
@@ -175,7 +206,7 @@ def test_an_unprepared_experience_is_a_whole_minibatch(name):
 
 @every
 def test_nothing_but_masked_responses(name):
-  stats, masked_stats, experience = batch(0)
+  stats, masked_stats, experience = batch_of(name, 0)
   experience = dataclasses.replace(experience, mask=np.zeros((P, G, T), bool))
   prepared = prepare(OBJECTIVES[name], experience)
   (value, metrics), gradients = loss(OBJECTIVES[name], stats, masked_stats, prepared)
@@ -188,7 +219,7 @@ def test_nothing_but_masked_responses(name):
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_finite_up_to_differences_of_80(name, dtype, sign):
-  stats, masked_stats, experience = batch(1, dtype=dtype)
+  stats, masked_stats, experience = batch_of(name, 1, dtype=dtype)
   shift = sign * 80 * np.random.default_rng(0).choice([-1, 0, 1], (P, G, T))
   stats = dataclasses.replace(stats, logp=stats.logp + shift.astype(dtype))
   (value, metrics), gradients = run(OBJECTIVES[name], stats, masked_stats, experience)
@@ -209,7 +240,7 @@ def given_to(objective, rewards):
   return {name: known[name] for name in objective.advantage_needs}
 
 
-@every
+@every_rl
 @given(reward=st.floats(-10, 10, width=32))
 @few
 def test_equal_rewards_give_no_policy_gradient(name, reward):
@@ -228,6 +259,37 @@ def test_equal_rewards_give_no_policy_gradient(name, reward):
     experience = dataclasses.replace(experience, advantages=np.asarray(computed))
     _, gradients = run(objective, stats, masked_stats, experience)
     assert not np.any(gradients[0])
+
+
+@pytest.mark.parametrize("advantage", advantages.ESTIMATORS)
+@given(seed=seeds)
+@few
+def test_a_group_of_equal_rewards_has_no_advantages(advantage, seed):
+  """Whatever the reward, which is another in each group, and whatever the other groups earn.
+
+  Exactly 0, but for these, as published: reinforce_pp has no groups, so a group that earns more
+  than others is pushed up as a whole; gdpo and reinforce_pp_baseline whiten over the batch, and
+  the mean over its tokens, which is not 0 where longer responses earn more, is taken off every
+  group; where all groups are of equal rewards they give 0 too. remax gives 0 where the greedy
+  response earns the same.
+  """
+  rng = np.random.default_rng(seed)
+  objective = objectives.create("dapo", advantage=advantage)
+  lengths = rng.integers(1, T + 1, (P, G))
+  rewards = np.repeat(10 * rng.standard_normal((P, 1)), G, axis=1).astype(np.float32)
+
+  def of(prompts):
+    """Of all tokens of the first prompts."""
+    mask = np.arange(T) < lengths[..., None]
+    computed = objective.advantages(rewards, mask, **given_to(objective, rewards))
+    return np.broadcast_to(computed, mask.shape)[:prompts][mask[:prompts]]
+
+  assert np.any(of(P)) == (advantage == "reinforce_pp")
+  # One group in which the longest response earns most.
+  rewards[-1] = rng.permutation([0, 0, 1])
+  lengths[-1] = np.where(rewards[-1], T, 1)
+  exception = advantage in ("gdpo", "reinforce_pp", "reinforce_pp_baseline")
+  assert np.any(of(P - 1)) == exception
 
 
 @pytest.mark.parametrize("advantage", advantages.ESTIMATORS)

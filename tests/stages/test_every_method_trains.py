@@ -72,6 +72,21 @@ def test_a_run(name, tmp_path, one_device):
     assert records[1]["objective/anneal"] == 1 - 1 / 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+def test_adapters_begin_at_the_reference(kl_in, tmp_path, one_device):
+  """The divergence over the vocabulary from the model without them is 0, until they have learnt."""
+  config = tiny_run.get_lora_config()
+  stage = config.stages[0]
+  stage.steps, stage.objective.name = 2, "grpo"
+  stage.objective.kl, stage.objective.kl_in = "full", kl_in
+  config.stages = (stage,)
+  train.train(config, tmp_path)
+  first, second = (r["objective/ref_kl"] for r in records_of(tmp_path))
+  assert first == pytest.approx(0, abs=1e-6)
+  assert second > 1e-5
+
+
 def test_masks_on_the_host_are_drawn_from_seed_step_and_row(monkeypatch, tmp_path, one_device):
   """One picture for a prompt or for each sample, another at every step, the same in every run."""
   seen = []

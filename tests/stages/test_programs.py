@@ -278,10 +278,25 @@ def test_noise_without_a_white_patch_is_refused(setup):
 # -- Splits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "splits"), [("grpo", (2, 4)), ("papo", (4,)), ("vppo", (4,))])
-def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, splits):
-  # All black, or every microbatch would draw masks of its own.
-  settings = {"masked_gradient": True, "mask_rate": 1.0} if name == "papo" else {}
+def assert_equal_updates(part, whole) -> None:
+  """Of (state, metrics), where the state keeps the gradient."""
+  state, others = part
+  expected, metrics = whole
+  # The same float32 terms, added in another order; a part that is left out or weighted by its
+  # own number of tokens would be off by a quarter, one under another mask by more.
+  assert_close_trees(state.opt_state, expected.opt_state, share=2e-4)
+  assert others.keys() == metrics.keys()
+  for key, value in metrics.items():
+    np.testing.assert_allclose(others[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+
+
+MASKED = {"masked_gradient": True, "mask_rate": 0.5}
+
+
+@pytest.mark.parametrize(("name", "settings", "splits"), [
+    ("grpo", {}, (2, 4)), ("papo", MASKED, (4,)), ("papo", {**MASKED, "mask_per": "sample"}, (2,)),
+    ("vppo", {}, (4,))], ids=["grpo", "papo", "papo_per_sample", "vppo"])
+def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, settings, splits):
   objective = objectives.create(name, **settings)
   _, params, prompt, tokens, *_ = setup
 
@@ -290,36 +305,75 @@ def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, 
     return program.update(
         fresh(program, params), {}, prompt, tokens, experience, jax.random.key(0), None)
 
-  whole, metrics = update()
+  whole = update()
   for microbatches in splits:
-    state, others = update(microbatches=microbatches)
-    # The same float32 terms, added in another order; a part that is left out or weighted by its
-    # own number of tokens would be off by a quarter.
-    assert_close_trees(state.opt_state, whole.opt_state, share=2e-4)
-    assert others.keys() == metrics.keys()
-    for key, value in metrics.items():
-      np.testing.assert_allclose(others[key], value, rtol=2e-5, atol=1e-6, err_msg=key)
+    assert_equal_updates(update(microbatches=microbatches), whole)
 
 
-def test_minibatches_are_updates_one_after_another(setup, make, experience):
-  _, params, prompt, tokens, *_ = setup
-  objective = objectives.create("vppo")  # its shaping depends on the minibatch
+@pytest.mark.parametrize("per", ["prompt", "sample"])
+def test_images_of_the_host_go_with_their_prompts(setup, make, experience, per):
+  """A row for each prompt or for each sample; in parts what the device draws in one."""
+  objective = objectives.create("papo", mask_per=per, **MASKED)
+  _, params, prompt, tokens, _, black = setup
+  key = jax.random.key(3)
+  rows = views.repeat_prompts(prompt, G) if per == "sample" else prompt
+  host = jax.device_get(views.black_patches(
+      jax.random.split(key, (P, G) if per == "sample" else P).reshape(-1), rows, 0.5, black))
+
+  def update(source, **kwargs):
+    program = make(objective, **kwargs)
+    return program.update(fresh(program, params), {}, prompt, tokens, experience, source, None)
+
+  whole = update(key)
+  assert_equal_updates(update(host, microbatches=2), whole)
+  other = host.replace(patches=np.roll(host.patches, 1, axis=0))
+  _, metrics = update(other, microbatches=2)
+  assert abs(metrics["masked_nll"] - whole[1]["masked_nll"]) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "settings", "host"), [
+    ("vppo", {}, False),  # its shaping depends on the minibatch
+    ("papo", {**MASKED, "anneal_updates": 3}, True),
+    ("grpo", {"kl_target": 0.01, "kl_horizon": 10}, False)], ids=["vppo", "papo", "grpo"])
+def test_minibatches_are_updates_one_after_another(
+    setup, make, experience, name, settings, host):
+  """What changes from update to update, the objective's scalars too, goes through the scan."""
+  _, params, prompt, tokens, _, black = setup
+  objective = objectives.create(name, **settings)
+  source = (jax.device_get(views.black_patches(jax.random.key(4), prompt, 0.5, black))
+            if host else jax.random.key(0))
   both = make(objective, 0.05, minibatches=2)
   state, metrics = both.update(
-      fresh(both, params), {}, prompt, tokens, experience, jax.random.key(0), None)
+      fresh(both, params), {}, prompt, tokens, experience, source, None)
 
   single = make(objective, 0.05)
-  by_hand, losses = fresh(single, params), []
+  by_hand, history, states = fresh(single, params), [], []
   for part in (0, 1):
-    batch = jax.tree.map(
-        lambda a, part=part: np.asarray(a)[part::2], (prompt, tokens, experience))
-    by_hand, one = single.update(by_hand, {}, *batch, jax.random.key(0), None)
-    losses.append(float(one["loss"]))
+    *batch, images = jax.tree.map(
+        lambda a, part=part: np.asarray(a)[part::2],
+        (prompt, tokens, experience, source if host else ()))
+    by_hand, one = single.update(by_hand, {}, *batch, images if host else source, None)
+    history.append(jax.device_get(one))
+    states.append(jax.device_get(by_hand.objective))
   # The same computation, compiled once inside a loop and once alone.
   assert_close_trees(state.params, by_hand.params, share=1e-5)
   assert_close_trees(state.opt_state, by_hand.opt_state, share=1e-4)
-  np.testing.assert_allclose(metrics["loss"], np.mean(losses), rtol=1e-5)
+  losses = [one["loss"] for one in history]
+  assert metrics.keys() == history[0].keys()
+  for key, value in metrics.items():
+    mean = np.mean([one[key] for one in history])
+    np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6, err_msg=key)
   assert abs(losses[0] - losses[1]) > 1e-3  # so halves that were swapped or repeated would show
+
+  assert state.objective.keys() == states[-1].keys()
+  for key, value in states[-1].items():
+    np.testing.assert_allclose(state.objective[key], value, rtol=1e-5, err_msg=key)
+  if name == "papo":
+    assert [one["anneal"] for one in history] == pytest.approx([1, 2 / 3])
+    assert state.objective["updates"] == 2
+  if name == "grpo":  # two prompts of two samples each time, far above the target
+    assert [one["kl_coef"] for one in history] == pytest.approx([0.01, 0.0108])
+    assert state.objective["kl_coef"] == pytest.approx(0.01 * 1.08**2)
 
 
 # -- Bad steps ------------------------------------------------------------------------------------
