@@ -21,3 +21,11 @@ def one_device():
   """The runs of this process use one of its virtual devices."""
   with tiny_run.one_device():
     yield
+
+
+def pytest_collection_modifyitems(items):
+  """Files with long tests first: where files are shared out, none of them is left for the end."""
+  long = dict.fromkeys((item.path for item in items), 0)
+  for item in items:
+    long[item.path] += item.get_closest_marker("slow") is not None
+  items.sort(key=lambda item: -long[item.path])
