@@ -44,6 +44,11 @@ TOKEN_BUDGET = 100_000
 STEPS = 200  # more than any method needs to spend the budget
 TUNING_QUESTIONS = 1  # seed of the boards that tuning is judged on; the comparison has 0
 SKILLS = ("overall", "perception", "reasoning")
+# Measured once, for --plan before anything has run.
+SECONDS, BASE_SECONDS = 130.0, 330.0
+# Means over the steps of a run.
+MEANS = ("train/response_length", "train/kept_groups", "train/tries", "objective/clip_low",
+         "objective/clip_high")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +76,7 @@ def _vppo(label: str, **fields: Any) -> Method:
 # Compared with GRPO.
 METHODS = {
     "grpo": Method("GRPO", {"name": "grpo"}),
-    "dr_grpo": Method("Dr.GRPO", {"name": "dr_grpo", "loss_length": 64}),
+    "dr_grpo": Method("Dr.GRPO", {"name": "dr_grpo"}),
     "dapo": Method("DAPO", {"name": "dapo"}, filters=True),
     "gspo": Method("GSPO", {"name": "gspo"}),
     "cispo": Method("CISPO", {"name": "cispo"}),
@@ -154,6 +159,12 @@ def curve(records: Sequence[metrics.Record]) -> dict[str, list[float]]:
       key = "eval/accuracy" if skill == "overall" else f"eval/accuracy/{skill}"
       result[skill].append(round(record[key], 5))
   return result
+
+
+def step_means(records: Sequence[metrics.Record]) -> dict[str, float]:
+  """Of what `MEANS` names, over the steps of a run that have it."""
+  found = {key: [r[key] for r in records if r.get(key) is not None] for key in MEANS}
+  return {key: round(float(np.mean(values)), 5) for key, values in found.items() if values}
 
 
 def reached(run: Mapping[str, Any], accuracy: float, unit: str) -> float | None:
@@ -353,6 +364,26 @@ def tuning_table(data: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def steps_table(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
+  """Markdown: how many steps a method makes, and what becomes of groups and tokens in them."""
+  head = ["", "steps", "tokens of a response", "groups that pass the filter (%)",
+          "batches sampled for a step", "tokens that are clipped (%)"]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for name, mine in found.items():
+    def mean(*keys, mine=mine):  # of their sum; nan where no run has them
+      values = [sum(r["means"][k] for k in keys) for r in mine
+                if set(keys) <= r.get("means", {}).keys()]
+      return float(np.mean(values)) if values else float("nan")
+
+    lines.append("| " + " | ".join([
+        EVERYTHING[name].label, f"{np.mean([r['curve']['step'][-1] for r in mine]):.0f}",
+        _number(mean("train/response_length"), "{:.0f}"),
+        _number(100 * mean("train/kept_groups"), "{:.0f}"),
+        _number(mean("train/tries"), "{:.1f}"),
+        _number(100 * mean("objective/clip_low", "objective/clip_high"), "{:.1f}")]) + " |")
+  return "\n".join(lines)
+
+
 def page(data: Mapping[str, Any]) -> str:
   """What stands between the markers of docs/objectives.md."""
   found = _compared(data["results"], data)
@@ -360,10 +391,12 @@ def page(data: Mapping[str, Any]) -> str:
   starts = [100 * r["curve"]["overall"][0] for mine in found.values() for r in mine]
   start = f"All begin at {np.mean(starts):.1f}%. " if starts else ""
   failed = "".join(f"\n- {name}: {text}" for name, text in data["failed"].items())
+  failed = f" Failed, to be tried again:{failed}" if failed else ""
   commit = f", commit {data['commit']}" if data.get("commit") else ""
+  hours = sum(r["seconds"] for r in data["results"]) / data["at_once"] / 3600
   return f"""
 {data['done']} of {data['planned']} runs, {data['date']}, {data['machine']}, {data['at_once']} runs
-side by side{commit}.{' Failed, to be tried again:' + failed if failed else ''}
+side by side, {hours:.1f} hours together{commit}.{failed}
 
 ![Accuracy over generated tokens](images/{pathlib.Path(PICTURE).name})
 
@@ -381,6 +414,11 @@ the dependency of the sampled token (k3). With keep_share 1.0 the filter keeps e
 row is the objective of "{METHODS['vppo_shaping'].label}" above, at VPPO's learning rate.
 
 {table(found, ['vppo', *VARIANTS], 'vppo')}
+
+What becomes of the tokens, means over the steps of all seeds. What is clipped has no gradient, but
+for CISPO, which keeps it and whose lower bound is a ratio of 1:
+
+{steps_table(found)}
 
 Final accuracy at each learning rate that a method was tried at, with another seed and on other
 questions:
@@ -488,8 +526,9 @@ def planned(results: Sequence[Mapping[str, Any]]) -> int:
 
 def outcome(trial: Trial, path: pathlib.Path, seconds: float) -> dict[str, Any]:
   """What benchmarks/objectives.json holds of a finished run."""
-  return {**dataclasses.asdict(trial), "seconds": round(seconds, 1),
-          "curve": curve(metrics.read(path))}
+  records = metrics.read(path)
+  return {**dataclasses.asdict(trial), "seconds": round(seconds, 1), "curve": curve(records),
+          "means": step_means(records)}
 
 
 class Benchmark:
@@ -639,9 +678,6 @@ def main() -> None:
   with runner:
     Benchmark(runner, args.out, settings, more).run_all()
 
-
-# Measured once, for --plan before anything has run.
-SECONDS, BASE_SECONDS = 130.0, 330.0
 
 if __name__ == "__main__":
   runs.main_of(main)

@@ -104,6 +104,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert text.startswith(f"# Title\n\nBefore.\n{bench.BEGIN}\n") and "old" not in text
   assert text.endswith(f"{bench.END}\nAfter.\n")
   assert "18 of 157 runs, 2026-01-01, 2 CPU cores" in text
+  assert f"{len(data['results']) * 99 / 2 / 3600:.1f} hours together" in text
   assert "compare_rloo_0.0001_0: exit code 2: no such objective" in text
   rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
   assert "the objective of \"VPPO, shaping only\" above" in text
@@ -121,6 +122,20 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert grpo[11:] == vppo[11:] == ["310k", "20"] and "tokens of a run | seconds of a run" in main
   assert main in text and json.loads((tmp_path / bench.RESULT).read_text()) == data
   assert (tmp_path / bench.PICTURE).stat().st_size > 10_000
+
+
+def test_what_becomes_of_the_tokens():
+  records = [{"step": 1, "train/tries": 1.0, "objective/clip_low": 0.1, "objective/clip_high": 0.0},
+             {"step": 2, "train/tries": 2.0, "objective/clip_low": 0.2, "objective/clip_high": 0.3},
+             {"step": 2, "eval/accuracy": 0.5}]
+  found = bench.step_means(records)
+  assert found == {"train/tries": 1.5, "objective/clip_low": pytest.approx(0.15),
+                   "objective/clip_high": pytest.approx(0.15)}
+  old = result("grpo", 1e-4, 0, "compare", 0.6)  # of results that were kept without means
+  new = [result("vppo", 1e-4, seed, "compare", 0.6) | {"means": found} for seed in (0, 1)]
+  rows = bench.steps_table({"grpo": [old], "vppo": new}).splitlines()[2:]
+  assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
+      ["GRPO", "20", "–", "–", "–", "–"], ["VPPO", "20", "–", "–", "1.5", "30.0"]]
 
 
 def test_nothing_measured_yet_is_a_page_too(data, tmp_path):
