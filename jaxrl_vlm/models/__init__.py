@@ -14,14 +14,14 @@ from jaxrl_vlm.models import weights
 from jaxrl_vlm.models.config import LoRA, ModelConfig, VisionConfig
 from jaxrl_vlm.models.families import from_hf
 from jaxrl_vlm.models.patterns import matches
-from jaxrl_vlm.models.vlm import VLM, empty_cache, logits
+from jaxrl_vlm.models.vlm import VLM, logits
 from jaxrl_vlm.types import Params, Prompt
 
 if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
 __all__ = ["VLM", "LoRA", "ModelConfig", "VisionConfig", "abstract_params", "dummy_prompt",
-           "empty_cache", "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
+           "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
            "save_pretrained"]
 
 

@@ -22,7 +22,7 @@ class Prefix:
   """Keys and values of P prompts, shared by all samples of each.
 
   Attributes:
-    k, v: [L, P, Lp, K, D].
+    k, v: [L, P, K, Lp, D].
     length: i32[P]; how many of the Lp positions responses see.
   """
 
@@ -32,17 +32,124 @@ class Prefix:
 
 
 @struct.dataclass
-class Cache:
-  """Keys and values of responses while they are decoded.
+class Cells:
+  """Keys and values of responses while they are decoded, one response in a cell.
+
+  The batch is in R parts, one for each device that holds prompts of its own; a part has C cells
+  and S slots, which hold the prefixes (`Prefix` with P = R·S) of prompts that are being answered.
+  Nothing crosses from one part to another.
+
+  What a cell has decoded lies in two places: all chunks before this one, and this chunk, where
+  every cell writes at the same position, whatever the length of what it has.
 
   Attributes:
-    k, v: [L, P, G, T, K, D].
-    used: i32 scalar; positions filled so far, the same for all samples.
+    k, v: [L, R, C, K, T, D]; the chunks before. T may be 0.
+    chunk_k, chunk_v: [L, R, C, K, n, D]; this chunk.
+    used: i32[R, C]; positions of k and v that are filled.
+    longest: i32; the largest of `used`.
+    step: i32; positions of this chunk that are filled, the same for all.
+    place: i32[R, C]; where the cell's query stands among the S·W of its part. Those of one prompt
+      stand together, W to a slot, so that a prefix is read once for all of them.
+    cell: i32[R, S·W]; the cell whose query stands here, any where none does.
   """
 
   k: Array
   v: Array
+  chunk_k: Array
+  chunk_v: Array
   used: Array
+  longest: Array
+  step: Array
+  place: Array
+  cell: Array
+
+
+def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks):
+  """Attention of q [P, G, T, H, D] over its own stream and the prefix. [P, G, T, H, D]."""
+  p, g, t = q.shape[:3]
+
+  def in_window(distance):  # of a key, tokens back
+    return ~sliding | (distance < config.sliding_window)
+
+  back = jnp.arange(t)[:, None] - jnp.arange(t)
+  mask = (back >= 0)[None]
+  if blocks is not None:
+    mask = mask | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0))
+  if config.sliding_window:
+    mask = mask & in_window(back)
+
+  def fold(a):  # [P, G, T, ...] -> [P·G, T, ...]: each sample sees only itself
+    return a.reshape(p * g, *a.shape[2:])
+
+  own = layers.attend(fold(q), fold(k).swapaxes(1, 2), fold(v).swapaxes(1, 2), mask,
+                      config.attention_scale)
+  if prefix_kv is None:
+    return own[0].reshape(q.shape)
+  # The prefix is read once for all samples: their queries become one row of G·T queries.
+  keys, values = prefix_kv
+  place = jnp.arange(keys.shape[2])
+  on_prefix = (place < prefix_length[:, None])[:, None, :]
+  if config.sliding_window:
+    back = (prefix_length[:, None] + jnp.arange(t))[:, :, None] - place  # [P, T, Lp]
+    on_prefix = jnp.tile(on_prefix & in_window(back), (1, g, 1))
+  shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, on_prefix,
+                         config.attention_scale)
+  shared = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
+  return layers.merge(tuple(shared), own).reshape(q.shape)
+
+
+def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells):
+  """Attention of one query for each cell over its prompt, its chunks, this chunk. [R, C, H, D]."""
+  r, c = q.shape[:2]
+  scale = config.attention_scale
+  age = cells.used + cells.step  # of the query, in tokens of the response
+
+  def in_window(distance):
+    return ~sliding | (distance < config.sliding_window)
+
+  def fold(a):  # [R, C, ...] -> [R·C, ...]
+    return a.reshape(r * c, *a.shape[2:])
+
+  def over_own(k, v, first, end):
+    """Over keys of the cell itself, of which `first` [R, C] is the position of the first."""
+    at = jnp.arange(k.shape[3])
+    seen = at < end[..., None]
+    if config.sliding_window:
+      seen = seen & in_window((age - first)[..., None] - at)
+    out = layers.attend(fold(q)[:, None], fold(k), fold(v), fold(seen)[:, None], scale)
+    return tuple(a[:, 0].reshape(r, c, *a.shape[2:]) for a in out)
+
+  zero = jnp.zeros_like(cells.used)
+  parts = [over_own(*chunk_kv, cells.used, zero + cells.step + 1)]
+
+  length = own_kv[0].shape[3]
+  if length:
+    # Only as far as the longest response reaches.
+    ends = sorted({-(-length * i // 4) for i in range(5)})
+
+    def before(end):
+      if not end:
+        return jnp.zeros_like(q), jnp.full(q.shape[:3], layers.MASKED)
+      return over_own(*(a[..., :end, :] for a in own_kv), zero, cells.used)
+
+    parts.append(jax.lax.switch(
+        jnp.searchsorted(jnp.array(ends), cells.longest), [lambda e=e: before(e) for e in ends]))
+
+  take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
+  keys, values = prefix_kv
+  slots = keys.shape[0]
+
+  def in_places(a):  # [R, C, ...] -> [R·S, W, ...]
+    return take(a, cells.cell).reshape(slots, -1, *a.shape[2:])
+
+  at = jnp.arange(keys.shape[2])
+  on_prefix = (at < prefix_length[:, None])[:, None, :]
+  if config.sliding_window:
+    on_prefix = on_prefix & in_window(
+        (prefix_length[:, None] + in_places(age))[..., None] - at)
+  shared = layers.attend(in_places(q), keys, values, on_prefix, scale)
+  parts.append(tuple(take(a.reshape(r, -1, *a.shape[2:]), cells.place) for a in shared))
+  return layers.merge(*parts)
 
 
 class DecoderLayer(nn.Module):
@@ -51,26 +158,30 @@ class DecoderLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, carry, layer, sliding, prefix_kv, angles, prefix_length, blocks, deepstack):
+  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, angles, prefix_length, blocks,
+               deepstack, cells):
     """One layer.
 
     Args:
-      carry: x [P, G, T, D] and the Cache or None.
+      carry: x [P, G, T, D], and keys and values of the chunk of all cells, or None.
       layer: i32 scalar.
       sliding: bool scalar; this layer sees `sliding_window` tokens back.
       prefix_kv: of this layer, or None.
+      own_kv: of the cells, of this layer, or None.
       angles: f32[P, G, T, head_dim / 2] of the layers that see everything, and of those that slide
         (None where there are none).
       prefix_length: i32[P] or None.
       blocks: i32[P, T]; number of the image that a prompt's token belongs to, 0 for text; None
         where images are seen like text.
       deepstack: [n, P, T, D] to add after the first n layers, or None.
+      cells: Cells without keys and values, of which x [R, C, 1, D] is the next token of each; or
+        None.
 
     Returns:
-      The carry and this stream's (k, v) [P, G, T, K, D] (None when there is a cache).
+      The carry and this stream's (k, v) [P, G, K, T, D] (None with cells).
     """
     config = self.config
-    x, cache = carry
+    x, chunk = carry
     p, g, t, _ = x.shape
 
     def norm(name):
@@ -90,45 +201,18 @@ class DecoderLayer(nn.Module):
     here = angles[0] if angles[1] is None else jnp.where(sliding, angles[1], angles[0])
     q, k = layers.rotate(q, here), layers.rotate(k, here)
 
-    if cache is None:
-      own_k, own_v, seen, out = k, v, jnp.arange(t), (k, v)
+    if cells is None:
+      y = _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks)
+      out = k.swapaxes(2, 3), v.swapaxes(2, 3)
     else:
-      at = (layer, 0, 0, cache.used, 0, 0)
-      cache = cache.replace(
-          k=jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
-          v=jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at))
-      own_k, own_v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False)
-                      for a in (cache.k, cache.v))
-      seen, out = cache.used + jnp.arange(t), None
-
-    def in_window(distance):  # of a key, tokens back
-      return ~sliding | (distance < config.sliding_window)
-
-    back = seen[:, None] - jnp.arange(own_k.shape[2])[None, :]
-    mask = (back >= 0)[None]
-    if blocks is not None:
-      mask = mask | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0))
-    if config.sliding_window:
-      mask = mask & in_window(back)
-
-    def fold(a):  # [P, G, S, ...] -> [P·G, S, ...]: each sample sees only itself
-      return a.reshape(p * g, *a.shape[2:])
-
-    attention = layers.attend(fold(q), fold(own_k), fold(own_v), mask, config.attention_scale)
-    if prefix_kv is None:
-      y = attention[0]
-    else:
-      # The prefix is read once for all samples: their queries become one row of G·T queries.
-      keys, values = prefix_kv
-      place = jnp.arange(keys.shape[1])
-      on_prefix = (place < prefix_length[:, None])[:, None, :]
-      if config.sliding_window:
-        back = (prefix_length[:, None] + seen)[:, :, None] - place  # [P, T, Lp]
-        on_prefix = jnp.tile(on_prefix & in_window(back), (1, g, 1))
-      shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, on_prefix,
-                             config.attention_scale)
-      mean, lse = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
-      y = layers.merge((mean, lse), attention)
+      at = (layer, 0, 0, 0, cells.step, 0)
+      chunk = tuple(
+          jax.lax.dynamic_update_slice(into, new.swapaxes(2, 3)[None].astype(into.dtype), at)
+          for into, new in zip(chunk, (k, v), strict=True))
+      chunk_kv = [jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in chunk]
+      y = _over_cells(
+          config, q[:, :, 0], sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells)
+      out = None
 
     y = layers.Dense(config.hidden_size, False, config.dtype, config.lora, name="o")(
         y.reshape(p, g, t, -1))
@@ -140,7 +224,7 @@ class DecoderLayer(nn.Module):
       more = jax.lax.dynamic_index_in_dim(
           deepstack, jnp.minimum(layer, n - 1), keepdims=False)[:, None]
       x = x + jnp.where(layer < n, more, 0).astype(x.dtype)
-    return (x, cache), out
+    return (x, chunk), out
 
 
 def _rotary_axes(config: ModelConfig) -> np.ndarray:
@@ -162,7 +246,7 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Array, positions: Array, prefix: Prefix | None = None, cache: Cache | None = None,
+      self, x: Array, positions: Array, prefix: Prefix | None = None, cells: Cells | None = None,
       blocks: Array | None = None, deepstack: Array | None = None
   ) -> tuple[Array, Any, Any]:
     """Runs a stream.
@@ -171,13 +255,13 @@ class Decoder(nn.Module):
       x: [P, G, T, D] embedded tokens.
       positions: i32[P, G, T, 3] M-RoPE ids (time, height, width).
       prefix: what all samples of a prompt see before themselves.
-      cache: what each sample has decoded so far; then x is what follows.
+      cells: what each response has decoded so far; then x [R, C, 1, D] is the next token of each.
       blocks: i32[P, T]; of prompts: tokens with the same number above 0 see each other.
       deepstack: [n, P, T, D]; of prompts: added after the first n layers.
 
     Returns:
       hidden [P, G, T, D] after the final norm; the streams' keys and values
-      ([L, P, G, T, K, D] each; None with a cache); the cache, filled further.
+      ([L, P, G, K, T, D] each; None with cells); the cells, one token further.
     """
     config = self.config
 
@@ -193,15 +277,19 @@ class Decoder(nn.Module):
     layer = nn.remat(DecoderLayer, prevent_cse=False) if config.remat else DecoderLayer
     stack = nn.scan(
         layer, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(0, 0, 0, *(nn.broadcast,) * 4),  # type: ignore[arg-type]  # flax says int
+        in_axes=(0, 0, 0, 0, *(nn.broadcast,) * 5),  # type: ignore[arg-type]  # flax says int
         length=config.num_layers,
     )
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
     length = None if prefix is None else prefix.length
-    (x, cache), kv = stack(config, name="layers")(
-        (x, cache), jnp.arange(config.num_layers), sliding, prefix_kv, (every, near), length,
-        blocks, deepstack)
-    if cache is not None:
-      cache = cache.replace(used=cache.used + x.shape[2])
+    chunk = own_kv = where = None
+    if cells is not None:
+      chunk, own_kv = (cells.chunk_k, cells.chunk_v), (cells.k, cells.v)
+      where = cells.replace(k=None, v=None, chunk_k=None, chunk_v=None)
+    (x, chunk), kv = stack(config, name="layers")(
+        (x, chunk), jnp.arange(config.num_layers), sliding, prefix_kv, own_kv, (every, near),
+        length, blocks, deepstack, where)
+    if cells is not None and chunk is not None:
+      cells = cells.replace(chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
     norm = layers.RMSNorm(config.rms_norm_eps, config.norm_offset, name="norm")
-    return norm(x), kv, cache
+    return norm(x), kv, cells

@@ -12,7 +12,7 @@ from jaxrl_vlm.models.config import LoRA, ModelConfig, MoE
 from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
 
-_MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
+MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
 
 # Under their names in `config.json`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -179,31 +179,41 @@ def attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Arr
 
   Args:
     q: [B, Q, H, D].
-    k: [B, S, K, D]; H is a multiple of K.
-    v: [B, S, K, D].
+    k: [B, K, S, D]; H is a multiple of K. Heads stand before positions, as matrix products want
+      them: keys that are read again and again (decoding) are never transposed.
+    v: [B, K, S, D].
     mask: bool, broadcastable to [B, Q, S]; true where a query sees a key.
     scale: of the products of queries and keys.
 
   Returns:
-    out [B, Q, H, D] and lse f32[B, Q, H]: the log of the softmax's denominator, by which two
+    out [B, Q, H, D] and lse f32[B, Q, H]: the log of the softmax's denominator, by which
     attentions of the same queries over different keys merge exactly (`merge`).
   """
   b, n, h, d = q.shape
-  kv = k.shape[2]
-  grouped = q.reshape(b, n, kv, h // kv, d)
-  scores: Any = jnp.einsum("bqkrd,bskd->bkrqs", grouped, k, preferred_element_type=jnp.float32)
-  scores = jnp.where(mask[:, None, None], scores * scale, _MASKED)
+  kv, s = k.shape[1:3]
+
+  def rows(a):  # [B, K, R·Q, ...] -> [B, Q, H, ...]
+    a = a.reshape(b, kv, h // kv, n, *a.shape[3:])
+    return jnp.moveaxis(a, 3, 1).reshape(b, n, h, *a.shape[4:])
+
+  # The query heads of a key/value head, and their positions, are rows of one product.
+  grouped = jnp.moveaxis(q.reshape(b, n, kv, h // kv, d), 1, 3).reshape(b, kv, -1, d)
+  scores: Any = jnp.einsum("bknd,bksd->bkns", grouped, k, preferred_element_type=jnp.float32)
+  scores = scores.reshape(b, kv, h // kv, n, s) * scale
+  scores = jnp.where(mask[:, None, None], scores, MASKED)
   top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  out = jnp.einsum("bkrqs,bskd->bqkrd", (weights / total).astype(v.dtype), v)
-  lse = (jnp.log(total) + top)[..., 0]  # [B, K, R, Q]
-  return out.reshape(b, n, h, d), lse.transpose(0, 3, 1, 2).reshape(b, n, h)
+  weights = (weights / total).astype(v.dtype).reshape(b, kv, -1, s)
+  out = jnp.einsum("bkns,bksd->bknd", weights, v)
+  return rows(out), rows((jnp.log(total) + top).reshape(b, kv, -1))
 
 
-def merge(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
-  """Attention over the union of two sets of keys from the (out, lse) over each of them."""
-  (out_a, lse_a), (out_b, lse_b) = a, b
-  share = nn.sigmoid(lse_a - lse_b)[..., None]
-  merged = out_a.astype(jnp.float32) * share + out_b.astype(jnp.float32) * (1.0 - share)
-  return merged.astype(out_a.dtype)
+def merge(*parts: tuple[Array, Array]) -> Array:
+  """Attention over the union of sets of keys, from (out, lse) over each of them."""
+  top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [lse for _, lse in parts]))
+  shares = [jnp.exp(lse - top)[..., None] for _, lse in parts]
+  total = sum(shares)
+  merged = sum(out.astype(jnp.float32) * (share / total)
+               for (out, _), share in zip(parts, shares, strict=True))
+  return merged.astype(parts[0][0].dtype)

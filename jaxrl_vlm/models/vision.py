@@ -47,6 +47,7 @@ class VisionBlock(nn.Module):
     # Attention does not depend on the order of patches, so a window is a mask, not a permutation.
     ids = jnp.where(full, segments, windows)
     mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scale = heads[-1]**-0.5
     y, _ = layers.attend(q, k, v, mask, scale)
     saliency = None
@@ -68,23 +69,22 @@ def received(q: Array, k: Array, mask: Array, scale: float, share: Array) -> Arr
   No gradient.
 
   Args:
-    q, k: [B, N, H, D], as mask [B, N, N] and scale those of `layers.attend`.
+    q, k: [B, N, H, D] and [B, H, N, D], as mask [B, N, N] and scale those of `layers.attend`.
     share: f32[B, N]; of each query.
   """
   q, k = jax.lax.stop_gradient((q, k))
   share = share.astype(jnp.float32)
 
   def add(total, head):
-    q, k = (a[:, :, None] for a in head)
+    q, k = head[0][:, :, None], head[1][:, None]
 
-    def attend(values):  # [B, S]; as wide as keys are, because `attend` wants it
-      v = jnp.broadcast_to(values[..., None, None], k.shape)
-      return layers.attend(q, k, v, mask, scale)[0][..., 0, 0]
+    def attend(values):  # [B, S]
+      return layers.attend(q, k, values[:, None, :, None], mask, scale)[0][..., 0, 0]
 
     return total + jax.linear_transpose(attend, share)(share)[0], None
 
   total, _ = jax.lax.scan(
-      add, jnp.zeros_like(share), (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)))
+      add, jnp.zeros_like(share), (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 1, 0)))
   return total / q.shape[2]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_vlm.models.config import ModelConfig
-from jaxrl_vlm.models.decoder import Cache, Decoder, Prefix
+from jaxrl_vlm.models.decoder import Cells, Decoder, Prefix
 from jaxrl_vlm.models.vision import VisionTower
 from jaxrl_vlm.types import Array, Params, Prompt
 
@@ -87,11 +87,11 @@ class VLM(nn.Module):
     hidden, _, _ = self.decoder(self.embed(inputs), positions, prefix)
     return hidden
 
-  def decode(self, token: Array, position: Array, prefix: Prefix, cache: Cache):
-    """One step: token i32[P, G] at position i32[P] -> hidden [P, G, D] and the cache."""
-    positions = jnp.broadcast_to(position[:, None, None, None], (*token.shape, 1, 3))
-    hidden, _, cache = self.decoder(self.embed(token)[:, :, None], positions, prefix, cache)
-    return hidden[:, :, 0], cache
+  def decode(self, token: Array, position: Array, prefix: Prefix, cells: Cells):
+    """One step: token i32[R, C] at position i32[R, C] -> hidden [R, C, D] and the cells."""
+    positions = jnp.broadcast_to(position[..., None, None], (*token.shape, 1, 3))
+    hidden, _, cells = self.decoder(self.embed(token)[:, :, None], positions, prefix, cells)
+    return hidden[:, :, 0], cells
 
   def unembed(self, hidden: Array) -> Array:
     """Logits f32[..., V] of hidden [..., D]."""
@@ -111,14 +111,6 @@ class VLM(nn.Module):
       banned = banned.at[jnp.array(self.config.suppressed_tokens)].set(True)
       logits = jnp.where(banned, -1e30, logits)
     return logits
-
-
-def empty_cache(config: ModelConfig, num_prompts: int, group: int, length: int) -> Cache:
-  """A Cache for `length` tokens of each of [num_prompts, group] samples."""
-  shape = (config.num_layers, num_prompts, group, length, config.num_kv_heads, config.head_dim)
-  return Cache(
-      k=jnp.zeros(shape, config.dtype), v=jnp.zeros(shape, config.dtype),
-      used=jnp.zeros((), jnp.int32))
 
 
 def logits(model: VLM, params: Params, prompt: Prompt) -> Array:

@@ -1,7 +1,6 @@
 """The compiled programs of a stage. Each states where its inputs and outputs live on the mesh."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxrl_vlm import parallel, scoring, views
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
-from jaxrl_vlm.rollout import Sampling, sample_responses
+from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
 
@@ -114,10 +113,10 @@ class Programs:
         in_shardings=(self.state_shardings, frozen, batch, batch, batch, None, None),
         out_shardings=(self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
-      self.rollout = make_rollout(model, mesh, sampling, params)
+      self.rollout = make_sampler(model, mesh, sampling, params)
       if "baseline" in objective.advantage_needs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
-        self.rollout_greedy = make_rollout(model, mesh, greedy, params)
+        self.rollout_greedy = make_sampler(model, mesh, greedy, params)
 
   def _init_state(self, params: Params) -> TrainState:
     return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
@@ -306,18 +305,3 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
     return a.reshape(count, -1, *a.shape[3:])
 
   return jax.tree.map(one, tree)
-
-
-@functools.lru_cache(maxsize=8)
-def _rollout_cache(model, mesh, sampling, treedef, leaves):
-  params = jax.tree.unflatten(treedef, leaves)
-  whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-  return jax.jit(
-      lambda params, prompt, key: sample_responses(model, params, prompt, key, sampling),
-      in_shardings=(params, batch, whole), out_shardings=batch)
-
-
-def make_rollout(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any):
-  """The compiled (params, prompt, key) -> Rollout; one program for equal arguments."""
-  leaves, treedef = jax.tree.flatten(param_shardings)
-  return _rollout_cache(model, mesh, sampling, treedef, tuple(leaves))  # pyright: ignore[reportArgumentType]

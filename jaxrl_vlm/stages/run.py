@@ -25,8 +25,9 @@ from jaxrl_vlm.evaluate import sampling as evaluation_sampling
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.rewards.pool import RewardPool
+from jaxrl_vlm.rollout import make_sampler
 from jaxrl_vlm.stages.loading import load_model, model_path, trainable_of
-from jaxrl_vlm.stages.programs import Programs, make_rollout
+from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Params
 
 # What the random key of an evaluation is for; far from the numbers of the stages' own purposes.
@@ -364,7 +365,7 @@ class StageRun:
     if self._eval_rollout is None:
       source = run.open_source(self.stage, "test")
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
-      self._eval_rollout = make_rollout(
+      self._eval_rollout = make_sampler(
           run.model, run.mesh, self._eval_sampling, run.param_shardings)
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,

@@ -331,19 +331,19 @@ def test_bad_files_are_named(pair, tmp_path):
 def test_attention_merges_exactly():
   """Two attentions merged by their log-sum-exp are the attention over all keys."""
   rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=(2, n, h, 8)).astype(np.float32)
-             for n, h in ((5, 4), (9, 2), (9, 2)))
+  q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32)
+             for a, b in ((5, 4), (2, 9), (2, 9)))
   mask = rng.random((2, 5, 9)) < 0.7
   mask[0, 0, :4] = False  # one side empty
   mask[0, 0, 4] = True
   whole, _ = layers.attend(q, k, v, mask, 8**-0.5)
-  halves = [layers.attend(q, k[:, s], v[:, s], mask[:, :, s], 8**-0.5)
+  halves = [layers.attend(q, k[:, :, s], v[:, :, s], mask[:, :, s], 8**-0.5)
             for s in (slice(0, 4), slice(4, 9))]
   np.testing.assert_allclose(layers.merge(*halves), whole, atol=1e-6)
   # And the plain formula, for one query.
-  keys = k[1, :, 1][mask[1, 2]]
+  keys = k[1, 1][mask[1, 2]]
   weights = np.exp(keys @ q[1, 2, 3] / np.sqrt(8))
-  expected = (weights / weights.sum()) @ v[1, :, 1][mask[1, 2]]
+  expected = (weights / weights.sum()) @ v[1, 1][mask[1, 2]]
   np.testing.assert_allclose(whole[1, 2, 3], expected, atol=1e-6)
 
 

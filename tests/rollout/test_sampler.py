@@ -1,14 +1,15 @@
 """Sampling against the scorer, and each way of cutting the distribution against its definition."""
 
 import dataclasses
-import importlib
 
 import jax
 import numpy as np
 import pytest
 
 import jaxrl_vlm as jv
-from jaxrl_vlm.rollout.generate import _pick, _truncate
+from jaxrl_vlm import parallel
+from jaxrl_vlm.rollout import Sampler, sampler
+from jaxrl_vlm.rollout.sampling import pick, truncate
 from tests import tiny
 
 
@@ -67,34 +68,38 @@ def test_nothing_after_the_end_and_no_vision_tokens(setup):
   assert (np.asarray(rollout.logp)[~mask] == 0).all()
 
 
+def one_device_sampler(model, params, sampling, **options):
+  mesh = parallel.make_mesh({"fsdp": 1}, jax.devices()[:1])
+  return Sampler(model, mesh, sampling, parallel.param_shardings(mesh, params), **options)
+
+
 def test_stops_early(setup, monkeypatch):
   """The loop takes as many steps as the longest response has tokens."""
   model, params, _, prompt = setup
-  generate = importlib.import_module("jaxrl_vlm.rollout.generate")  # also a function's name
   steps = []
 
   def counted(*args):
     jax.debug.callback(lambda: steps.append(1))
-    return _pick(*args)
+    return pick(*args)
 
-  monkeypatch.setattr(generate, "_pick", counted)
+  monkeypatch.setattr(sampler, "pick", counted)
   for stops, expected in (((0,), 1), ((), 12)):
     steps.clear()
     # Equal logits: the greedy choice is token 0, an end token or not.
     equal = {**params, "head": np.zeros_like(params["head"])}
     short = model.clone(config=dataclasses.replace(model.config, stop_tokens=stops))
-    rollout = jax.jit(generate.sample_responses, static_argnums=(0, 4))(
-        short, equal, prompt, jax.random.key(0), jv.Sampling(1, 12, temperature=0))
+    draw = one_device_sampler(short, equal, jv.Sampling(1, 12, temperature=0), chunk=5)
+    rollout = draw(equal, prompt, jax.random.key(0))
     jax.effects_barrier()
     assert len(steps) == expected
-    assert (np.asarray(rollout.mask).sum(-1) == expected).all()
+    assert (rollout.mask.sum(-1) == expected).all()
 
 
 def test_truncation_by_definition():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(2, 3, 11)).astype(np.float32) * 2
   for top_p, top_k in ((0.5, 0), (1.0, 4), (0.8, 6), (1e-6, 0), (1.0, 99)):
-    kept = np.isfinite(np.asarray(_truncate(logits, top_p, top_k)))
+    kept = np.isfinite(np.asarray(truncate(logits, top_p, top_k)))
     for row, keep in zip(logits.reshape(-1, 11), kept.reshape(-1, 11), strict=True):
       order = np.argsort(-row)
       if top_k:
@@ -111,7 +116,8 @@ def test_truncation_by_definition():
 def test_sampling_follows_the_distribution():
   probs = np.array([0.5, 0.3, 0.15, 0.05])
   logits = np.broadcast_to(np.log(probs), (40, 500, 4)).astype(np.float32)
-  token, logp = _pick(jax.random.key(0), logits, jv.Sampling(temperature=1.0))
+  keys = jax.random.split(jax.random.key(0), logits.shape[:-1])
+  token, logp = pick(keys, logits, jv.Sampling(temperature=1.0))
   share = np.bincount(np.asarray(token).ravel(), minlength=4) / token.size
   np.testing.assert_allclose(share, probs, atol=0.015)  # 4 standard errors of 20,000 draws
   np.testing.assert_allclose(logp, np.log(probs)[np.asarray(token)], atol=1e-6)
@@ -129,3 +135,29 @@ def test_a_key_is_needed(setup):
   model, params, _, prompt = setup
   with pytest.raises(ValueError, match="a key is needed"):
     jv.generate(model, params, prompt, jv.Sampling(max_tokens=2))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_scheduling_changes_nothing(family, tmp_path):
+  """Greedy and sampled responses are the same, however they are decoded; with sliding layers too."""
+  tiny.make_hf(tmp_path, family=family)
+  model, params, processor = jv.load_pretrained(tmp_path)
+  messages, images = tiny.conversations()
+  prompt = processor(messages * 2, images * 2)
+  for temperature in (0.0, 2.0):
+    sampling = jv.Sampling(3, 20, temperature=temperature)
+    plain = one_device_sampler(model, params, sampling, chunk=20)(params, prompt, jax.random.key(3))
+    lengths = plain.mask.sum(-1)
+    assert len(np.unique(lengths)) > 1 or temperature == 0
+    for options in (dict(chunk=3), dict(chunk=7, groups=2), dict(chunk=4, groups=3)):
+      ended = {}
+      draw = one_device_sampler(model, params, sampling, **options)
+      other = draw(params, prompt, jax.random.key(3),
+                   lambda p, *rows, ended=ended: ended.update({p: [a.copy() for a in rows]}))
+      np.testing.assert_array_equal(other.tokens, plain.tokens, err_msg=f"{options}")
+      np.testing.assert_array_equal(other.mask, plain.mask)
+      np.testing.assert_allclose(other.logp, plain.logp, atol=1e-5)
+      assert sorted(ended) == list(range(len(lengths)))
+      for p, (tokens, mask) in ended.items():
+        np.testing.assert_array_equal(tokens, plain.tokens[p])
+        np.testing.assert_array_equal(mask, plain.mask[p])

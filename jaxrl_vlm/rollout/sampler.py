@@ -1,0 +1,387 @@
+"""Drawing responses: a few compiled programs, and the host's loop around them.
+
+`admit` reads prompts and keeps their keys and values, `decode` takes every response a chunk of
+tokens further in one compiled loop, `move` brings the survivors together. After each chunk the
+host looks: what has ended leaves, what waits may begin (`schedule.Schedule`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxrl_vlm import parallel
+from jaxrl_vlm.models.decoder import Cells, Prefix
+from jaxrl_vlm.models.vlm import VLM
+from jaxrl_vlm.rollout.sampling import Sampling, pick
+from jaxrl_vlm.rollout.schedule import Layout, Schedule
+from jaxrl_vlm.types import Array, Params, Prompt, Rollout
+
+if TYPE_CHECKING:
+  from jaxrl_vlm.data.processor import Processor
+
+# Rollouts in which new layouts are still compiled; later ones make do with those.
+_WARM_UP = 4
+
+
+@struct.dataclass
+class Flight:
+  """Responses that are being decoded; R parts of C cells and S slots (`models.decoder.Cells`).
+
+  Attributes:
+    prefix_k, prefix_v: [L, R, S, K, Lp, D]; of the prompts.
+    length: i32[R, S]; how many of the Lp positions responses see.
+    k, v: [L, R, C, K, T', D]; of what each cell has decoded in the chunks before.
+    used: i32[R, C]; how many tokens these are.
+    token: i32[R, C]; the last one.
+    position: i32[R, C]; its M-RoPE id.
+    done: bool[R, C]; ended, or empty.
+    sample: i32[R, C]; number of the sample in the whole batch: its randomness.
+  """
+
+  prefix_k: Array
+  prefix_v: Array
+  length: Array
+  k: Array
+  v: Array
+  used: Array
+  token: Array
+  position: Array
+  done: Array
+  sample: Array
+
+
+class Sampler:
+  """(params, prompt, key) -> Rollout, for one model, mesh and way of sampling.
+
+  What is drawn for a sample depends on the key, on its number in the batch and on its own tokens:
+  neither on the chunk nor on what else is decoded beside it.
+
+  Args:
+    model, mesh: where params lie on the mesh as `param_shardings` says, prompts over `fsdp`.
+    sampling: how to draw.
+    chunk: tokens that each response is taken further between two looks of the host.
+    groups: prompts (with all their samples) that are decoded at once, on all devices together; 0
+      for all of a batch.
+  """
+
+  def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
+               chunk: int = 32, groups: int = 0):
+    self.model, self.mesh, self.sampling = model, mesh, sampling
+    self.chunk = min(chunk, sampling.max_tokens)
+    self.groups, self.parts = groups, mesh.shape["fsdp"]
+    self._rollouts = 0
+    self._layouts: dict[Any, set[Layout]] = {}  # that are compiled, by the shape of the prompts
+    heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+    rows, kv = (NamedSharding(mesh, spec) for spec in (
+        Spec("fsdp"), Spec(None, "fsdp", None, heads)))
+    flight = Flight(kv, kv, rows, kv, kv, *[rows] * 5)
+    whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=flight)
+    self._admit = jax.jit(
+        self._admit_, in_shardings=(param_shardings, batch, flight, rows, rows, rows),
+        out_shardings=flight, donate_argnums=2)
+    self._decode = jax.jit(
+        self._decode_, in_shardings=(param_shardings, flight, rows, rows, whole),
+        out_shardings=(flight, rows), donate_argnums=1)
+    self._move = jax.jit(
+        self._move_, in_shardings=(flight, rows, rows), out_shardings=flight)
+
+  # -- Programs -----------------------------------------------------------------------------------
+
+  def _empty(self, layout: Layout, length: int) -> Flight:
+    """Nothing in flight; `length`: Lp of the prompts."""
+    config, r, c, s = self.model.config, self.parts, layout.cells, layout.slots
+    # The last chunk of a response is never read again.
+    before = (-(-self.sampling.max_tokens // self.chunk) - 1) * self.chunk
+
+    def kv(places, positions):
+      return jnp.zeros((config.num_layers, r, places, config.num_kv_heads, positions,
+                        config.head_dim), config.dtype)
+
+    def number(places):
+      return jnp.zeros((r, places), jnp.int32)
+
+    return Flight(
+        kv(s, length), kv(s, length), number(s), kv(c, before), kv(c, before), number(c),
+        number(c), number(c), jnp.ones((r, c), bool), number(c))
+
+  def _admit_(self, params: Params, prompt: Prompt, flight: Flight, rows: Array, slots: Array,
+              cells: Array) -> Flight:
+    """Reads prompts and puts them into free places; see `schedule.Admission`."""
+    parts, g = self.parts, self.sampling.num_samples
+    new = rows.shape[1]
+    per_part = prompt.tokens.shape[0] // parts
+    first = jnp.arange(parts, dtype=jnp.int32)[:, None] * per_part
+    take = jax.vmap(lambda a, index: a[index])
+    if per_part != new or parts * per_part != rows.size:
+      chosen = jax.tree.map(
+          lambda a: take(a.reshape(parts, per_part, *a.shape[1:]), rows).reshape(
+              parts * new, *a.shape[1:]), prompt)
+    else:
+      chosen = prompt
+    _, prefix = self.model.apply({"params": params}, chosen, method="prefill")
+
+    def put(into, index, value):  # [R, N, ...], [R, n], [R, n, ...]; what is out of range is lost
+      return jax.vmap(lambda a, i, b: a.at[i].set(b.astype(a.dtype), mode="drop"))(
+          into, index, value)
+
+    def put_kv(into, value):  # [L, R, S, K, Lp, D], [L, R·n, K, Lp, D]
+      value = value.reshape(value.shape[0], parts, new, *value.shape[2:])
+      return jax.vmap(put, in_axes=(0, None, 0))(into, slots, value)
+
+    def of_samples(value):  # [R·n] -> [R, n·G]
+      return jnp.repeat(value.reshape(parts, new), g, axis=1)
+
+    last = jnp.take_along_axis(chosen.tokens, chosen.length[:, None] - 1, axis=1)[:, 0]
+    at = cells.reshape(parts, -1)
+    sample = ((first + rows)[..., None] * g + jnp.arange(g)).reshape(parts, -1)
+    return flight.replace(
+        prefix_k=put_kv(flight.prefix_k, prefix.k), prefix_v=put_kv(flight.prefix_v, prefix.v),
+        length=put(flight.length, slots, prefix.length.reshape(parts, new)),
+        used=put(flight.used, at, jnp.zeros_like(at)),
+        token=put(flight.token, at, of_samples(last)),
+        position=put(flight.position, at, of_samples(chosen.next_position - 1)),
+        done=put(flight.done, at, jnp.zeros(at.shape, bool)), sample=put(flight.sample, at, sample))
+
+  def _decode_(self, params: Params, flight: Flight, place: Array, cell: Array, key: Array):
+    """Takes every response a chunk further: the flight, and tokens, mask, logp [R, C, n], done."""
+    model, sampling = self.model, self.sampling
+    config, chunk = model.config, self.chunk
+    variables = {"params": params}
+    stops = jnp.array(config.stop_tokens, jnp.int32)
+    # Greedy choice has no temperature; its log-probabilities are reported at 1.
+    temperature = sampling.temperature or 1.0
+
+    def flat(a):  # [L, R, S, ...] -> [L, R·S, ...]
+      return a.reshape(a.shape[0], -1, *a.shape[3:])
+
+    prefix = Prefix(flat(flight.prefix_k), flat(flight.prefix_v), flight.length.reshape(-1))
+    fold = jax.vmap(jax.vmap(jax.random.fold_in))
+    keys = fold(jnp.broadcast_to(key, flight.sample.shape), flight.sample)
+    live = jnp.where(flight.done, 0, flight.used)
+    shape = (config.num_layers, *flight.used.shape, config.num_kv_heads, chunk, config.head_dim)
+    cells = Cells(
+        flight.k, flight.v, jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), live,
+        live.max(), jnp.zeros((), jnp.int32), place, cell)
+
+    def step(state):
+      token, done, (chunk_k, chunk_v, t), tokens, mask, logps = state
+      here = cells.replace(chunk_k=chunk_k, chunk_v=chunk_v, step=t)
+      hidden, here = model.apply(
+          variables, token, flight.position + t, prefix, here, method="decode")
+      logits = model.apply(variables, hidden, temperature, method="response_logits")
+      age = flight.used + t
+      token, logp = pick(fold(keys, age), logits, sampling)
+      token = jnp.where(done, config.pad_token, token)
+
+      def write(into, value):
+        return jax.lax.dynamic_update_slice(into, value[..., None].astype(into.dtype), (0, 0, t))
+
+      tokens, mask = write(tokens, token), write(mask, ~done)
+      logps = write(logps, jnp.where(done, 0.0, logp))
+      done = done | jnp.isin(token, stops) | (age + 1 >= sampling.max_tokens)
+      return token, done, (here.chunk_k, here.chunk_v, here.step), tokens, mask, logps
+
+    def unfinished(state):
+      return (state[2][2] < chunk) & ~jnp.all(state[1])
+
+    out = (*flight.used.shape, chunk)
+    token, done, (chunk_k, chunk_v, _), tokens, mask, logp = jax.lax.while_loop(
+        unfinished, step,
+        (flight.token, flight.done, (cells.chunk_k, cells.chunk_v, cells.step),
+         jnp.full(out, config.pad_token, jnp.int32), jnp.zeros(out, bool), jnp.zeros(out)))
+
+    def keep(into, new):  # behind what each cell has
+      def one(into, new, used):  # [L, K, T', D], [L, K, n, D]
+        return jax.lax.dynamic_update_slice(into, new, (0, 0, used, 0))
+
+      each = jax.vmap(jax.vmap(one, in_axes=(1, 1, 0), out_axes=1), in_axes=(1, 1, 0), out_axes=1)
+      return each(into, new, flight.used) if into.shape[4] else into
+
+    flight = flight.replace(
+        k=keep(flight.k, chunk_k), v=keep(flight.v, chunk_v), used=flight.used + chunk,
+        token=token, position=flight.position + chunk, done=done)
+    return flight, (tokens, mask, logp, done)
+
+  def _move_(self, flight: Flight, cells: Array, slots: Array) -> Flight:
+    """The flight in another layout; see `Schedule.move`."""
+    take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
+    take_kv = jax.vmap(take, in_axes=(0, None))
+    moved = Flight(
+        take_kv(flight.prefix_k, slots), take_kv(flight.prefix_v, slots),
+        take(flight.length, slots), take_kv(flight.k, cells), take_kv(flight.v, cells),
+        *(take(a, cells) for a in (flight.used, flight.token, flight.position, flight.done,
+                                   flight.sample)))
+    return moved.replace(done=moved.done | (cells == flight.done.shape[1]))
+
+  # -- The host's loop ----------------------------------------------------------------------------
+
+  def __call__(self, params: Params, prompt: Prompt, key: Array,
+               finished: Callable[[int, np.ndarray, np.ndarray], None] | None = None) -> Rollout:
+    """Draws G responses of each prompt.
+
+    Args:
+      params: as `param_shardings` says.
+      prompt: P prompts on the mesh.
+      key: of jax.random.
+      finished: called as soon as all samples of a prompt have ended, with its number and its
+        tokens and mask [G, T].
+
+    Returns:
+      Rollout of host arrays [P, G, T].
+    """
+    sampling, parts, chunk = self.sampling, self.parts, self.chunk
+    p, g = prompt.tokens.shape[0], sampling.num_samples
+    layout, most = self._plan(p)
+    schedule = Schedule(p // parts, g, parts, layout)
+    known = self._layouts.setdefault((p, prompt.tokens.shape[1]), {layout})
+    cost = functools.partial(step_flops, self.model.config, prompt.tokens.shape[1],
+                             sampling.max_tokens)
+    self._rollouts += 1
+
+    total = -(-sampling.max_tokens // chunk) * chunk
+    tokens = np.full((p * g, total), self.model.config.pad_token, np.int32)
+    mask = np.zeros((p * g, total), bool)
+    logp = np.zeros((p * g, total), np.float32)
+    done_chunks = np.zeros(p * g, np.int32)
+    left = np.full(p, g)
+    first = np.arange(parts)[:, None] * (p // parts) * g
+
+    flight = self._start(layout, prompt.tokens.shape[1])
+    while schedule.waiting or schedule.alive.any():
+      while (new := schedule.admit(most)) is not None:
+        flight = self._admit(params, prompt, flight, new.rows, new.slots, new.cells)
+      smaller = schedule.smaller(cost, known, self._rollouts <= _WARM_UP)
+      if smaller is not None:
+        known.add(smaller)
+        flight = self._move(flight, *schedule.move(smaller))
+      flight, out = self._decode(params, flight, *schedule.places(), key)
+      *out, done = jax.device_get(out)
+
+      alive = schedule.alive
+      samples = (first + schedule.sample)[alive]
+      columns = done_chunks[samples, None] * chunk + np.arange(chunk)
+      for into, new in zip((tokens, mask, logp), out, strict=True):
+        into[samples[:, None], columns] = new[alive]
+      done_chunks[samples] += 1
+      ended = (first + schedule.sample)[alive & done]
+      schedule.retire(done)
+      np.subtract.at(left, ended // g, 1)
+      if finished is not None:
+        for row in np.unique(ended // g)[left[np.unique(ended // g)] == 0]:
+          here = slice(row * g, (row + 1) * g)
+          finished(int(row), tokens[here, :sampling.max_tokens], mask[here, :sampling.max_tokens])
+
+    def whole(a):
+      return a[:, :sampling.max_tokens].reshape(p, g, -1)
+
+    return Rollout(tokens=whole(tokens), mask=whole(mask), logp=whole(logp))
+
+  def _plan(self, prompts: int) -> tuple[Layout, int]:
+    """The layout to begin with, and how many prompts are admitted at once, for each part."""
+    g, here = self.sampling.num_samples, prompts // self.parts
+    groups = min(here, -(-self.groups // self.parts)) if self.groups else here
+    if groups == here:
+      return Layout(groups * g, here, g), here
+    # While prompts wait, groups thin out: more of them share the cells.
+    return Layout(groups * g, min(here, 2 * groups), g), max(1, groups // 4)
+
+  def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
+    """The programs of a rollout before they are compiled, by name; takes shapes."""
+    layout, most = self._plan(prompt.tokens.shape[0])
+    r, g = self.parts, self.sampling.num_samples
+
+    def numbers(*shape):
+      return jax.ShapeDtypeStruct((r, *shape), jnp.int32)
+
+    flight = jax.eval_shape(lambda: self._empty(layout, prompt.tokens.shape[1]))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    cells, slots = numbers(-(-layout.cells // 2)), numbers(layout.slots)
+    return {
+        "admit": self._admit.lower(
+            params, prompt, flight, numbers(most), numbers(most), numbers(most, g)),
+        "decode": self._decode.lower(
+            params, flight, numbers(layout.cells), numbers(layout.slots * layout.width), key),
+        "move": self._move.lower(flight, cells, slots)}
+
+
+def step_flops(config: Any, length: int, max_tokens: int, layout: Layout) -> float:
+  """Multiplications and additions of a decoding step of one part.
+
+  Args:
+    config: of the model.
+    length: Lp, positions of a prompt.
+    max_tokens: T.
+    layout: of the part.
+  """
+  width, head = config.hidden_size, config.head_dim
+  hidden = config.intermediate_size
+  if config.moe is not None:
+    hidden = config.moe.intermediate_size * config.moe.experts_per_token
+  dense = width * head * 2 * (config.num_heads + config.num_kv_heads) + 3 * width * hidden
+  over = 2 * config.num_heads * head  # of one query over one key
+  each = config.num_layers * (dense + over * max_tokens / 2) + width * config.vocab_size
+  return 2.0 * (layout.cells * each
+                + layout.slots * layout.width * config.num_layers * over * length)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached(model, mesh, sampling, treedef, leaves, chunk, groups) -> Sampler:
+  return Sampler(model, mesh, sampling, jax.tree.unflatten(treedef, leaves), chunk=chunk,
+                 groups=groups)
+
+
+def make_sampler(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
+                 chunk: int = 32, groups: int = 0) -> Sampler:
+  """The Sampler of these arguments; the same one for equal arguments, with its compiled programs."""
+  leaves, treedef = jax.tree.flatten(param_shardings)
+  return _cached(model, mesh, sampling, treedef, tuple(leaves), chunk, groups)
+
+
+def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
+  """Decodes the tokens on the host: rollout.text becomes nested lists [P][G]."""
+  tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+  text = [[processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
+          for rows, keeps in zip(tokens, mask, strict=True)]
+  return dataclasses.replace(rollout, text=text)
+
+
+def generate(
+    model: VLM, params: Params, prompt: Prompt, sampling: Sampling, key: Array | None = None,
+    processor: "Processor | None" = None) -> Rollout:
+  """Samples G responses of each prompt.
+
+  Args:
+    model, params, processor: as `load_pretrained` returns them; without a processor
+      `rollout.text` is None. Params that lie on a mesh decide where the work is done.
+    prompt: P prompts; with a mesh a multiple of its `fsdp`.
+    sampling: how to draw.
+    key: of jax.random; may be None at temperature 0.
+
+  Returns:
+    Rollout with tokens, mask, logp [P, G, T] on the host and text [P][G].
+  """
+  if key is None:
+    if sampling.temperature > 0:
+      raise ValueError("generate: a key is needed unless sampling.temperature=0")
+    key = jax.random.key(0)
+  placed = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
+  meshes = [s.mesh for s in placed if isinstance(s, NamedSharding)]
+  if meshes:
+    mesh = meshes[0]
+  else:
+    device = next((min(s.device_set, key=lambda d: d.id) for s in placed if s is not None),
+                  jax.devices()[0])
+    mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, [device])
+  shardings = parallel.param_shardings(mesh, params)
+  rollout = make_sampler(model, mesh, sampling, shardings)(
+      params, parallel.put_batch(mesh, prompt), key)
+  return rollout if processor is None else with_text(rollout, processor)
