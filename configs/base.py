@@ -130,6 +130,11 @@ def get_config() -> ConfigDict:
   c.prompt_buckets = (256, 512, 1024, 2048, 4096)
   c.patch_buckets = (256, 1024, 4096, 16384)
   c.system_prompt = ""  # "" for none
+  c.rollout = ConfigDict()
+  c.rollout.chunk = 32  # tokens of each response between two looks at which of them have ended
+  # Prompts (with all their samples) that are decoded at once, on all devices together; those that
+  # have ended make room for others. 0: all of a step.
+  c.rollout.groups = 0
   # What is done, in order: a tuple of sft() and rl().
   c.stages = config_dict.placeholder(tuple)
   c.stages = ()

@@ -37,6 +37,8 @@ class Prompt:
     patch_grids: i32[P, N, 2]; rows and columns of patches of its image (1, 1 for padding).
     patch_segments: i32[P, N]; number of its image frame in the row, from 1; 0 is padding.
     patch_windows: i32[P, N]; number of its attention window in the row, from 1; 0 is padding.
+    features: what the vision tower makes of the patches (`VLM.see`): [P, F, D], and those of the
+      DeepStack layers; None before it has seen them.
   """
 
   tokens: Array
@@ -49,6 +51,7 @@ class Prompt:
   patch_grids: Array
   patch_segments: Array
   patch_windows: Array
+  features: tuple[Array, ...] | None = None
 
 
 @struct.dataclass

@@ -223,7 +223,8 @@ def _row_keys(key: Array, prompt: Prompt) -> Array:
 def _replace(prompt: Prompt, where: Array | bool, patches: Array) -> Prompt:
   """`patches` in place of those `where` it is true, bool[P, N], that are not padding."""
   chosen = (jnp.asarray(prompt.patch_segments) > 0) & where
-  return dataclasses.replace(prompt, patches=jnp.where(chosen[..., None], patches, prompt.patches))
+  return dataclasses.replace(
+      prompt, patches=jnp.where(chosen[..., None], patches, prompt.patches), features=None)
 
 
 def _patch_index(prompt: Prompt, positions: Array, merge_size: int) -> Array:

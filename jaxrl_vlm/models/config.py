@@ -78,6 +78,13 @@ class VisionConfig:
     return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
   @property
+  def window_patches(self) -> int:
+    """Patches of a whole window, which is rounded down to whole visual tokens."""
+    assert self.window_size is not None, "this tower has no windows"
+    merge = self.spatial_merge_size
+    return (self.window_size // merge // self.patch_size * merge)**2
+
+  @property
   def segments(self) -> tuple[tuple[int, int], ...]:
     """(first, last + 1) layers of the stretches between which features are taken out."""
     ends = [i + 1 for i in self.deepstack_layers]

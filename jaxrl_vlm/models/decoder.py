@@ -71,28 +71,30 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks):
   def in_window(distance):  # of a key, tokens back
     return ~sliding | (distance < config.sliding_window)
 
-  back = jnp.arange(t)[:, None] - jnp.arange(t)
-  mask = (back >= 0)[None]
-  if blocks is not None:
-    mask = mask | ((blocks[:, :, None] == blocks[:, None, :]) & (blocks[:, :, None] > 0))
-  if config.sliding_window:
-    mask = mask & in_window(back)
+  def sees_own(at):
+    back = at[:, None] - jnp.arange(t)
+    mask = (back >= 0)[None]
+    if blocks is not None:
+      here = blocks[:, at, None]
+      mask = mask | ((here == blocks[:, None, :]) & (here > 0))
+    return mask & in_window(back) if config.sliding_window else mask
 
   def fold(a):  # [P, G, T, ...] -> [P·G, T, ...]: each sample sees only itself
     return a.reshape(p * g, *a.shape[2:])
 
-  own = layers.attend(fold(q), fold(k).swapaxes(1, 2), fold(v).swapaxes(1, 2), mask,
+  own = layers.attend(fold(q), fold(k).swapaxes(1, 2), fold(v).swapaxes(1, 2), sees_own,
                       config.attention_scale)
   if prefix_kv is None:
     return own[0].reshape(q.shape)
   # The prefix is read once for all samples: their queries become one row of G·T queries.
   keys, values = prefix_kv
-  place = jnp.arange(keys.shape[2])
-  on_prefix = (place < prefix_length[:, None])[:, None, :]
-  if config.sliding_window:
-    back = (prefix_length[:, None] + jnp.arange(t))[:, :, None] - place  # [P, T, Lp]
-    on_prefix = jnp.tile(on_prefix & in_window(back), (1, g, 1))
-  shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, on_prefix,
+  length, place = prefix_length[:, None, None], jnp.arange(keys.shape[2])
+
+  def sees_prefix(at):
+    mask = place < length
+    return mask & in_window(length + (at % t)[:, None] - place) if config.sliding_window else mask
+
+  shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, sees_prefix,
                          config.attention_scale)
   shared = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
   return layers.merge(tuple(shared), own).reshape(q.shape)
@@ -116,16 +118,16 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
     seen = at < end[..., None]
     if config.sliding_window:
       seen = seen & in_window((age - first)[..., None] - at)
-    out = layers.attend(fold(q)[:, None], fold(k), fold(v), fold(seen)[:, None], scale)
+    out = layers.attend(fold(q)[:, None], fold(k), fold(v), lambda _: fold(seen)[:, None], scale)
     return tuple(a[:, 0].reshape(r, c, *a.shape[2:]) for a in out)
 
   zero = jnp.zeros_like(cells.used)
   parts = [over_own(*chunk_kv, cells.used, zero + cells.step + 1)]
 
-  length = own_kv[0].shape[3]
-  if length:
+  size = own_kv[0].shape[3]
+  if size:
     # Only as far as the longest response reaches.
-    ends = sorted({-(-length * i // 4) for i in range(5)})
+    ends = sorted({-(-size * i // 4) for i in range(5)})
 
     def before(end):
       if not end:
@@ -142,12 +144,14 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
   def in_places(a):  # [R, C, ...] -> [R·S, W, ...]
     return take(a, cells.cell).reshape(slots, -1, *a.shape[2:])
 
-  at = jnp.arange(keys.shape[2])
-  on_prefix = (at < prefix_length[:, None])[:, None, :]
-  if config.sliding_window:
-    on_prefix = on_prefix & in_window(
-        (prefix_length[:, None] + in_places(age))[..., None] - at)
-  shared = layers.attend(in_places(q), keys, values, on_prefix, scale)
+  length, at = prefix_length[:, None, None], jnp.arange(keys.shape[2])
+  ages = in_places(age)
+
+  def sees_prefix(queries):
+    mask = at < length
+    return mask & in_window(length + ages[:, queries, None] - at) if config.sliding_window else mask
+
+  shared = layers.attend(in_places(q), keys, values, sees_prefix, scale)
   parts.append(tuple(take(a.reshape(r, -1, *a.shape[2:]), cells.place) for a in shared))
   return layers.merge(*parts)
 

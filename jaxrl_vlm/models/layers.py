@@ -13,6 +13,7 @@ from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
 
 MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
+_SCORES = 2**20  # of queries and keys of one head, that attention holds at a time
 
 # Under their names in `config.json`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -174,21 +175,46 @@ def rotate(x: Array, angles: Array) -> Array:
   return rotated.astype(x.dtype)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
+def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: float
+           ) -> tuple[Array, Array]:
   """Softmax attention with grouped key/value heads, and its log-sum-exp.
+
+  Where there are many queries and keys it goes through the queries in blocks, which are computed
+  again in the backward pass: scores exist for one block at a time.
 
   Args:
     q: [B, Q, H, D].
     k: [B, K, S, D]; H is a multiple of K. Heads stand before positions, as matrix products want
       them: keys that are read again and again (decoding) are never transposed.
     v: [B, K, S, D].
-    mask: bool, broadcastable to [B, Q, S]; true where a query sees a key.
+    sees: numbers of queries i32[n] -> bool, broadcastable to [B, n, S]; where they see a key.
     scale: of the products of queries and keys.
 
   Returns:
     out [B, Q, H, D] and lse f32[B, Q, H]: the log of the softmax's denominator, by which
     attentions of the same queries over different keys merge exactly (`merge`).
   """
+  n, s = q.shape[1], k.shape[2]
+  size = max(1, _SCORES // s)
+  if n <= size:
+    return _attend(q, k, v, sees(jnp.arange(n)), scale)
+  count = -(-n // size)
+  size = -(-n // count)
+
+  def block(part):
+    return _attend(part[0], k, v, sees(part[1]), scale)
+
+  # What is added at the end are further copies of the last query.
+  at = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
+  parts = jnp.moveaxis(jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
+      q.shape[0], count, size, *q.shape[2:]), 1, 0)
+  out = jax.lax.map(jax.checkpoint(block), (parts, at))
+  return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :n]
+               for a in out)  # type: ignore[return-value]
+
+
+def _attend(q, k, v, mask, scale) -> tuple[Array, Array]:
+  """`attend` of all queries at once."""
   b, n, h, d = q.shape
   kv, s = k.shape[1:3]
 

@@ -5,6 +5,8 @@ gated MLP), Qwen3-VL (learned positions, DeepStack, 2406.04334) and Gemma 3's Si
 pooled as in 2503.19786); each as implemented in transformers.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -44,16 +46,25 @@ class VisionBlock(nn.Module):
                  for part in "qkv")
     if angles is not None:
       q, k = layers.rotate(q, angles), layers.rotate(k, angles)
-    # Attention does not depend on the order of patches, so a window is a mask, not a permutation.
-    ids = jnp.where(full, segments, windows)
-    mask = (ids[:, :, None] == ids[:, None, :]) & (ids[:, None, :] > 0)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scale = heads[-1]**-0.5
-    y, _ = layers.attend(q, k, v, mask, scale)
+
+    def sees_frame(at):
+      here = segments[:, at, None]
+      return (here == segments[:, None]) & (here > 0)
+
+    def over_frame():
+      return layers.attend(q, k, v, sees_frame, scale)[0]
+
+    if vision.full_attention_layers is None:
+      y = over_frame()
+    else:
+      y = jax.lax.cond(
+          full, over_frame, lambda: _over_windows(q, k, v, windows, vision.window_patches, scale))
     saliency = None
     if watched is not None:
       saliency = jax.lax.cond(
-          watched, lambda: received(q, k, mask, scale, share), lambda: jnp.zeros((b, n)))
+          watched, lambda: received(q, k, sees_frame, scale, share), lambda: jnp.zeros((b, n)))
     x = x + layers.Dense(d, True, dtype, lora, name="proj")(y.reshape(b, n, d))
     y = _norm(vision, "norm2")(x)
     mlp = layers.MLP(vision.intermediate_size, vision.activation, vision.gated_mlp, True, dtype,
@@ -61,7 +72,47 @@ class VisionBlock(nn.Module):
     return x + mlp(y), saliency
 
 
-def received(q: Array, k: Array, mask: Array, scale: float, share: Array) -> Array:
+def _over_windows(q: Array, k: Array, v: Array, windows: Array, size: int, scale: float) -> Array:
+  """Attention within windows of at most `size` patches, each of which stands together.
+
+  A block of `size` queries sees the keys of its own block and of the two beside it: no window
+  reaches further.
+
+  Args:
+    q: [B, N, H, D].
+    k, v: [B, H, N, D].
+    windows: i32[B, N]; number of the window, 0 is padding.
+    size: patches.
+    scale: of the products of queries and keys.
+  """
+  b, n = windows.shape
+  count = -(-n // size)
+
+  def blocks(a, axis):  # [..., N, ...] -> [..., count, size, ...]
+    pad = [(0, 0)] * a.ndim
+    pad[axis] = (0, count * size - n)
+    a = jnp.pad(a, pad)
+    return a.reshape(*a.shape[:axis], count, size, *a.shape[axis + 1:])
+
+  def around(a, axis):  # -> [..., count, 3 · size, ...]
+    a = blocks(a, axis)
+    first, last = (jnp.zeros_like(jax.lax.slice_in_dim(a, 0, 1, axis=axis)),) * 2
+    before = jnp.concatenate([first, jax.lax.slice_in_dim(a, 0, count - 1, axis=axis)], axis)
+    after = jnp.concatenate([jax.lax.slice_in_dim(a, 1, count, axis=axis), last], axis)
+    return jnp.concatenate([before, a, after], axis + 1)
+
+  def fold(a):  # [B, count, ...] -> [B·count, ...]
+    return a.reshape(b * count, *a.shape[2:])
+
+  here, there = fold(blocks(windows, 1))[:, :, None], fold(around(windows, 1))[:, None]
+  mask = (here == there) & (here > 0)
+  keys, values = (fold(jnp.moveaxis(around(a, 2), 2, 1)) for a in (k, v))
+  out, _ = layers.attend(fold(blocks(q, 1)), keys, values, lambda at: mask[:, at], scale)
+  return out.reshape(b, count * size, *q.shape[2:])[:, :n]
+
+
+def received(q: Array, k: Array, sees: Callable[[Array], Array], scale: float, share: Array
+             ) -> Array:
   """f32[B, S]; the attention that each key receives, mean over heads: Σ_q share_q · p_qk.
 
   Attention is linear in the values, and its transpose sends what stands at the queries to the
@@ -69,7 +120,7 @@ def received(q: Array, k: Array, mask: Array, scale: float, share: Array) -> Arr
   No gradient.
 
   Args:
-    q, k: [B, N, H, D] and [B, H, N, D], as mask [B, N, N] and scale those of `layers.attend`.
+    q, k: [B, N, H, D] and [B, H, N, D], as sees and scale those of `layers.attend`.
     share: f32[B, N]; of each query.
   """
   q, k = jax.lax.stop_gradient((q, k))
@@ -79,7 +130,7 @@ def received(q: Array, k: Array, mask: Array, scale: float, share: Array) -> Arr
     q, k = head[0][:, :, None], head[1][:, None]
 
     def attend(values):  # [B, S]
-      return layers.attend(q, k, values[:, None, :, None], mask, scale)[0][..., 0, 0]
+      return layers.attend(q, k, values[:, None, :, None], sees, scale)[0][..., 0, 0]
 
     return total + jax.linear_transpose(attend, share)(share)[0], None
 
@@ -169,6 +220,24 @@ class VisionTower(nn.Module):
     share = saliency = None
     if watched is not None:  # of each patch as a query in its frame
       share = (prompt.patch_segments > 0) / prompt.patch_grids.prod(axis=-1)
+    segments, windows = prompt.patch_segments, prompt.patch_windows
+
+    def back(a):
+      return a
+
+    if vision.full_attention_layers is not None:
+      # Attention does not depend on the order of patches: here those of a window stand together,
+      # padding last.
+      order = jnp.argsort(jnp.where(windows > 0, windows, windows.shape[1] + 1), axis=1)
+
+      def sort(a, order=order):  # [P, N, ...]
+        return None if a is None else jax.vmap(lambda row, at: row[at])(a, order)
+
+      x, angles, segments, windows, share = map(sort, (x, angles, segments, windows, share))
+
+      def back(a):  # [P, N, ...]
+        return sort(a, jnp.argsort(order, axis=1))
+
     block = nn.remat(VisionBlock, prevent_cse=False) if config.remat else VisionBlock
     taken = []
     for i, (first, end) in enumerate(vision.segments):
@@ -179,13 +248,13 @@ class VisionTower(nn.Module):
       here = watched is not None and first <= watched < end
       x, by_layer = blocks(config, name=f"blocks{i}" if i else "blocks")(
           x, jnp.array(full[first:end]), jnp.arange(first, end) == watched if here else None,
-          angles, prompt.patch_segments, prompt.patch_windows, share)
+          angles, segments, windows, share)
       if watched is not None and by_layer is not None:
-        saliency = by_layer[watched - first]
+        saliency = back(by_layer[watched - first])
       if i < len(vision.deepstack_layers):
-        taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(x))
+        taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(back(x)))
     merger = {"mlp": Merger, "pool": PoolingMerger}[vision.merger]
-    return merger(config, name="merger")(x), tuple(taken), saliency
+    return merger(config, name="merger")(back(x)), tuple(taken), saliency
 
 
 def _interpolate(table: Array, side: int, prompt: Prompt) -> Array:

@@ -37,6 +37,13 @@ class VLM(nn.Module):
     scale = self.config.embed_scale
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
+  def see(self, prompt: Prompt) -> Prompt:
+    """The prompts with their `features`: whatever follows has no need of the vision tower."""
+    if prompt.features is not None or not prompt.patches.shape[1]:
+      return prompt
+    features, taken = self.vision(prompt)
+    return prompt.replace(features=(features, *taken))
+
   def prefill(self, prompt: Prompt) -> tuple[Array, Prefix]:
     """Runs the prompts once. Returns hidden [P, Lp, D] and the prefix that responses stand on.
 
@@ -46,15 +53,15 @@ class VLM(nn.Module):
     index = prompt.feature_index
     is_image = index >= 0
     deepstack = None
-    if prompt.patches.shape[1]:
+    features = self.see(prompt).features
+    if features is not None:
       def placed(features):
         taken = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
         return jnp.where(is_image[..., None], taken.astype(x.dtype), 0)
 
-      features, taken = self.vision(prompt)
-      x = jnp.where(is_image[..., None], placed(features), x)
-      if taken:
-        deepstack = jnp.stack([placed(features) for features in taken])
+      x = jnp.where(is_image[..., None], placed(features[0]), x)
+      if features[1:]:
+        deepstack = jnp.stack([placed(taken) for taken in features[1:]])
     blocks = None
     if self.config.bidirectional_images:
       starts = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]

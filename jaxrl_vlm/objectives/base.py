@@ -114,6 +114,12 @@ class Objective:
     return ()
 
   @property
+  def needs_old(self) -> bool:
+    """Whether anything but `loss` wants `experience.old`. If not, a stage with one update for each
+    rollout does without a pass that scores it: it is the policy that is updated."""
+    return False
+
+  @property
   def needs_current(self) -> bool:
     """Whether `prepare` wants `experience.current` if a minibatch is split; without, each
     microbatch is taken for a minibatch. Costs a forward pass."""

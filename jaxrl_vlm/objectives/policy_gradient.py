@@ -144,6 +144,10 @@ class PolicyGradient(Objective):
     return ("ref",) if self.kl_coef and self.kl == "full" else ()
 
   @property
+  def needs_old(self) -> bool:
+    return self.correction != "none" or self._kl_in_reward or self.needs_current
+
+  @property
   def needs_current(self) -> bool:
     return self.policy_loss in cov.CHOOSE
 

@@ -86,6 +86,10 @@ class VPPO(PolicyGradient):
     return super().views + (("masked",) if self._uses_image else ())
 
   @property
+  def needs_old(self) -> bool:
+    return True
+
+  @property
   def full_kl(self) -> tuple[str, ...]:
     full = self._uses_image and self.dependency == "full"
     return super().full_kl + (("masked",) if full else ())

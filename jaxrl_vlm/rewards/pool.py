@@ -100,21 +100,13 @@ class RewardPool:
       TypeError: a response is not a string.
     """
     group = len(texts[0]) if len(texts) else 0
-    sizes = [len(row) for row in texts]
-    if len(texts) != len(examples) or any(size != group for size in sizes):
-      raise ValueError(
-        f"RewardPool: texts has rows of {sizes} responses, expected {len(examples)} rows (one per"
-        " example) of one length"
-      )
-    jobs, columns = [], list(rewards.metric_names(self._weights))
-    for example, row in zip(examples, texts, strict=True):
-      example = self._prepared(example)
-      columns += [n for n in rewards.metric_names(example.rewards or {}) if n not in columns]
-      for text in row:
-        if not isinstance(text, str):
-          raise TypeError(f"RewardPool: a response to id={example.id!r} is {type(text).__name__}")
-        jobs.append((example, text[-self._max_chars :]))
-    return Grading(self, jobs, (len(examples), group), columns)
+    grading = self.begin(len(examples), group)
+    grading.add(range(len(examples)), examples, texts)
+    return grading
+
+  def begin(self, prompts: int, group: int) -> "Grading":
+    """A grading of P prompts with G responses each, to which they are added as they come."""
+    return Grading(self, (prompts, group), list(rewards.metric_names(self._weights)))
 
   def grade(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> RewardBatch:
     """`submit(examples, texts).result()`."""
@@ -182,31 +174,58 @@ class RewardPool:
 
 
 class Grading:
-  """Responses that are being graded. Made by `RewardPool.submit`."""
+  """Responses that are being graded. Made by `RewardPool.submit` or `RewardPool.begin`."""
 
-  def __init__(
-    self,
-    pool: RewardPool,
-    jobs: list[tuple[Example, str]],
-    shape: tuple[int, int],
-    columns: list[str],
-  ):
-    self._pool, self._jobs, self._shape, self._columns = pool, jobs, shape, columns
-    self._values: list[dict[str, float]] = [{} for _ in jobs]
+  def __init__(self, pool: RewardPool, shape: tuple[int, int], columns: list[str]):
+    self._pool, self._shape, self._columns = pool, shape, columns
+    self._jobs: dict[int, tuple[Example, str]] = {}
+    self._values: list[dict[str, float]] = [{} for _ in range(shape[0] * shape[1])]
     self._failures = {"timeout": 0, "crash": 0, "error": 0}
     self._messages: dict[str, str] = {}
     self._pending: dict[futures.Future, _Task] = {}
     self._batch: RewardBatch | None = None
-    size = pool._chunk(len(jobs))
-    for start in range(0, len(jobs), size):
-      self._schedule(list(range(start, min(start + size, len(jobs)))))
+
+  def add(
+    self, rows: Sequence[int], examples: Sequence[Example], texts: Sequence[Sequence[str]]
+  ) -> None:
+    """Starts grading some of the prompts and returns at once; errors as of `RewardPool.submit`.
+
+    Args:
+      rows: [n] numbers of the prompts, from 0; each once.
+      examples: [n] their tasks.
+      texts: [n][G] responses.
+    """
+    group, sizes = self._shape[1], [len(row) for row in texts]
+    if len(texts) != len(examples) or any(size != group for size in sizes):
+      raise ValueError(
+        f"RewardPool: texts has rows of {sizes} responses, expected {len(examples)} rows (one per"
+        f" example) of one length{f', {group}' if group else ''}"
+      )
+    new = {}
+    for row, example, responses in zip(rows, examples, texts, strict=True):
+      example = self._pool._prepared(example)
+      names = rewards.metric_names(example.rewards or {})
+      self._columns += [name for name in names if name not in self._columns]
+      for i, text in enumerate(responses):
+        if not isinstance(text, str):
+          raise TypeError(f"RewardPool: a response to id={example.id!r} is {type(text).__name__}")
+        new[row * group + i] = example, text[-self._pool._max_chars :]
+    self._jobs |= new
+    indices, size = list(new), self._pool._chunk(len(new))
+    for start in range(0, len(indices), size):
+      self._schedule(indices[start : start + size])
 
   def result(self) -> RewardBatch:
     """Waits for the rewards.
 
     Raises:
       RuntimeError: the pool was closed, or its workers do not stay alive.
+      ValueError: some prompts have not been added.
     """
+    if len(self._jobs) < len(self._values):
+      raise ValueError(
+        f"RewardPool: {len(self._jobs)} of {len(self._values)} responses have been added"
+      )
     while self._pending:
       done, _ = futures.wait(self._pending, timeout=1.0, return_when=futures.FIRST_COMPLETED)
       # A pool that broke or was closed leaves futures that nobody will ever complete.

@@ -42,6 +42,7 @@ class Flight:
     used: i32[R, C]; how many tokens these are.
     token: i32[R, C]; the last one.
     position: i32[R, C]; its M-RoPE id.
+    limit: i32[R, C]; the most tokens it may have.
     done: bool[R, C]; ended, or empty.
     sample: i32[R, C]; number of the sample in the whole batch: its randomness.
   """
@@ -54,6 +55,7 @@ class Flight:
   used: Array
   token: Array
   position: Array
+  limit: Array
   done: Array
   sample: Array
 
@@ -74,6 +76,9 @@ class Sampler:
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
                chunk: int = 32, groups: int = 0):
+    for name, value, least in (("chunk", chunk, 1), ("groups", groups, 0)):
+      if value < least:
+        raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
     self.model, self.mesh, self.sampling = model, mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts = groups, mesh.shape["fsdp"]
@@ -82,11 +87,11 @@ class Sampler:
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (NamedSharding(mesh, spec) for spec in (
         Spec("fsdp"), Spec(None, "fsdp", None, heads)))
-    flight = Flight(kv, kv, rows, kv, kv, *[rows] * 5)
+    flight = Flight(kv, kv, rows, kv, kv, *[rows] * 6)
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=flight)
     self._admit = jax.jit(
-        self._admit_, in_shardings=(param_shardings, batch, flight, rows, rows, rows),
+        self._admit_, in_shardings=(param_shardings, batch, flight, rows, rows, rows, rows),
         out_shardings=flight, donate_argnums=2)
     self._decode = jax.jit(
         self._decode_, in_shardings=(param_shardings, flight, rows, rows, whole),
@@ -111,11 +116,11 @@ class Sampler:
 
     return Flight(
         kv(s, length), kv(s, length), number(s), kv(c, before), kv(c, before), number(c),
-        number(c), number(c), jnp.ones((r, c), bool), number(c))
+        number(c), number(c), number(c), jnp.ones((r, c), bool), number(c))
 
   def _admit_(self, params: Params, prompt: Prompt, flight: Flight, rows: Array, slots: Array,
-              cells: Array) -> Flight:
-    """Reads prompts and puts them into free places; see `schedule.Admission`."""
+              cells: Array, limits: Array) -> Flight:
+    """Reads prompts and puts them into free places; see `schedule.Admission`. limits: [R, n, G]."""
     parts, g = self.parts, self.sampling.num_samples
     new = rows.shape[1]
     per_part = prompt.tokens.shape[0] // parts
@@ -149,6 +154,7 @@ class Sampler:
         used=put(flight.used, at, jnp.zeros_like(at)),
         token=put(flight.token, at, of_samples(last)),
         position=put(flight.position, at, of_samples(chosen.next_position - 1)),
+        limit=put(flight.limit, at, limits.reshape(parts, -1)),
         done=put(flight.done, at, jnp.zeros(at.shape, bool)), sample=put(flight.sample, at, sample))
 
   def _decode_(self, params: Params, flight: Flight, place: Array, cell: Array, key: Array):
@@ -187,7 +193,7 @@ class Sampler:
 
       tokens, mask = write(tokens, token), write(mask, ~done)
       logps = write(logps, jnp.where(done, 0.0, logp))
-      done = done | jnp.isin(token, stops) | (age + 1 >= sampling.max_tokens)
+      done = done | jnp.isin(token, stops) | (age + 1 >= flight.limit)
       return token, done, (here.chunk_k, here.chunk_v, here.step), tokens, mask, logps
 
     def unfinished(state):
@@ -218,22 +224,25 @@ class Sampler:
     moved = Flight(
         take_kv(flight.prefix_k, slots), take_kv(flight.prefix_v, slots),
         take(flight.length, slots), take_kv(flight.k, cells), take_kv(flight.v, cells),
-        *(take(a, cells) for a in (flight.used, flight.token, flight.position, flight.done,
-                                   flight.sample)))
+        *(take(a, cells) for a in (flight.used, flight.token, flight.position, flight.limit,
+                                   flight.done, flight.sample)))
     return moved.replace(done=moved.done | (cells == flight.done.shape[1]))
 
   # -- The host's loop ----------------------------------------------------------------------------
 
   def __call__(self, params: Params, prompt: Prompt, key: Array,
-               finished: Callable[[int, np.ndarray, np.ndarray], None] | None = None) -> Rollout:
+               limits: np.ndarray | None = None,
+               finished: Callable[[list[int], np.ndarray, np.ndarray], None] | None = None
+               ) -> Rollout:
     """Draws G responses of each prompt.
 
     Args:
       params: as `param_shardings` says.
       prompt: P prompts on the mesh.
       key: of jax.random.
-      finished: called as soon as all samples of a prompt have ended, with its number and its
-        tokens and mask [G, T].
+      limits: i32[P, G]; the most tokens of each response, if that is less than `max_tokens`.
+      finished: called as soon as all samples of some prompts have ended, with the numbers of these
+        prompts and their tokens and mask [n, G, T].
 
     Returns:
       Rollout of host arrays [P, G, T].
@@ -247,6 +256,10 @@ class Sampler:
                              sampling.max_tokens)
     self._rollouts += 1
 
+    most_tokens = np.full((p, g), sampling.max_tokens, np.int32)
+    if limits is not None:
+      most_tokens = np.minimum(most_tokens, limits)
+    by_part = most_tokens.reshape(parts, p // parts, g)
     total = -(-sampling.max_tokens // chunk) * chunk
     tokens = np.full((p * g, total), self.model.config.pad_token, np.int32)
     mask = np.zeros((p * g, total), bool)
@@ -255,10 +268,14 @@ class Sampler:
     left = np.full(p, g)
     first = np.arange(parts)[:, None] * (p // parts) * g
 
+    def whole(a):
+      return a[:, :sampling.max_tokens].reshape(p, g, -1)
+
     flight = self._start(layout, prompt.tokens.shape[1])
     while schedule.waiting or schedule.alive.any():
       while (new := schedule.admit(most)) is not None:
-        flight = self._admit(params, prompt, flight, new.rows, new.slots, new.cells)
+        flight = self._admit(params, prompt, flight, new.rows, new.slots, new.cells,
+                             by_part[np.arange(parts)[:, None], new.rows])
       smaller = schedule.smaller(cost, known, self._rollouts <= _WARM_UP)
       if smaller is not None:
         known.add(smaller)
@@ -275,13 +292,9 @@ class Sampler:
       ended = (first + schedule.sample)[alive & done]
       schedule.retire(done)
       np.subtract.at(left, ended // g, 1)
-      if finished is not None:
-        for row in np.unique(ended // g)[left[np.unique(ended // g)] == 0]:
-          here = slice(row * g, (row + 1) * g)
-          finished(int(row), tokens[here, :sampling.max_tokens], mask[here, :sampling.max_tokens])
-
-    def whole(a):
-      return a[:, :sampling.max_tokens].reshape(p, g, -1)
+      rows = [int(row) for row in np.unique(ended // g) if not left[row]]
+      if finished is not None and rows:
+        finished(rows, whole(tokens)[rows], whole(mask)[rows])
 
     return Rollout(tokens=whole(tokens), mask=whole(mask), logp=whole(logp))
 
@@ -307,7 +320,8 @@ class Sampler:
     cells, slots = numbers(-(-layout.cells // 2)), numbers(layout.slots)
     return {
         "admit": self._admit.lower(
-            params, prompt, flight, numbers(most), numbers(most), numbers(most, g)),
+            params, prompt, flight, numbers(most), numbers(most), numbers(most, g),
+            numbers(most, g)),
         "decode": self._decode.lower(
             params, flight, numbers(layout.cells), numbers(layout.slots * layout.width), key),
         "move": self._move.lower(flight, cells, slots)}
@@ -341,17 +355,21 @@ def _cached(model, mesh, sampling, treedef, leaves, chunk, groups) -> Sampler:
 
 def make_sampler(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
                  chunk: int = 32, groups: int = 0) -> Sampler:
-  """The Sampler of these arguments; the same one for equal arguments, with its compiled programs."""
+  """The Sampler of these arguments: for equal ones the same, with its compiled programs."""
   leaves, treedef = jax.tree.flatten(param_shardings)
   return _cached(model, mesh, sampling, treedef, tuple(leaves), chunk, groups)
 
 
 def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
   """Decodes the tokens on the host: rollout.text becomes nested lists [P][G]."""
-  tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
-  text = [[processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
-          for rows, keeps in zip(tokens, mask, strict=True)]
+  text = texts_of(np.asarray(rollout.tokens), np.asarray(rollout.mask), processor)
   return dataclasses.replace(rollout, text=text)
+
+
+def texts_of(tokens: np.ndarray, mask: np.ndarray, processor: "Processor") -> list[list[str]]:
+  """The text of each response [P, G, T], without special tokens."""
+  return [[processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
+          for rows, keeps in zip(tokens, mask, strict=True)]
 
 
 def generate(

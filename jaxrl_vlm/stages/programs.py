@@ -62,6 +62,9 @@ class Programs:
   Each is a `jax.jit` of a pure function. `params` and the optimizer's state lie as
   `parallel.param_shardings` says, everything with a leading axis P is split over `fsdp`.
 
+  `see` gives prompts their visual tokens, so that no other needs the vision tower: all may have
+  such prompts but an update that trains it (`trains_vision`).
+
   `update(state, frozen, ...)` takes the parameters in the two parts of `lora.split(params,
   trainable)` and gives only the first away; all others take them whole: `lora.merge` of both.
   `score_base` takes them without adapters, `score_reference` takes the policy and the reference.
@@ -77,7 +80,7 @@ class Programs:
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
-      black: Array | None = None, white: Array | None = None):
+      chunk: int = 32, groups: int = 0, black: Array | None = None, white: Array | None = None):
     self.model, self.mesh, self.objective, self.optimizer = model, mesh, objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
     self.black, self.white = black, white
@@ -86,13 +89,18 @@ class Programs:
       raise ValueError(f"white=None: expected a patch (views.level_patch), because "
                        f"objective.mask_kind={kind!r} needs one")
 
+    # Of one update the policy that sampled is the policy that is updated.
+    self.scores_old = minibatches > 1 or objective.needs_old
+
     trained, frozen = lora.split(abstract_params, trainable)
+    self.trains_vision = bool(jax.tree.leaves(trained.get("vision", {})))
     self.abstract_state = jax.eval_shape(self._init_state, trained)
     self.state_shardings = parallel.param_shardings(mesh, self.abstract_state)
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     params, frozen = (parallel.param_shardings(mesh, tree) for tree in (abstract_params, frozen))
 
     self.init_state = jax.jit(self._init_state, out_shardings=self.state_shardings)
+    self.see = jax.jit(self._see, in_shardings=(params, batch), out_shardings=batch)
     self.score = jax.jit(
         self._score, in_shardings=(params, batch, batch, batch), out_shardings=batch)
     self.score_base = jax.jit(
@@ -113,14 +121,19 @@ class Programs:
         in_shardings=(self.state_shardings, frozen, batch, batch, batch, None, None),
         out_shardings=(self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
-      self.rollout = make_sampler(model, mesh, sampling, params)
+      self.rollout = make_sampler(
+          model, mesh, sampling, params, chunk=chunk, groups=groups)
       if "baseline" in objective.advantage_needs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
-        self.rollout_greedy = make_sampler(model, mesh, greedy, params)
+        self.rollout_greedy = make_sampler(
+            model, mesh, greedy, params, chunk=chunk, groups=groups)
 
   def _init_state(self, params: Params) -> TrainState:
     return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
                       self.objective.initial_state())
+
+  def _see(self, params, prompt: Prompt) -> Prompt:
+    return self.model.apply({"params": params}, prompt, method="see")
 
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array) -> TokenStats:
     return scoring.score_tokens(
@@ -216,6 +229,14 @@ class Programs:
     hidden = scoring.hidden_states(self.model, params, prompt, tokens)
     stats = scoring.token_stats(self.model, params, hidden, tokens, temperature=self.temperature)
     stats = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), stats)
+    sums, peaks = {}, {}
+    if experience.old is None:
+      experience = dataclasses.replace(experience, old=jax.lax.stop_gradient(stats))
+      if experience.sampler_logp is not None:
+        apart = self._compare(experience.old.logp, experience.sampler_logp, mask)
+        mean, peaks = apart.pop("sampler_logp_difference"), apart
+        share = jnp.where(mask, experience.token_weights, 0.0).sum()
+        sums = {"sampler_logp_difference": mean * share}
     views = {}
     for name in self.objective.grad_views:
       if name == "masked":
@@ -225,7 +246,8 @@ class Programs:
         other_params, other_prompt = reference, prompt
       views[name] = self._view(
           name, params, hidden, prompt, other_params, other_prompt, tokens, mask)
-    return self.objective.loss(stats, experience, **views)
+    value, more = self.objective.loss(stats, experience, **views)
+    return value, jax.lax.stop_gradient((sums | more, peaks))
 
   def _minibatch(self, state: TrainState, frozen, batch, reference
                  ) -> tuple[TrainState, dict[str, Array]]:
@@ -243,19 +265,23 @@ class Programs:
 
     grad = jax.value_and_grad(loss, has_aux=True)
     if count == 1:
-      (value, sums), grads = grad(state.params, prompt, tokens, experience, source)
+      (value, (sums, peaks)), grads = grad(state.params, prompt, tokens, experience, source)
     else:
       parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
                      tokens.shape[0])
 
       def one(total, part):
-        out = grad(state.params, *part)
-        return jax.tree.map(jnp.add, total, out), None
+        (value, (sums, peaks)), grads = grad(state.params, *part)
+        (total_value, (total_sums, total_peaks)), total_grads = total
+        added = jax.tree.map(
+            jnp.add, (total_value, total_sums, total_grads), (value, sums, grads))
+        peaks = jax.tree.map(jnp.maximum, total_peaks, peaks)
+        return ((added[0], (added[1], peaks)), added[2]), None
 
       first = jax.tree.map(lambda a: a[0], parts)
       shapes = jax.eval_shape(grad, state.params, *first)
       zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      ((value, sums), grads), _ = jax.lax.scan(one, zeros, parts)
+      ((value, (sums, peaks)), grads), _ = jax.lax.scan(one, zeros, parts)
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -267,7 +293,7 @@ class Programs:
         lambda new, old: jnp.where(good, new, old),
         (params, opt_state, numbers), (state.params, state.opt_state, dict(state.objective)))
     state = TrainState(params, opt_state, jnp.where(good, 0, state.bad_steps + 1), numbers)
-    metrics |= sums | {"loss": value, "grad_norm": norm, "bad_steps": state.bad_steps}
+    metrics |= sums | peaks | {"loss": value, "grad_norm": norm, "bad_steps": state.bad_steps}
     return state, metrics
 
   def _current(self, state: TrainState, frozen, prompt, tokens, mask) -> TokenStats:

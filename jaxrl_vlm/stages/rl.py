@@ -1,5 +1,6 @@
 """Reinforcement learning: sample, grade, score, update."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,8 @@ from jaxrl_vlm.data.processor import EncodedPrompt
 from jaxrl_vlm.errors import hint, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.report import Sample
-from jaxrl_vlm.rewards.pool import RewardPool
-from jaxrl_vlm.rollout import Sampling, with_text
+from jaxrl_vlm.rewards.pool import Grading, RewardPool
+from jaxrl_vlm.rollout import Sampling, texts_of, with_text
 from jaxrl_vlm.stages.loading import objective_of
 from jaxrl_vlm.stages.programs import Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun, source_spec
@@ -97,6 +98,7 @@ def train(run: Run, index: int) -> None:
       run.model, run.mesh, objective, optimizer, run.abstract_params,
       trainable=run.trainable, temperature=stage.temperature or 1.0,
       microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
+      chunk=run.config.rollout.chunk, groups=run.config.rollout.groups,
       black=run.processor.black_patch, white=white)
 
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
@@ -111,12 +113,14 @@ def train(run: Run, index: int) -> None:
       advantages = programs.advantages(
           rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective)
       experience = Experience(
-          mask=mask, advantages=advantages, old=views.pop("old"), rewards=rewards, views=views,
-          sampler_logp=logp, truncated=truncated)
-      metrics = programs.compare(experience.old.logp, logp, mask)
+          mask=mask, advantages=advantages, old=views.pop("old", None), rewards=rewards,
+          views=views, sampler_logp=logp, truncated=truncated)
+      metrics = {}
+      if experience.old is not None:
+        metrics = programs.compare(experience.old.logp, logp, mask)
       reference = loop.reference_params if "ref" in objective.grad_views else None
       loop.state, updated = programs.update(
-          loop.state, run.frozen, prompt, tokens, experience,
+          loop.state, run.frozen, _to_train_on(programs, prompt), tokens, experience,
           run.random_key(_UPDATE) if masked is None else masked, reference)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
@@ -170,31 +174,32 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
     with loop.reading():
       examples = next(loop.data)
       encoded = run.encode(examples)
-    prompt = parallel.put_batch(run.mesh, run.processor.collate(encoded))
-    rollout = with_text(
-        programs.rollout(loop.params, prompt, run.random_key(_ROLLOUT, len(drawn))),
-        run.processor)
-    assert loop.pool is not None  # an RL stage always has one
-    size, texts = len(rollout.text[0]), rollout.text
-    if greedy:  # graded as one more sample
+    prompt = _seen(loop, encoded)
+    rollout, texts, handle = _sample(loop, examples, prompt, run.random_key(_ROLLOUT, len(drawn)))
+    greedy_handle = None
+    if greedy:
       answers = with_text(programs.rollout_greedy(loop.params, prompt, jax.random.key(0)),
                           run.processor)
-      texts = [row + more for row, more in zip(texts, answers.text, strict=True)]
-      loop.generated(int(np.asarray(answers.mask).sum()))
-    with validation():
-      handle = loop.pool.submit(examples, texts)
-    loop.generated(int(np.asarray(rollout.mask).sum()))
+      greedy_handle = loop.pool.submit(examples, answers.text)
+      loop.generated(int(answers.mask.sum()))
+    loop.generated(int(rollout.mask.sum()))
     scored = None
-    if not objective.filter_groups:  # the device scores while the host grades
+    # The device scores while the host grades.
+    if programs.scores_old and not objective.filter_groups:
       scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask)
     graded = handle.result()
-    for kind, message in graded.messages.items():
+    failures, baseline = collections.Counter(graded.failures), None
+    messages = dict(graded.messages)
+    if greedy_handle is not None:
+      of_greedy = greedy_handle.result()
+      baseline = of_greedy.total[:, 0]
+      failures.update(of_greedy.failures)
+      messages = {**of_greedy.messages, **messages}
+    for kind, message in messages.items():
       run.progress.log(f"grader {kind}: {message}")
     groups = Groups(
-        examples, encoded, rollout.text, np.asarray(rollout.tokens), np.asarray(rollout.mask),
-        np.asarray(rollout.logp), graded.total[:, :size],
-        {k: v[:, :size] for k, v in graded.components.items()}, dict(graded.failures),
-        _truncated(loop, rollout), graded.total[:, size] if greedy else None)
+        examples, encoded, texts, rollout.tokens, rollout.mask, rollout.logp, graded.total,
+        graded.components, dict(failures), _truncated(loop, rollout), baseline)
     drawn.append(groups)
     if not objective.filter_groups:
       return groups, prompt, scored, _summary(loop, drawn)
@@ -216,13 +221,42 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
     filler.mask = np.zeros_like(filler.mask)
     kept = kept + filler
   kept = kept.rows(range(want))
-  return kept, parallel.put_batch(run.mesh, run.processor.collate(kept.encoded)), None, summary
+  return kept, _seen(loop, kept.encoded), None, summary
+
+
+def _sample(loop: StageRun, examples: list[Example], prompt: Prompt, key: jax.Array
+            ) -> tuple[Rollout, list[list[str]], Grading]:
+  """Draws responses; a group is graded as soon as it has ended, while others are still decoded."""
+  run, programs = loop.run, loop.programs
+  assert loop.pool is not None  # an RL stage always has one
+  grading = loop.pool.begin(len(examples), loop.stage.num_samples)
+  texts: list[list[str]] = [[] for _ in examples]
+
+  def ended(rows, tokens, mask):
+    for row, new in zip(rows, texts_of(tokens, mask, run.processor), strict=True):
+      texts[row] = new
+    with validation():
+      grading.add(rows, [examples[row] for row in rows], [texts[row] for row in rows])
+
+  return programs.rollout(loop.params, prompt, key, finished=ended), texts, grading
+
+
+def _seen(loop: StageRun, encoded: list[EncodedPrompt]) -> Prompt:
+  """Prompts on the device, with their visual tokens."""
+  run = loop.run
+  prompt = parallel.put_batch(run.mesh, run.processor.collate(encoded))
+  return loop.programs.see(loop.params, prompt)
+
+
+def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:
+  """Without visual tokens if the update itself must make them: it trains the vision tower."""
+  return prompt.replace(features=None) if programs.trains_vision else prompt
 
 
 def _truncated(loop: StageRun, rollout: Rollout) -> np.ndarray:
   """bool[P, G]; responses that fill the buffer without an end token."""
-  mask, tokens = np.asarray(rollout.mask), np.asarray(rollout.tokens)
-  return mask.all(axis=-1) & ~np.isin(tokens[..., -1], loop.run.model.config.stop_tokens)
+  ended = np.isin(rollout.tokens[..., -1], loop.run.model.config.stop_tokens)
+  return rollout.mask.all(axis=-1) & ~ended
 
 
 def _masked_source(loop: StageRun, groups: Groups) -> Prompt | None:
@@ -248,16 +282,20 @@ def _masked_source(loop: StageRun, groups: Groups) -> Prompt | None:
 
 def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any,
                  masked: Prompt | None) -> dict[str, Any]:
-  """TokenStats by name: `old` (current parameters, clean image) and the objective's views."""
+  """TokenStats by name: `old` (current parameters, clean image), where it is scored, and the
+  objective's views."""
   run, programs, params = loop.run, loop.programs, loop.params
   tokens, mask = parallel.put_batch(run.mesh, (groups.tokens, groups.mask))
-  views = {"old": scored if scored is not None else programs.score(params, prompt, tokens, mask)}
+  views = {}
+  if programs.scores_old:
+    views["old"] = scored if scored is not None else programs.score(params, prompt, tokens, mask)
   for name in programs.objective.views:
+    unseen = _to_train_on(programs, prompt)  # the reference may have another vision tower
     if name == "ref" and name in programs.objective.full_kl:
-      views[name] = programs.score_reference(params, loop.reference_params, prompt, tokens, mask)
+      views[name] = programs.score_reference(params, loop.reference_params, unseen, tokens, mask)
     elif name == "ref":
       score = programs.score_base if loop.reference_is_base else programs.score
-      views[name] = score(loop.reference_params, prompt, tokens, mask)
+      views[name] = score(loop.reference_params, unseen, tokens, mask)
     elif name == "masked":
       source = run.random_key(_MASK) if masked is None else masked
       views[name] = programs.score_masked(params, prompt, tokens, mask, source)

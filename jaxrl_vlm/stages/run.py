@@ -366,7 +366,8 @@ class StageRun:
       source = run.open_source(self.stage, "test")
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
       self._eval_rollout = make_sampler(
-          run.model, run.mesh, self._eval_sampling, run.param_shardings)
+          run.model, run.mesh, self._eval_sampling, run.param_shardings,
+          chunk=run.config.rollout.chunk, groups=run.config.rollout.groups)
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,

@@ -328,6 +328,26 @@ def test_bad_files_are_named(pair, tmp_path):
     jv.load_pretrained(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("scores", [40, 9, 1])
+def test_attention_in_blocks(scores, monkeypatch):
+  """Many queries are worked through in blocks: the same values, log-sum-exps and gradients."""
+  rng = np.random.default_rng(0)
+  q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32)
+             for a, b in ((7, 4), (2, 9), (2, 9)))
+  mask = rng.random((2, 7, 9)) < 0.7
+  mask[..., 0] = True
+  mask = jnp.asarray(mask)
+  cotangent = rng.normal(size=q.shape).astype(np.float32), rng.normal(size=(2, 7, 4)).astype("f4")
+
+  def run():
+    out, back = jax.vjp(lambda *a: layers.attend(*a, lambda at: mask[:, at], 0.3), q, k, v)
+    return out, back(cotangent)
+
+  whole = run()
+  monkeypatch.setattr(layers, "_SCORES", scores)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run(), whole)
+
+
 def test_attention_merges_exactly():
   """Two attentions merged by their log-sum-exp are the attention over all keys."""
   rng = np.random.default_rng(0)
@@ -336,8 +356,8 @@ def test_attention_merges_exactly():
   mask = rng.random((2, 5, 9)) < 0.7
   mask[0, 0, :4] = False  # one side empty
   mask[0, 0, 4] = True
-  whole, _ = layers.attend(q, k, v, mask, 8**-0.5)
-  halves = [layers.attend(q, k[:, :, s], v[:, :, s], mask[:, :, s], 8**-0.5)
+  whole, _ = layers.attend(q, k, v, lambda at: mask[:, at], 8**-0.5)
+  halves = [layers.attend(q, k[:, :, s], v[:, :, s], lambda at, s=s: mask[:, at, s], 8**-0.5)
             for s in (slice(0, 4), slice(4, 9))]
   np.testing.assert_allclose(layers.merge(*halves), whole, atol=1e-6)
   # And the plain formula, for one query.

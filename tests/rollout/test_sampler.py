@@ -139,7 +139,7 @@ def test_a_key_is_needed(setup):
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_scheduling_changes_nothing(family, tmp_path):
-  """Greedy and sampled responses are the same, however they are decoded; with sliding layers too."""
+  """Responses are the same however they are decoded, greedy or drawn, with sliding layers too."""
   tiny.make_hf(tmp_path, family=family)
   model, params, processor = jv.load_pretrained(tmp_path)
   messages, images = tiny.conversations()
@@ -152,8 +152,11 @@ def test_scheduling_changes_nothing(family, tmp_path):
     for options in (dict(chunk=3), dict(chunk=7, groups=2), dict(chunk=4, groups=3)):
       ended = {}
       draw = one_device_sampler(model, params, sampling, **options)
-      other = draw(params, prompt, jax.random.key(3),
-                   lambda p, *rows, ended=ended: ended.update({p: [a.copy() for a in rows]}))
+
+      def finished(rows, *arrays, ended=ended):
+        ended.update({p: [a[i] for a in arrays] for i, p in enumerate(rows)})
+
+      other = draw(params, prompt, jax.random.key(3), finished=finished)
       np.testing.assert_array_equal(other.tokens, plain.tokens, err_msg=f"{options}")
       np.testing.assert_array_equal(other.mask, plain.mask)
       np.testing.assert_allclose(other.logp, plain.logp, atol=1e-5)
@@ -161,3 +164,15 @@ def test_scheduling_changes_nothing(family, tmp_path):
       for p, (tokens, mask) in ended.items():
         np.testing.assert_array_equal(tokens, plain.tokens[p])
         np.testing.assert_array_equal(mask, plain.mask[p])
+
+
+def test_limits(setup):
+  """A response ends at its own limit; what it has until then is what it has without."""
+  model, params, _, prompt = setup
+  draw = one_device_sampler(model, params, jv.Sampling(2, 9, temperature=1.5), chunk=4)
+  plain = draw(params, prompt, jax.random.key(0))
+  limits = np.array([[1, 9], [4, 5], [20, 8]])
+  limited = draw(params, prompt, jax.random.key(0), limits)
+  np.testing.assert_array_equal(
+      limited.mask.sum(-1), np.minimum(plain.mask.sum(-1), limits))
+  np.testing.assert_array_equal(limited.tokens[limited.mask], plain.tokens[limited.mask])

@@ -1,4 +1,4 @@
-"""Where each response is decoded: nobody is lost, nobody meets a stranger, the tail costs little."""
+"""Where each response is decoded: nobody is lost, nobody meets a stranger, a tail costs little."""
 
 import numpy as np
 import pytest

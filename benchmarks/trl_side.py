@@ -1,0 +1,92 @@
+"""TRL's GRPOTrainer, a step at a time, for `rl_step.py`: reads `go`, does a step, writes seconds.
+
+Runs in a process of its own; nothing here imports jaxrl_vlm.
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+import torch
+
+# torchvision wants its own operators, which a torch for the CPU does not have; nobody calls them.
+_register = torch.library.register_fake
+
+
+def _register_fake(name, *args, **kwargs):
+  if isinstance(name, str) and name.startswith("torchvision::"):
+    return lambda function: function
+  return _register(name, *args, **kwargs)
+
+
+torch.library.register_fake = _register_fake
+
+import transformers  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from PIL import Image  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+
+
+class Stepwise(transformers.TrainerCallback):
+  """Waits for a word before each step and tells how long it took after it."""
+
+  def on_step_begin(self, *args, **kwargs):
+    if sys.stdin.readline().strip() != "go":
+      sys.exit(0)
+
+  def on_step_end(self, *args, **kwargs):
+    print(f"seconds {time.perf_counter() - self.start:.6f}", file=OUT, flush=True)
+
+
+OUT = sys.stdout
+sys.stdout = sys.stderr  # the trainer's own words
+
+
+def main(spec):
+  torch.set_num_threads(spec["threads"])
+  folder = spec["model"]
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  pixels = {"min_pixels": spec["side"]**2, "max_pixels": spec["side"]**2}
+  processor = transformers.Qwen2_5_VLProcessor(
+      transformers.AutoImageProcessor.from_pretrained(folder, **pixels), tokenizer,
+      transformers.Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template)
+  model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+  # Every response has all its tokens, on both sides.
+  model.generation_config.eos_token_id = None
+
+  rng = np.random.default_rng(0)
+  count = spec["prompts"] * 4
+  rows = [{
+      "prompt": [{"role": "user", "content": spec["question"]}],
+      "image": Image.fromarray(rng.integers(0, 256, (spec["side"],) * 2 + (3,), np.uint8)),
+  } for _ in range(count)]
+
+  def reward(completions, **kwargs):
+    return [float(len(c[0]["content"]) % 7) for c in completions]
+
+  steps = Stepwise()
+  config = GRPOConfig(
+      output_dir=spec["output"], max_steps=100_000, per_device_train_batch_size=spec["prompts"]
+      * spec["group"], gradient_accumulation_steps=1, num_generations=spec["group"],
+      max_completion_length=spec["tokens"], beta=0.0, temperature=1.0, learning_rate=1e-6,
+      use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
+      logging_steps=10_000, disable_tqdm=True, shuffle_dataset=False, dataloader_num_workers=0,
+      generation_kwargs={"min_new_tokens": spec["tokens"]})
+  trainer = GRPOTrainer(
+      model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
+      processing_class=processor, callbacks=[steps])
+
+  # A step of the trainer begins with its batch, before the callback: time what it really does.
+  inner = trainer.training_step
+
+  def timed(*args, **kwargs):
+    steps.start = time.perf_counter()
+    return inner(*args, **kwargs)
+
+  trainer.training_step = timed
+  trainer.train()
+
+
+if __name__ == "__main__":
+  main(json.loads(sys.argv[1]))
