@@ -13,10 +13,10 @@ from jaxrl_vlm.types import Array, Params, Prompt, Rollout, TokenStats
 
 def token_stats(
     model: VLM, params: Params, hidden: Array, tokens: Array, *, temperature: float = 1.0,
-    chunk: int = 128) -> TokenStats:
+    chunk: int = 128, axis: int = 2) -> TokenStats:
   """Log-probability and entropy of tokens [P, G, T] from hidden [P, G, T, D].
 
-  Works through T in chunks and recomputes each in the backward pass, so that logits exist for
+  Works through an axis in chunks and recomputes each in the backward pass, so that logits exist for
   P·G·chunk positions at a time.
   """
 
@@ -26,12 +26,12 @@ def token_stats(
     # A suppressed token has probability 0 and log-probability -1e30: the product is 0, not NaN.
     return picked, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
 
-  return TokenStats(*_in_chunks(one, (hidden, tokens), chunk))
+  return TokenStats(*_in_chunks(one, (hidden, tokens), chunk, axis))
 
 
 def full_kl(
     model: VLM, params: Params, hidden: Array, other_params: Params, other_hidden: Array,
-    temperature: float = 1.0, chunk: int = 128) -> Array:
+    temperature: float = 1.0, chunk: int = 128, axis: int = 2) -> Array:
   """Divergence over the whole vocabulary: f32[P, G, T], >= 0 but for rounding.
 
       KL_t = Σ_v π(v | I, q, o_<t) (log π(v | I, q, o_<t) − log π′(v | I′, q, o_<t))
@@ -48,7 +48,8 @@ def full_kl(
     other_params, other_hidden: of π′ and its view. The gradient goes through all of them:
       `jax.lax.stop_gradient` for what should stay.
     temperature: of sampling.
-    chunk: response positions at a time.
+    chunk: how much of an axis at a time.
+    axis: 1 or 2.
   """
 
   def one(hidden, other_hidden):
@@ -57,7 +58,7 @@ def full_kl(
     # A suppressed token is -1e30 in both: probability 0 times a finite difference.
     return (jnp.sum(jnp.exp(logp) * (logp - other), axis=-1),)
 
-  return _in_chunks(one, (hidden, other_hidden), chunk)[0]
+  return _in_chunks(one, (hidden, other_hidden), chunk, axis)[0]
 
 
 def _log_probs(model: VLM, params: Params, hidden: Array, temperature: float) -> Array:
@@ -66,35 +67,39 @@ def _log_probs(model: VLM, params: Params, hidden: Array, temperature: float) ->
 
 
 def _in_chunks(
-    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], chunk: int
+    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], chunk: int, axis: int
 ) -> tuple[Array, ...]:
-  """function of arrays [P, G, T, ...] -> arrays [P, G, T], `chunk` positions of T at a time.
+  """function of arrays [P, G, T, ...] -> arrays [P, G, T], `chunk` of an axis at a time.
 
   Each chunk is recomputed in the backward pass.
   """
   one = jax.checkpoint(function)
-  t = arrays[0].shape[2]
+  t = arrays[0].shape[axis]
   size = min(chunk, t)
   if t == size:
     return one(*arrays)
 
-  def split(a):  # [P, G, T, ...] -> [n, P, G, size, ...]
-    a = jnp.pad(a, [(0, 0), (0, 0), (0, -t % size)] + [(0, 0)] * (a.ndim - 3))
-    return jnp.moveaxis(a.reshape(*a.shape[:2], -1, size, *a.shape[3:]), 2, 0)
+  def split(a):  # [.., T, ...] -> [n, .., size, ...]
+    room = [(0, 0)] * a.ndim
+    room[axis] = (0, -t % size)
+    a = jnp.pad(a, room)
+    return jnp.moveaxis(a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1:]), axis, 0)
+
+  def joined(a):
+    a = jnp.moveaxis(a, 0, axis)
+    a = a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2:])
+    return jax.lax.slice_in_dim(a, 0, t, axis=axis)
 
   _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, tuple(map(split, arrays)))
-  return tuple(jnp.moveaxis(a, 0, 2).reshape(*a.shape[1:3], -1)[..., :t] for a in parts)
+  return tuple(map(joined, parts))
 
 
 def hidden_states(model: VLM, params: Params, prompt: Prompt, tokens: Array) -> Array:
   """[P, G, T, D]; position t predicts tokens[..., t]. `prompt` may have a row for every sample."""
-  p, g, t = tokens.shape
-  rows = prompt.tokens.shape[0]
   variables = {"params": params}
   _, prefix = model.apply(variables, prompt, method="prefill")
-  tokens = tokens.reshape(rows, p * g // rows, t)
   hidden: Any = model.apply(variables, prompt, prefix, tokens, method="respond")
-  return hidden.reshape(p, g, t, -1)
+  return hidden
 
 
 def score_tokens(

@@ -14,7 +14,8 @@ LAYERS = (
   {"train", "plan", "convert", "view"},  # entry points: nothing imports them
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},
-  {"objectives", "models", "rewards", "data", "parallel", "checkpoint", "metrics", "views"},
+  {"objectives", "models", "rewards", "data", "parallel", "checkpoint", "metrics", "views",
+   "packing"},
   {"types", "config"},
   {"example", "errors", "hf_config"},
 )

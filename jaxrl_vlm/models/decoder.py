@@ -64,7 +64,118 @@ class Cells:
   cell: Array
 
 
-def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks):
+@struct.dataclass
+class Blocks:
+  """Where the tokens of responses are computed: in blocks of B, of which each is of one response.
+
+  The batch is in R parts, one for each device that holds prompts of its own; a part has N blocks,
+  those of a response one after another. Padding of short responses costs less than a block each.
+
+  Attributes:
+    index: i32[R, N]; which of the part's P/R · G · T/B blocks this is; as many where none is.
+    size: B.
+  """
+
+  index: Array
+  size: int = struct.field(pytree_node=False)
+
+  def _flat(self, a: Array) -> Array:
+    """[P, G, T, ...] -> [R, P/R · G · T/B, B, ...]."""
+    room = [(0, 0)] * a.ndim
+    room[2] = (0, -a.shape[2] % self.size)
+    return jnp.pad(a, room).reshape(self.index.shape[0], -1, self.size, *a.shape[3:])
+
+  def take(self, a: Array) -> Array:
+    """[P, G, T, ...] -> [R, N, B, ...]."""
+    return jax.vmap(lambda a, i: jnp.take(a, i, axis=0, mode="clip"))(self._flat(a), self.index)
+
+  def put(self, a: Array, into: Array) -> Array:
+    """[R, N, B] -> `into` [P, G, T] with these blocks in their places."""
+    p, g, t = into.shape
+    flat = jax.vmap(lambda a, i, b: a.at[i].set(b, mode="drop"))(self._flat(into), self.index, a)
+    return flat.reshape(p, g, -1)[..., :t]
+
+  def holds(self, shape: tuple[int, ...]) -> Array:
+    """bool[P, G, T]; the positions in these blocks."""
+    some = jnp.ones((*self.index.shape, self.size), bool)
+    return self.put(some, jnp.zeros(shape, bool))
+
+  def place(self, shape: tuple[int, ...], rows: int) -> "BlockPlaces":
+    """`shape` of the responses [P, G, T]; `rows` of prompts that they stand on, P or P·G."""
+    p, g, t = shape
+    each = -(-t // self.size)
+    response = self.index // each
+    return BlockPlaces(
+        number=self.index % each, row=jnp.minimum(response // (p * g // rows), rows - 1),
+        reach=each - 1)
+
+
+@struct.dataclass
+class BlockPlaces:
+  """What attention must know of `Blocks`.
+
+  Attributes:
+    number: i32[R, N]; of the block in its response.
+    row: i32[R, N]; of the prefix in its part.
+    reach: the largest number.
+  """
+
+  number: Array
+  row: Array
+  reach: int = struct.field(pytree_node=False)
+
+
+def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
+  """Attention of q [R, N, B, H, D] over its own response and its prefix. [R, N, B, H, D]."""
+  r, n, size = q.shape[:3]
+  scale = config.attention_scale
+
+  def in_window(distance):
+    return ~sliding | (distance < config.sliding_window)
+
+  def fold(a):  # [R, N, ...] -> [R·N, ...]
+    return a.reshape(r * n, *a.shape[2:])
+
+  queries, k, v = fold(q), k.swapaxes(2, 3), v.swapaxes(2, 3)
+
+  def behind(back):
+    """Over the block `back` blocks before each."""
+    keys, values = (fold(jnp.roll(a, back, axis=1)) for a in (k, v))
+    mine = fold(places.number)[:, None, None] >= back
+
+    def sees(at):
+      distance = back * size + at[:, None] - jnp.arange(size)
+      mask = mine & (distance >= 0)
+      return mask & in_window(distance) if config.sliding_window else mask
+
+    return layers.attend(queries, keys, values, sees, scale)
+
+  def further(so_far, back):
+    return layers.merge(so_far, behind(back)), None
+
+  own = behind(0)
+  if places.reach:
+    own, _ = jax.lax.scan(jax.checkpoint(further), own, jnp.arange(1, places.reach + 1))
+
+  take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
+
+  def of_prefix(a):  # [R·S, ...] -> [R·N, ...]
+    return fold(take(a.reshape(r, -1, *a.shape[1:]), places.row))
+
+  keys, values = (of_prefix(a) for a in prefix_kv)
+  length, place = of_prefix(prefix_length)[:, None, None], jnp.arange(keys.shape[2])
+  first = fold(places.number)[:, None, None] * size
+
+  def sees_prefix(at):
+    mask = place < length
+    return (mask & in_window(length + first + at[:, None] - place) if config.sliding_window
+            else mask)
+
+  shared = layers.attend(queries, keys, values, sees_prefix, scale)
+  return layers.merge(shared, own)[0].reshape(q.shape)
+
+
+def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
   """Attention of q [P, G, T, H, D] over its own stream and the prefix. [P, G, T, H, D]."""
   p, g, t = q.shape[:3]
 
@@ -74,9 +185,9 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks):
   def sees_own(at):
     back = at[:, None] - jnp.arange(t)
     mask = (back >= 0)[None]
-    if blocks is not None:
-      here = blocks[:, at, None]
-      mask = mask | ((here == blocks[:, None, :]) & (here > 0))
+    if images is not None:
+      here = images[:, at, None]
+      mask = mask | ((here == images[:, None, :]) & (here > 0))
     return mask & in_window(back) if config.sliding_window else mask
 
   def fold(a):  # [P, G, T, ...] -> [P·G, T, ...]: each sample sees only itself
@@ -97,7 +208,7 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks):
   shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, sees_prefix,
                          config.attention_scale)
   shared = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
-  return layers.merge(tuple(shared), own).reshape(q.shape)
+  return layers.merge(tuple(shared), own)[0].reshape(q.shape)
 
 
 def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells):
@@ -153,7 +264,7 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
 
   shared = layers.attend(in_places(q), keys, values, sees_prefix, scale)
   parts.append(tuple(take(a.reshape(r, -1, *a.shape[2:]), cells.place) for a in shared))
-  return layers.merge(*parts)
+  return layers.merge(*parts)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -162,8 +273,8 @@ class DecoderLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, angles, prefix_length, blocks,
-               deepstack, cells):
+  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, angles, prefix_length, images,
+               deepstack, places, cells):
     """One layer.
 
     Args:
@@ -175,14 +286,15 @@ class DecoderLayer(nn.Module):
       angles: f32[P, G, T, head_dim / 2] of the layers that see everything, and of those that slide
         (None where there are none).
       prefix_length: i32[P] or None.
-      blocks: i32[P, T]; number of the image that a prompt's token belongs to, 0 for text; None
+      images: i32[P, T]; number of the image that a prompt's token belongs to, 0 for text; None
         where images are seen like text.
       deepstack: [n, P, T, D] to add after the first n layers, or None.
+      places: BlockPlaces, if x [R, N, B, D] is responses in blocks; or None.
       cells: Cells without keys and values, of which x [R, C, 1, D] is the next token of each; or
         None.
 
     Returns:
-      The carry and this stream's (k, v) [P, G, K, T, D] (None with cells).
+      The carry and this stream's (k, v) [P, G, K, T, D] (None with places or cells).
     """
     config = self.config
     x, chunk = carry
@@ -205,8 +317,11 @@ class DecoderLayer(nn.Module):
     here = angles[0] if angles[1] is None else jnp.where(sliding, angles[1], angles[0])
     q, k = layers.rotate(q, here), layers.rotate(k, here)
 
-    if cells is None:
-      y = _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, blocks)
+    out = None
+    if places is not None:
+      y = _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places)
+    elif cells is None:
+      y = _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images)
       out = k.swapaxes(2, 3), v.swapaxes(2, 3)
     else:
       at = (layer, 0, 0, 0, cells.step, 0)
@@ -216,7 +331,6 @@ class DecoderLayer(nn.Module):
       chunk_kv = [jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in chunk]
       y = _over_cells(
           config, q[:, :, 0], sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells)
-      out = None
 
     y = layers.Dense(config.hidden_size, False, config.dtype, config.lora, name="o")(
         y.reshape(p, g, t, -1))
@@ -251,8 +365,8 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(
       self, x: Array, positions: Array, prefix: Prefix | None = None, cells: Cells | None = None,
-      blocks: Array | None = None, deepstack: Array | None = None
-  ) -> tuple[Array, Any, Any]:
+      images: Array | None = None, deepstack: Array | None = None,
+      places: BlockPlaces | None = None) -> tuple[Array, Any, Any]:
     """Runs a stream.
 
     Args:
@@ -260,12 +374,13 @@ class Decoder(nn.Module):
       positions: i32[P, G, T, 3] M-RoPE ids (time, height, width).
       prefix: what all samples of a prompt see before themselves.
       cells: what each response has decoded so far; then x [R, C, 1, D] is the next token of each.
-      blocks: i32[P, T]; of prompts: tokens with the same number above 0 see each other.
+      images: i32[P, T]; of prompts: tokens with the same number above 0 see each other.
       deepstack: [n, P, T, D]; of prompts: added after the first n layers.
+      places: of responses in blocks, x [R, N, B, D].
 
     Returns:
       hidden [P, G, T, D] after the final norm; the streams' keys and values
-      ([L, P, G, K, T, D] each; None with cells); the cells, one token further.
+      ([L, P, G, K, T, D] each; None with places or cells); the cells, one token further.
     """
     config = self.config
 
@@ -281,7 +396,7 @@ class Decoder(nn.Module):
     layer = nn.remat(DecoderLayer, prevent_cse=False) if config.remat else DecoderLayer
     stack = nn.scan(
         layer, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(0, 0, 0, 0, *(nn.broadcast,) * 5),  # type: ignore[arg-type]  # flax says int
+        in_axes=(0, 0, 0, 0, *(nn.broadcast,) * 6),  # type: ignore[arg-type]  # flax says int
         length=config.num_layers,
     )
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
@@ -292,7 +407,7 @@ class Decoder(nn.Module):
       where = cells.replace(k=None, v=None, chunk_k=None, chunk_v=None)
     (x, chunk), kv = stack(config, name="layers")(
         (x, chunk), jnp.arange(config.num_layers), sliding, prefix_kv, own_kv, (every, near),
-        length, blocks, deepstack, where)
+        length, images, deepstack, places, where)
     if cells is not None and chunk is not None:
       cells = cells.replace(chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
     norm = layers.RMSNorm(config.rms_norm_eps, config.norm_offset, name="norm")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_vlm.models.config import ModelConfig
-from jaxrl_vlm.models.decoder import Cells, Decoder, Prefix
+from jaxrl_vlm.models.decoder import Blocks, Cells, Decoder, Prefix
 from jaxrl_vlm.models.vision import VisionTower
 from jaxrl_vlm.types import Array, Params, Prompt
 
@@ -62,12 +62,12 @@ class VLM(nn.Module):
       x = jnp.where(is_image[..., None], placed(features[0]), x)
       if features[1:]:
         deepstack = jnp.stack([placed(taken) for taken in features[1:]])
-    blocks = None
+    images = None
     if self.config.bidirectional_images:
       starts = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
-      blocks = jnp.cumsum(starts, axis=1) * is_image
+      images = jnp.cumsum(starts, axis=1) * is_image
     hidden, (k, v), _ = self.decoder(
-        x[:, None], prompt.positions[:, None], blocks=blocks, deepstack=deepstack)
+        x[:, None], prompt.positions[:, None], images=images, deepstack=deepstack)
     return hidden[:, 0], Prefix(k=k[:, :, 0], v=v[:, :, 0], length=prompt.length - 1)
 
   def saliency(self, prompt: Prompt) -> Array:
@@ -80,19 +80,31 @@ class VLM(nn.Module):
       return jnp.zeros(prompt.patches.shape[:2])
     return self.vision.saliency(prompt)
 
-  def respond(self, prompt: Prompt, prefix: Prefix, tokens: Array) -> Array:
+  def respond(self, prompt: Prompt, prefix: Prefix, tokens: Array, blocks: Blocks | None = None
+              ) -> Array:
     """Hidden states whose position t predicts tokens[..., t]. tokens: i32[P, G, T] -> [P, G, T, D].
 
     The stream is fed the last prompt token and then the responses shifted by one, so that G
-    separate sequences and one shared prompt are the same mathematics.
+    separate sequences and one shared prompt are the same mathematics. `prompt` has P rows, or P·G:
+    one for every sample. With `blocks` only what they name is computed: [R, N, B, D].
     """
-    last = jnp.take_along_axis(prompt.tokens, prompt.length[:, None] - 1, axis=1)  # [P, 1]
-    first = jnp.broadcast_to(last[:, :, None], (*tokens.shape[:2], 1))
-    inputs = jnp.concatenate([first, tokens[..., :-1]], axis=-1)
-    at = prompt.next_position[:, None, None] - 1 + jnp.arange(tokens.shape[-1])
-    positions = jnp.broadcast_to(at[..., None], (*tokens.shape, 3))
-    hidden, _, _ = self.decoder(self.embed(inputs), positions, prefix)
-    return hidden
+    p, g, t = tokens.shape
+    rows = prompt.tokens.shape[0]
+    last = jnp.take_along_axis(prompt.tokens, prompt.length[:, None] - 1, axis=1)  # [rows, 1]
+
+    def of_samples(a):  # [rows] -> [rows, P·G / rows, 1]
+      return jnp.broadcast_to(a.reshape(rows, 1, 1), (rows, p * g // rows, 1))
+
+    tokens = tokens.reshape(rows, -1, t)
+    inputs = jnp.concatenate([of_samples(last), tokens[..., :-1]], axis=-1)
+    at = of_samples(prompt.next_position - 1) + jnp.arange(t)
+    places = None
+    if blocks is not None:
+      inputs, at = (blocks.take(a.reshape(p, g, t)) for a in (inputs, at))
+      places = blocks.place((p, g, t), rows)
+    positions = jnp.broadcast_to(at[..., None], (*at.shape, 3))
+    hidden, _, _ = self.decoder(self.embed(inputs), positions, prefix, places=places)
+    return hidden if blocks is not None else hidden.reshape(p, g, t, -1)
 
   def decode(self, token: Array, position: Array, prefix: Prefix, cells: Cells):
     """One step: token i32[R, C] at position i32[R, C] -> hidden [R, C, D] and the cells."""

@@ -1,19 +1,23 @@
 """The compiled programs of a stage. Each states where its inputs and outputs live on the mesh."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import parallel, scoring, views
 from jaxrl_vlm.models import lora
+from jaxrl_vlm.models.decoder import Blocks, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
+from jaxrl_vlm.packing import Packer
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
@@ -33,6 +37,21 @@ class TrainState:
   opt_state: Any
   bad_steps: Array
   objective: Mapping[str, Array] = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class Packing:
+  """Which tokens of the responses pass through the model together, see `packing.Packer`.
+
+  Attributes:
+    index: i32[pieces, parts, R, N].
+    used: i32[pieces].
+    size: tokens of a block.
+  """
+
+  index: Array
+  used: Array
+  size: int = struct.field(pytree_node=False)
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -56,6 +75,24 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
       optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay))
 
 
+class Program:
+  """A jitted function of which the last argument may be left out: None."""
+
+  def __init__(self, function: Callable, in_shardings: tuple, out_shardings: Any, **options):
+    self._count = len(in_shardings)
+    self._jitted = jax.jit(
+        function, in_shardings=in_shardings, out_shardings=out_shardings, **options)
+
+  def __call__(self, *args):
+    return self._jitted(*self._all(args))
+
+  def lower(self, *args):
+    return self._jitted.lower(*self._all(args))
+
+  def _all(self, args):
+    return (*args, None) if len(args) == self._count - 1 else args
+
+
 class Programs:
   """rollout, score and its variants, advantages and update of one stage on one mesh.
 
@@ -72,6 +109,9 @@ class Programs:
   images that the host has corrupted, a row for each prompt or for each sample. Every row is drawn
   with a key of its own, so that no split of the batch changes it.
 
+  The last argument of all scores and of update is a `Packing` (`pack`): padding is left out, and a
+  piece of the responses passes through the model at a time. None: all of them, padding too.
+
   `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
   masked view is made of.
   """
@@ -80,9 +120,11 @@ class Programs:
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
-      chunk: int = 32, groups: int = 0, black: Array | None = None, white: Array | None = None):
+      chunk: int = 32, groups: int = 0, room: int = 4096,
+      black: Array | None = None, white: Array | None = None):
     self.model, self.mesh, self.objective, self.optimizer = model, mesh, objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
+    self.room = room
     self.black, self.white = black, white
     kind = objective.mask_kind
     if kind in ("solid", "noise") and white is None:
@@ -101,25 +143,21 @@ class Programs:
 
     self.init_state = jax.jit(self._init_state, out_shardings=self.state_shardings)
     self.see = jax.jit(self._see, in_shardings=(params, batch), out_shardings=batch)
-    self.score = jax.jit(
-        self._score, in_shardings=(params, batch, batch, batch), out_shardings=batch)
-    self.score_base = jax.jit(
-        self._score, in_shardings=(lora.strip(params), batch, batch, batch), out_shardings=batch)
-    # None: as the argument comes, a key or prompts; a reference with or without adapters.
-    self.score_masked = jax.jit(
-        self._score_masked, in_shardings=(params, batch, batch, batch, None),
-        out_shardings=batch)
-    self.score_reference = jax.jit(
-        self._score_reference, in_shardings=(params, None, batch, batch, batch),
-        out_shardings=batch)
+    # None: as it comes; a key or prompts, a reference with or without adapters, a packing.
+    self.score = Program(self._score, (params, batch, batch, batch, None), batch)
+    self.score_base = Program(
+        self._score, (lora.strip(params), batch, batch, batch, None), batch)
+    self.score_masked = Program(
+        self._score_masked, (params, batch, batch, batch, None, None), batch)
+    self.score_reference = Program(
+        self._score_reference, (params, None, batch, batch, batch, None), batch)
     self.advantages = jax.jit(
         self._advantages, in_shardings=(batch, batch, batch, whole), out_shardings=batch)
     self.compare = jax.jit(
         self._compare, in_shardings=(batch, batch, batch), out_shardings=whole)
-    self.update = jax.jit(
-        self._update,
-        in_shardings=(self.state_shardings, frozen, batch, batch, batch, None, None),
-        out_shardings=(self.state_shardings, whole), donate_argnums=0)
+    self.update = Program(
+        self._update, (self.state_shardings, frozen, batch, batch, batch, None, None, None),
+        (self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
       self.rollout = make_sampler(
           model, mesh, sampling, params, chunk=chunk, groups=groups)
@@ -128,6 +166,20 @@ class Programs:
         self.rollout_greedy = make_sampler(
             model, mesh, greedy, params, chunk=chunk, groups=groups)
 
+  def pack(self, mask: np.ndarray) -> Packing:
+    """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
+    t = mask.shape[-1]
+    # Short blocks hold little padding, long ones make few steps of attention.
+    size = min(t, max(16, min(64, t // 16)))
+    packer = Packer(self.minibatches * self.microbatches, self.mesh.shape["fsdp"], size,
+                    max(self.room // size, -(-t // size)))
+    # Behind the last token that counts nothing does.
+    lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
+    index, used = packer(lengths, t)
+    by_device = NamedSharding(self.mesh, Spec(None, None, "fsdp"))
+    return Packing(jax.device_put(index, by_device),
+                   jax.device_put(used, parallel.replicated(self.mesh)), size)
+
   def _init_state(self, params: Params) -> TrainState:
     return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
                       self.objective.initial_state())
@@ -135,9 +187,67 @@ class Programs:
   def _see(self, params, prompt: Prompt) -> Prompt:
     return self.model.apply({"params": params}, prompt, method="see")
 
-  def _score(self, params, prompt: Prompt, tokens: Array, mask: Array) -> TokenStats:
-    return scoring.score_tokens(
-        self.model, params, prompt, tokens, mask, temperature=self.temperature)
+  def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
+             packing: Packing | None = None) -> TokenStats:
+    return self._scored("", {"": (params, prompt)}, tokens, mask, packing)
+
+  def _scored(self, name: str, sides: Mapping[str, tuple[Params, Prompt]], tokens: Array,
+              mask: Array, packing: Packing | None, pieces: int = 1) -> TokenStats:
+    """Stats of one of the sides, one piece of the batch after another."""
+    params = {key: side[0] for key, side in sides.items()}
+
+    def piece(prompts, tokens, mask, *packed):
+      given = {key: (params[key], prompt) for key, prompt in prompts.items()}
+      prefixes = {key: self._read(*side) for key, side in given.items()}
+      if not packed:
+        return self._stats(given, prefixes, tokens, mask, None)[name]
+      index, used = packed
+
+      def part(i, so_far):
+        stats = self._stats(given, prefixes, tokens, mask, Blocks(index[i], packing.size))[name]
+        return jax.tree.map(jnp.add, so_far, stats)  # 0 outside of its blocks
+
+      zeros = jnp.zeros(tokens.shape, jnp.float32)
+      kl = zeros if name in self.objective.full_kl else None
+      return jax.lax.fori_loop(0, used, part, TokenStats(zeros, zeros, kl))
+
+    batch = {key: side[1] for key, side in sides.items()}, tokens, mask
+    if packing is None and pieces == 1:
+      return piece(*batch)
+    count = pieces if packing is None else len(packing.used)
+    parts = _split(batch, count, tokens.shape[0])
+    if packing is not None:
+      parts = (*parts, packing.index, packing.used)
+    stats = jax.lax.map(lambda part: piece(*part), parts)
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), stats)
+
+  def _read(self, params: Params, prompt: Prompt) -> Prefix:
+    return self.model.apply({"params": params}, prompt, method="prefill")[1]
+
+  def _stats(self, sides: Mapping[str, tuple[Params, Prompt]], prefixes: Mapping[str, Prefix],
+             tokens: Array, mask: Array, blocks: Blocks | None) -> dict[str, TokenStats]:
+    """Stats of responses tokens [P, G, T] by name, 0 where masked or not in `blocks`.
+
+    `sides`: parameters and prompts, "" the policy. Those that the objective's `full_kl` names come
+    with the divergence of the policy from them.
+    """
+    given, chunks = tokens, {}
+    if blocks is not None:
+      given, chunks = blocks.take(tokens), {"chunk": max(1, 512 // blocks.size), "axis": 1}
+    hidden: dict[str, Any] = {
+        name: self.model.apply({"params": params}, prompt, prefixes[name], tokens, blocks,
+                               method="respond") for name, (params, prompt) in sides.items()}
+    stats = {}
+    for name, (params, _) in sides.items():
+      values = scoring.token_stats(
+          self.model, params, hidden[name], given, temperature=self.temperature, **chunks)
+      if name in self.objective.full_kl:
+        values = dataclasses.replace(values, kl=scoring.full_kl(
+            self.model, sides[""][0], hidden[""], params, hidden[name], self.temperature, **chunks))
+      if blocks is not None:
+        values = jax.tree.map(lambda a: blocks.put(a, jnp.zeros(tokens.shape, a.dtype)), values)
+      stats[name] = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), values)
+    return stats
 
   def _corrupted(self, source: Array | Prompt, params, prompt: Prompt, group: int) -> Prompt:
     """The prompts under another image, as the objective's mask_* fields say.
@@ -173,24 +283,6 @@ class Programs:
     assert kind == "blur", kind
     return views.blur(prompt, objective.mask_blur, shape, vision.spatial_merge_size)
 
-  def _view(self, name: str, params: Params, hidden: Array | None, prompt: Prompt,
-            other_params: Params, other_prompt: Prompt, tokens: Array, mask: Array) -> TokenStats:
-    """Stats of `other_params` on `other_prompt`, 0 where masked.
-
-    With the divergence of `params` on `prompt` from them, if the objective wants it of this view;
-    `hidden` are those hidden states, if they are there already.
-    """
-    other = scoring.hidden_states(self.model, other_params, other_prompt, tokens)
-    stats = scoring.token_stats(
-        self.model, other_params, other, tokens, temperature=self.temperature)
-    if name in self.objective.full_kl:
-      if hidden is None:
-        hidden = scoring.hidden_states(self.model, params, prompt, tokens)
-      kl = scoring.full_kl(
-          self.model, params, hidden, other_params, other, self.temperature)
-      stats = dataclasses.replace(stats, kl=kl)
-    return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), stats)
-
   def _row_sources(self, source: Array | Prompt, prompts: int, group: int) -> Array | Prompt:
     """Of a key: keys [P] or [P, G], for every row of the masked view."""
     if isinstance(source, Prompt):
@@ -198,13 +290,16 @@ class Programs:
     each = self.objective.mask_per == "sample"
     return jax.random.split(source, (prompts, group) if each else prompts)
 
-  def _score_masked(self, params, prompt, tokens, mask, source) -> TokenStats:
+  def _score_masked(self, params, prompt, tokens, mask, source, packing=None) -> TokenStats:
     source = self._row_sources(source, *tokens.shape[:2])
-    other = self._corrupted(source, params, prompt, tokens.shape[1])
-    return self._view("masked", params, None, prompt, params, other, tokens, mask)
+    sides = {"masked": (params, self._corrupted(source, params, prompt, tokens.shape[1]))}
+    if "masked" in self.objective.full_kl:
+      sides[""] = params, prompt
+    return self._scored("masked", sides, tokens, mask, packing)
 
-  def _score_reference(self, params, reference, prompt, tokens, mask) -> TokenStats:
-    return self._view("ref", params, None, prompt, reference, prompt, tokens, mask)
+  def _score_reference(self, params, reference, prompt, tokens, mask, packing=None) -> TokenStats:
+    sides = {"": (params, prompt), "ref": (reference, prompt)}
+    return self._scored("ref", sides, tokens, mask, packing)
 
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
     """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""
@@ -224,64 +319,85 @@ class Programs:
       more["penalty"] = self.objective.penalty(more.pop("old"), more.pop("ref"), mask, state)
     return jnp.broadcast_to(self.objective.advantages(rewards, mask, **more), mask.shape)
 
-  def _loss(self, trained, frozen, prompt, tokens, experience: Experience, source, reference):
-    params, mask = lora.merge(frozen, trained), experience.mask
-    hidden = scoring.hidden_states(self.model, params, prompt, tokens)
-    stats = scoring.token_stats(self.model, params, hidden, tokens, temperature=self.temperature)
-    stats = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), stats)
+  def _grad(self, trained, frozen, prompt, tokens, experience: Experience, source, reference,
+            packed: tuple[Array, Array] | None, size: int):
+    """((loss, (sums, peaks)), gradient) of a microbatch: prompts once, responses part by part."""
+    params = lora.merge(frozen, trained)
+    prompts = {"": prompt}
+    for name in self.objective.grad_views:
+      prompts[name] = prompt
+      if name == "masked":
+        prompts[name] = self._corrupted(source, params, prompt, tokens.shape[1])
+
+    def sides(trained):
+      params = lora.merge(frozen, trained)
+      return {name: (reference if name == "ref" else params, given)
+              for name, given in prompts.items()}
+
+    def read(trained):
+      return {name: self._read(*side) for name, side in sides(trained).items()}
+
+    def loss(trained, prefixes, blocks):
+      mask = experience.mask
+      if blocks is not None:
+        mask &= blocks.holds(mask.shape)
+      stats = self._stats(sides(trained), prefixes, tokens, mask, blocks)
+      return self._loss(stats.pop(""), dataclasses.replace(experience, mask=mask), stats)
+
+    if packed is None:
+      return jax.value_and_grad(
+          lambda trained: loss(trained, read(trained), None), has_aux=True)(trained)
+    index, used = packed
+    prefixes, pull = jax.vjp(read, trained)
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+    def part(i, total):
+      return _added(total, grad(trained, prefixes, Blocks(index[i], size)))
+
+    zeros = _zeros(jax.eval_shape(grad, trained, prefixes, Blocks(index[0], size)))
+    value, (grads, of_prefixes) = jax.lax.fori_loop(0, used, part, zeros)
+    return value, jax.tree.map(jnp.add, grads, pull(of_prefixes)[0])
+
+  def _loss(self, stats: TokenStats, experience: Experience, views: Mapping[str, TokenStats]):
+    """The objective's loss, and its metrics: those that add up, and those that are maxima."""
     sums, peaks = {}, {}
     if experience.old is None:
       experience = dataclasses.replace(experience, old=jax.lax.stop_gradient(stats))
       if experience.sampler_logp is not None:
-        apart = self._compare(experience.old.logp, experience.sampler_logp, mask)
+        apart = self._compare(experience.old.logp, experience.sampler_logp, experience.mask)
         mean, peaks = apart.pop("sampler_logp_difference"), apart
-        share = jnp.where(mask, experience.token_weights, 0.0).sum()
+        share = jnp.where(experience.mask, experience.token_weights, 0.0).sum()
         sums = {"sampler_logp_difference": mean * share}
-    views = {}
-    for name in self.objective.grad_views:
-      if name == "masked":
-        other_params = params
-        other_prompt = self._corrupted(source, params, prompt, tokens.shape[1])
-      else:
-        other_params, other_prompt = reference, prompt
-      views[name] = self._view(
-          name, params, hidden, prompt, other_params, other_prompt, tokens, mask)
     value, more = self.objective.loss(stats, experience, **views)
     return value, jax.lax.stop_gradient((sums | more, peaks))
 
   def _minibatch(self, state: TrainState, frozen, batch, reference
                  ) -> tuple[TrainState, dict[str, Array]]:
-    prompt, tokens, experience, source = batch
+    prompt, tokens, experience, source, packing = batch
     count = self.microbatches
-    if count > 1 and self.objective.needs_current:
-      experience = dataclasses.replace(
-          experience, current=self._current(state, frozen, prompt, tokens, experience.mask))
+    if (count > 1 or packing is not None) and self.objective.needs_current:
+      sides = {"": (lora.merge(frozen, state.params), prompt)}
+      experience = dataclasses.replace(experience, current=self._scored(
+          "", sides, tokens, experience.mask, packing, count))
     experience = self.objective.prepare(dataclasses.replace(experience, state=state.objective))
     metrics = self.objective.prepare_metrics(experience)
 
-    def loss(trained, prompt, tokens, experience, source):
+    def grad(prompt, tokens, experience, source, *packed):
       experience = dataclasses.replace(experience, state=state.objective)
-      return self._loss(trained, frozen, prompt, tokens, experience, source, reference)
+      return self._grad(state.params, frozen, prompt, tokens, experience, source, reference,
+                        packed or None, packing.size if packing else 0)
 
-    grad = jax.value_and_grad(loss, has_aux=True)
+    parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
+                   tokens.shape[0])
+    if packing is not None:
+      parts = (*parts, packing.index, packing.used)
     if count == 1:
-      (value, (sums, peaks)), grads = grad(state.params, prompt, tokens, experience, source)
+      (value, (sums, peaks)), grads = grad(*jax.tree.map(lambda a: a[0], parts))
     else:
-      parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
-                     tokens.shape[0])
-
-      def one(total, part):
-        (value, (sums, peaks)), grads = grad(state.params, *part)
-        (total_value, (total_sums, total_peaks)), total_grads = total
-        added = jax.tree.map(
-            jnp.add, (total_value, total_sums, total_grads), (value, sums, grads))
-        peaks = jax.tree.map(jnp.maximum, total_peaks, peaks)
-        return ((added[0], (added[1], peaks)), added[2]), None
-
       first = jax.tree.map(lambda a: a[0], parts)
-      shapes = jax.eval_shape(grad, state.params, *first)
-      zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-      ((value, (sums, peaks)), grads), _ = jax.lax.scan(one, zeros, parts)
+      ((value, (sums, peaks)), grads), _ = jax.lax.scan(
+          lambda total, part: (_added(total, grad(*part)), None),
+          _zeros(jax.eval_shape(grad, *first)), parts)
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
@@ -296,26 +412,22 @@ class Programs:
     metrics |= sums | peaks | {"loss": value, "grad_norm": norm, "bad_steps": state.bad_steps}
     return state, metrics
 
-  def _current(self, state: TrainState, frozen, prompt, tokens, mask) -> TokenStats:
-    """Stats of the policy that is being updated, [P, G, T], a microbatch at a time."""
-    params = lora.merge(frozen, state.params)
-    parts = _split((prompt, tokens, mask), self.microbatches, tokens.shape[0])
-    stats = jax.lax.map(lambda part: self._score(params, *part), parts)
-    return jax.tree.map(
-        lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), stats)
-
   def _update(self, state: TrainState, frozen: Params, prompt: Prompt, tokens: Array,
-              experience: Experience, source: Array | Prompt, reference: Params = None):
+              experience: Experience, source: Array | Prompt, reference: Params = None,
+              packing: Packing | None = None):
     """One optimizer step for each minibatch of P / minibatches prompts.
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
     batch = (prompt, tokens, experience, self._row_sources(source, *tokens.shape[:2]))
     if self.minibatches == 1:
-      return self._minibatch(state, frozen, batch, reference)
+      return self._minibatch(state, frozen, (*batch, packing), reference)
+    # Piece k · minibatches + j is microbatch k of minibatch j.
+    by_minibatch = jax.tree.map(
+        lambda a: a.reshape(-1, self.minibatches, *a.shape[1:]).swapaxes(0, 1), packing)
     state, metrics = jax.lax.scan(
         lambda state, part: self._minibatch(state, frozen, part, reference), state,
-        _split(batch, self.minibatches, tokens.shape[0]))
+        (*_split(batch, self.minibatches, tokens.shape[0]), by_minibatch))
     last = metrics.pop("bad_steps")[-1]
     return state, jax.tree.map(lambda a: a.mean(axis=0), metrics) | {"bad_steps": last}
 
@@ -331,3 +443,14 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
     return a.reshape(count, -1, *a.shape[3:])
 
   return jax.tree.map(one, tree)
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _added(total: Any, more: Any) -> Any:
+  """The sum of two ((loss, (sums, peaks)), gradient); of peaks the larger."""
+  ((value, (sums, peaks)), grads), ((value2, (sums2, peaks2)), grads2) = total, more
+  value, sums, grads = jax.tree.map(jnp.add, (value, sums, grads), (value2, sums2, grads2))
+  return (value, (sums, jax.tree.map(jnp.maximum, peaks, peaks2))), grads

@@ -20,7 +20,7 @@ from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import Grading, RewardPool
 from jaxrl_vlm.rollout import Sampling, texts_of, with_text
 from jaxrl_vlm.stages.loading import objective_of
-from jaxrl_vlm.stages.programs import Programs, make_optimizer
+from jaxrl_vlm.stages.programs import Packing, Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun, source_spec
 from jaxrl_vlm.types import Experience, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
@@ -107,7 +107,8 @@ def train(run: Run, index: int) -> None:
     for step in loop.steps():
       groups, prompt, scored, sampled = _collect(loop)
       masked = _masked_source(loop, groups)
-      views = _score_views(loop, prompt, groups, scored, masked)
+      packing = programs.pack(groups.mask)
+      views = _score_views(loop, prompt, groups, scored, masked, packing)
       mask, rewards, logp, truncated, tokens = parallel.put_batch(
           run.mesh, (groups.mask, groups.rewards, groups.logp, groups.truncated, groups.tokens))
       advantages = programs.advantages(
@@ -121,7 +122,7 @@ def train(run: Run, index: int) -> None:
       reference = loop.reference_params if "ref" in objective.grad_views else None
       loop.state, updated = programs.update(
           loop.state, run.frozen, _to_train_on(programs, prompt), tokens, experience,
-          run.random_key(_UPDATE) if masked is None else masked, reference)
+          run.random_key(_UPDATE) if masked is None else masked, reference, packing)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
         _keep_rollouts(loop, groups, np.asarray(advantages))
@@ -186,7 +187,8 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
     scored = None
     # The device scores while the host grades.
     if programs.scores_old and not objective.filter_groups:
-      scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask)
+      scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask,
+                              programs.pack(rollout.mask))
     graded = handle.result()
     failures, baseline = collections.Counter(graded.failures), None
     messages = dict(graded.messages)
@@ -281,24 +283,27 @@ def _masked_source(loop: StageRun, groups: Groups) -> Prompt | None:
 
 
 def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any,
-                 masked: Prompt | None) -> dict[str, Any]:
+                 masked: Prompt | None, packing: Packing) -> dict[str, Any]:
   """TokenStats by name: `old` (current parameters, clean image), where it is scored, and the
   objective's views."""
   run, programs, params = loop.run, loop.programs, loop.params
   tokens, mask = parallel.put_batch(run.mesh, (groups.tokens, groups.mask))
   views = {}
   if programs.scores_old:
-    views["old"] = scored if scored is not None else programs.score(params, prompt, tokens, mask)
+    if scored is None:
+      scored = programs.score(params, prompt, tokens, mask, packing)
+    views["old"] = scored
   for name in programs.objective.views:
     unseen = _to_train_on(programs, prompt)  # the reference may have another vision tower
     if name == "ref" and name in programs.objective.full_kl:
-      views[name] = programs.score_reference(params, loop.reference_params, unseen, tokens, mask)
+      views[name] = programs.score_reference(
+          params, loop.reference_params, unseen, tokens, mask, packing)
     elif name == "ref":
       score = programs.score_base if loop.reference_is_base else programs.score
-      views[name] = score(loop.reference_params, unseen, tokens, mask)
+      views[name] = score(loop.reference_params, unseen, tokens, mask, packing)
     elif name == "masked":
       source = run.random_key(_MASK) if masked is None else masked
-      views[name] = programs.score_masked(params, prompt, tokens, mask, source)
+      views[name] = programs.score_masked(params, prompt, tokens, mask, source, packing)
     else:
       raise ValueError(f"objective.views: no such view {name!r}; known: 'ref', 'masked'")
   return views

@@ -38,9 +38,10 @@ def train(run: Run, index: int) -> None:
         tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)
+      packing = programs.pack(mask)
       prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
       loop.state, metrics = programs.update(
-          loop.state, run.frozen, prompt, tokens, experience, run.random_key(0), None)
+          loop.state, run.frozen, prompt, tokens, experience, run.random_key(0), None, packing)
       loop.log(metrics, {}, int(mask.sum()))
 
 

@@ -359,7 +359,7 @@ def test_attention_merges_exactly():
   whole, _ = layers.attend(q, k, v, lambda at: mask[:, at], 8**-0.5)
   halves = [layers.attend(q, k[:, :, s], v[:, :, s], lambda at, s=s: mask[:, at, s], 8**-0.5)
             for s in (slice(0, 4), slice(4, 9))]
-  np.testing.assert_allclose(layers.merge(*halves), whole, atol=1e-6)
+  np.testing.assert_allclose(layers.merge(*halves)[0], whole, atol=1e-6)
   # And the plain formula, for one query.
   keys = k[1, 1][mask[1, 2]]
   weights = np.exp(keys @ q[1, 2, 3] / np.sqrt(8))

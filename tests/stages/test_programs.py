@@ -404,3 +404,40 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
   after, metrics = step(second)
   assert after.bad_steps == 0 and np.isfinite(metrics["loss"])
   assert not np.array_equal(after.params["head"], start.params["head"])
+
+
+# -- Packed ----------------------------------------------------------------------------------------
+
+PACKED = (("grpo", {}, {}), ("gspo", {}, dict(microbatches=2)),
+          ("vppo", {}, dict(minibatches=2)),
+          ("papo", dict(masked_gradient=True, mask_rate=0.8), dict(microbatches=2)),
+          ("kl_cov", dict(cov_share=0.3), {}), ("papo", dict(perception_kl="full", kl="full"), {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "fields", "split"), PACKED)
+def test_packing_changes_nothing(name, fields, split, setup, make, experience):
+  """Blocks of responses, several parts: the same scores, gradients and metrics as with padding."""
+  _, params, prompt, tokens, mask, _ = setup
+  tokens, mask = (np.concatenate([a] * 4, axis=-1) for a in (tokens, mask))
+  lengths = np.random.default_rng(5).integers(0, mask.shape[-1] + 1, (P, G, 1))
+  mask = mask & (np.arange(mask.shape[-1]) < lengths)
+  longer = jax.tree.map(
+      lambda a: np.concatenate([np.asarray(a)] * 4, axis=-1) if np.ndim(a) == 3 else a, experience)
+  longer = longer.replace(mask=mask)
+  objective = objectives.create(name, **fields)
+  program = make(objective, room=32, **split)
+  packing = program.pack(mask)
+  assert packing.size == 16 and max(packing.used) > 1
+  key = jax.random.key(4)
+  for score, more in ((program.score, ()), (program.score_masked, (key,))):
+    plain, packed = (score(params, prompt, tokens, mask, *more, p) for p in (None, packing))
+    np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
+    np.testing.assert_allclose(packed.entropy, plain.entropy, rtol=1e-5, atol=5e-5)
+  reference = params if "ref" in objective.grad_views else None
+  outs = [program.update(fresh(program, params), {}, prompt, tokens, longer, key, reference, p)
+          for p in (None, packing)]
+  (plain, metrics), (packed, others) = outs
+  assert_close_trees(packed.opt_state, plain.opt_state, share=2e-4)
+  for metric, value in metrics.items():
+    np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)

@@ -1,0 +1,52 @@
+"""Every token of every response stands in exactly one block, and few blocks hold nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxrl_vlm.packing import Packer
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4),
+       st.integers(1, 5), st.integers(0, 2**31))
+def test_every_token_once(splits, devices, here, group, size, seed):
+  rng = np.random.default_rng(seed)
+  longest = 13
+  each = -(-longest // size)
+  lengths = rng.integers(0, longest + 1, (splits * devices * here, group))
+  packer = Packer(splits, devices, size, each + int(rng.integers(0, 5)))
+  index, used = packer(lengths, longest)
+  # By hand: prompt i·splits + piece; a device has neighbouring i.
+  for piece in range(splits):
+    prompts = np.arange(piece, len(lengths), splits).reshape(devices, here)
+    for device in range(devices):
+      mine = index[piece, :, device]
+      assert (mine[used[piece]:] == here * group * each).all()
+      for part in mine:
+        held = part[part < here * group * each]
+        # Those of a response are all there, one after another, from its first.
+        for response in np.unique(held // each):
+          i, g = divmod(int(response), group)
+          numbers = held[held // each == response] % each
+          wanted = -(-lengths[prompts[device, i], g] // size)
+          np.testing.assert_array_equal(numbers, np.arange(wanted))
+          assert (np.diff(np.flatnonzero(held // each == response)) == 1).all()
+      held = mine[mine < here * group * each]
+      assert len(set(held.tolist())) == len(held)
+      assert len(held) == (-(-lengths[prompts[device]] // size)).sum()
+
+
+def test_little_is_padding():
+  """Log-normal lengths, 64 prompts of 8 responses: computed tokens against real ones."""
+  lengths = np.ceil(np.random.default_rng(0).lognormal(6.0, 0.8, (64, 8))).clip(1, 2048).astype(int)
+  _, used = Packer(4, 1, 64, 64)(lengths, 2048)
+  computed = used.sum() * 64 * 64
+  assert 1 - lengths.sum() / computed < 0.12
+  assert lengths.sum() / (lengths.size * 2048) < 0.3  # what padding to the longest would keep
+
+
+def test_room_for_the_longest():
+  with pytest.raises(ValueError, match="room=3: expected at least the 4 blocks of 16"):
+    Packer(1, 1, 16, 3)(np.ones((2, 2), int), 64)
