@@ -186,7 +186,7 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
     back = at[:, None] - jnp.arange(t)
     mask = (back >= 0)[None]
     if images is not None:
-      here = images[:, at, None]
+      here = jnp.take(images, at, axis=1)[..., None]
       mask = mask | ((here == images[:, None, :]) & (here > 0))
     return mask & in_window(back) if config.sliding_window else mask
 

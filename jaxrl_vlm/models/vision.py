@@ -50,7 +50,7 @@ class VisionBlock(nn.Module):
     scale = heads[-1]**-0.5
 
     def sees_frame(at):
-      here = segments[:, at, None]
+      here = jnp.take(segments, at, axis=1)[..., None]
       return (here == segments[:, None]) & (here > 0)
 
     def over_frame():

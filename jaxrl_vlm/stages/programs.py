@@ -168,6 +168,14 @@ class Programs:
 
   def pack(self, mask: np.ndarray) -> Packing:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
+    packing = self.packed(mask)
+    by_device = NamedSharding(self.mesh, Spec(None, None, "fsdp"))
+    return dataclasses.replace(
+        packing, index=jax.device_put(packing.index, by_device),
+        used=jax.device_put(packing.used, parallel.replicated(self.mesh)))
+
+  def packed(self, mask: np.ndarray) -> Packing:
+    """`pack` as arrays on the host."""
     t = mask.shape[-1]
     # Short blocks hold little padding, long ones make few steps of attention.
     size = min(t, max(16, min(64, t // 16)))
@@ -175,10 +183,7 @@ class Programs:
                     max(self.room // size, -(-t // size)))
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
-    index, used = packer(lengths, t)
-    by_device = NamedSharding(self.mesh, Spec(None, None, "fsdp"))
-    return Packing(jax.device_put(index, by_device),
-                   jax.device_put(used, parallel.replicated(self.mesh)), size)
+    return Packing(*packer(lengths, t), size)
 
   def _init_state(self, params: Params) -> TrainState:
     return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
@@ -334,29 +339,32 @@ class Programs:
       return {name: (reference if name == "ref" else params, given)
               for name, given in prompts.items()}
 
-    def read(trained):
-      return {name: self._read(*side) for name, side in sides(trained).items()}
+    def read(trained):  # keys and values: what has a gradient
+      prefixes = {name: self._read(*side) for name, side in sides(trained).items()}
+      return {name: (prefix.k, prefix.v) for name, prefix in prefixes.items()}
 
-    def loss(trained, prefixes, blocks):
-      mask = experience.mask
+    def loss(trained, kv, blocks):
+      prefixes = {name: Prefix(*kv[name], length=given.length - 1)
+                  for name, given in prompts.items()}
+      here = experience
       if blocks is not None:
-        mask &= blocks.holds(mask.shape)
-      stats = self._stats(sides(trained), prefixes, tokens, mask, blocks)
-      return self._loss(stats.pop(""), dataclasses.replace(experience, mask=mask), stats)
+        here = _within(experience, blocks.holds(experience.mask.shape))
+      stats = self._stats(sides(trained), prefixes, tokens, here.mask, blocks)
+      return self._loss(stats.pop(""), here, stats)
 
     if packed is None:
       return jax.value_and_grad(
           lambda trained: loss(trained, read(trained), None), has_aux=True)(trained)
     index, used = packed
-    prefixes, pull = jax.vjp(read, trained)
+    kv, pull = jax.vjp(read, trained)
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
     def part(i, total):
-      return _added(total, grad(trained, prefixes, Blocks(index[i], size)))
+      return _added(total, grad(trained, kv, Blocks(index[i], size)))
 
-    zeros = _zeros(jax.eval_shape(grad, trained, prefixes, Blocks(index[0], size)))
-    value, (grads, of_prefixes) = jax.lax.fori_loop(0, used, part, zeros)
-    return value, jax.tree.map(jnp.add, grads, pull(of_prefixes)[0])
+    zeros = _zeros(jax.eval_shape(grad, trained, kv, Blocks(index[0], size)))
+    value, (grads, of_kv) = jax.lax.fori_loop(0, used, part, zeros)
+    return value, jax.tree.map(jnp.add, grads, pull(of_kv)[0])
 
   def _loss(self, stats: TokenStats, experience: Experience, views: Mapping[str, TokenStats]):
     """The objective's loss, and its metrics: those that add up, and those that are maxima."""
@@ -443,6 +451,17 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
     return a.reshape(count, -1, *a.shape[3:])
 
   return jax.tree.map(one, tree)
+
+
+def _within(experience: Experience, where: Array) -> Experience:
+  """A prepared experience in which nothing but `where` [P, G, T] counts."""
+  def cut(a):
+    return jnp.where(where, a, 0)
+
+  return dataclasses.replace(
+      experience, mask=experience.mask & where, advantages=cut(experience.advantages),
+      weights=cut(experience.weights), token_weights=cut(experience.token_weights),
+      extras={name: cut(a) for name, a in experience.extras.items()})
 
 
 def _zeros(shapes: Any) -> Any:

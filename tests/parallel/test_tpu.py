@@ -20,6 +20,7 @@ SETUP = """
 import json
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import topologies
 
@@ -59,15 +60,23 @@ key = jax.eval_shape(lambda: jax.random.key(0))
 stats = TokenStats(number, number)
 experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape("float32", P, G),
                         views={"ref": stats, "masked": stats})
+
+
+def packing_of(programs):
+  return jax.tree.map(lambda x: shape(x.dtype, *x.shape),
+                      programs.packed(np.ones((P, G, T), bool)))
+
+
+packing = packing_of(programs)
 """
 
 
 COMPILE = SETUP + """
 arguments = {
-    "rollout": (params, prompt, key),
-    "score": (params, prompt, tokens, mask),
-    "score_masked": (params, prompt, tokens, mask, key),
-    "update": (programs.abstract_state, {}, prompt, tokens, experience, key, None),
+    "see": (params, prompt),
+    "score": (params, prompt, tokens, mask, packing),
+    "score_masked": (params, prompt, tokens, mask, key, packing),
+    "update": (programs.abstract_state, {}, prompt, tokens, experience, key, None, packing),
 }
 
 
@@ -86,8 +95,11 @@ _, frozen = lora.split(adapted_params, ("lora",))
 compiled = {name: (getattr(programs, name), *given) for name, given in arguments.items()}
 compiled["update_adapters"] = (
     adapters.update, adapters.abstract_state, frozen, prompt, tokens,
-    experience.replace(views={"ref": stats}), key, None)
-result = {"kind": topology.devices[0].device_kind, "frozen": size(frozen)}
+    experience.replace(views={"ref": stats}), key, None, packing)
+result = {"kind": topology.devices[0].device_kind, "frozen": size(frozen),
+          "rollout": [list(map(int, (m.argument_size_in_bytes, m.temp_size_in_bytes))) for m in (
+              program.compile().memory_analysis()
+              for program in programs.rollout.lower(params, prompt).values())]}
 for name, (program, first, *batch) in compiled.items():
   memory = program.lower(first, *batch).compile().memory_analysis()
   result[name] = {
@@ -115,21 +127,25 @@ full = TokenStats(number, number, number)
 rewards = shape("float32", P, G)
 made = {
     "update_full": (programs_of("papo", masked_gradient=True, perception_kl="full", kl="full",
-                                kl_target=0.1).update, {}, prompt, tokens, experience, key, params),
+                                kl_target=0.1).update, {}, prompt, tokens, experience, key, params,
+                    packing),
     "update_chosen": (programs_of("kl_cov", microbatches=2, correction="mis").update, {}, prompt,
-                      tokens, experience.replace(sampler_logp=number), key, None)}
+                      tokens, experience.replace(sampler_logp=number), key, None,
+                      packing_of(programs_of("kl_cov", microbatches=2)))}
 in_reward = programs_of("reinforce_pp", kl="full")
 vppo = programs_of("vppo", dependency="full", mask_kind="semantic")
 compiled = {name: program.lower(programs.abstract_state.replace(
     objective={"kl_coef": shape("float32")} if name == "update_full" else {}), *given)
     for name, (program, *given) in made.items()}
 compiled |= {
-    "reference": in_reward.score_reference.lower(params, params, prompt, tokens, mask),
+    "reference": in_reward.score_reference.lower(
+        params, params, prompt, tokens, mask, packing),
     "advantages": in_reward.advantages.lower(
         rewards, mask, {"old": stats, "ref": full}, {}),
-    "masked": vppo.score_masked.lower(params, prompt, tokens, mask, key),
-    "masked_on_host": vppo.score_masked.lower(params, prompt, tokens, mask, prompt),
-    "greedy": programs_of("remax").rollout_greedy.lower(params, prompt, key)}
+    "masked": vppo.score_masked.lower(params, prompt, tokens, mask, key, packing),
+    "masked_on_host": vppo.score_masked.lower(
+        params, prompt, tokens, mask, prompt, packing)}
+compiled |= programs_of("remax").rollout_greedy.lower(params, prompt)
 for name, program in compiled.items():
   program.compile()
   print(name)
@@ -141,6 +157,7 @@ import copy
 import sys
 
 import jax
+import numpy as np
 import optax
 from jax.experimental import topologies
 
@@ -179,9 +196,12 @@ for name in sys.argv[1:]:
   stats = TokenStats(number, number)
   experience = Experience(mask=mask, advantages=number, old=stats,
                           rewards=shape((P, G), "float32"), views={"ref": stats})
-  programs.rollout.lower(params, prompt, key).compile()
+  for program in programs.rollout.lower(params, prompt).values():
+    program.compile()
+  packing = jax.tree.map(
+      lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
   programs.update.lower(
-      programs.abstract_state, {}, prompt, tokens, experience, key, None).compile()
+      programs.abstract_state, {}, prompt, tokens, experience, key, None, packing).compile()
   print(name)
 """
 
@@ -204,7 +224,8 @@ def test_programs_compile_for_four_v5e_chips():
   assert done.returncode == 0, done.stderr
   result = json.loads(done.stdout.splitlines()[-1])
   assert "v5" in result["kind"]
-  for name in ("rollout", "score", "score_masked", "update"):
+  assert all(0 < sum(used) < 16 * 2**30 for used in result["rollout"]), result["rollout"]
+  for name in ("see", "score", "score_masked", "update"):
     memory = result[name]
     used = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
     assert 0 < used < 16 * 2**30, (name, memory)
@@ -228,7 +249,7 @@ def test_what_only_some_objectives_want_compiles():
   done = python(VIEWS, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
                 JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
   assert done.returncode == 0, done.stderr
-  assert len(done.stdout.split()) == 7
+  assert len(done.stdout.split()) == 9
 
 
 @pytest.mark.slow

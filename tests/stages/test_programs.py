@@ -411,7 +411,8 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
 PACKED = (("grpo", {}, {}), ("gspo", {}, dict(microbatches=2)),
           ("vppo", {}, dict(minibatches=2)),
           ("papo", dict(masked_gradient=True, mask_rate=0.8), dict(microbatches=2)),
-          ("kl_cov", dict(cov_share=0.3), {}), ("papo", dict(perception_kl="full", kl="full"), {}))
+          ("kl_cov", dict(cov_share=0.3), {}),
+          ("papo", dict(masked_gradient=True, perception_kl="full", kl="full"), {}))
 
 
 @pytest.mark.slow
