@@ -4,6 +4,7 @@ A prompt is a stream of one sample without a prefix; G responses are a stream of
 the prompt's keys and values. One module serves prefill, scoring, training and decoding.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -207,8 +208,8 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
 
   shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, sees_prefix,
                          config.attention_scale)
-  shared = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
-  return layers.merge(tuple(shared), own)[0].reshape(q.shape)
+  mean, lse = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
+  return layers.merge((mean, lse), own)[0].reshape(q.shape)
 
 
 def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells):
@@ -223,17 +224,19 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
   def fold(a):  # [R, C, ...] -> [R·C, ...]
     return a.reshape(r * c, *a.shape[2:])
 
-  def over_own(k, v, first, end):
+  def over_own(kv, first, end):
     """Over keys of the cell itself, of which `first` [R, C] is the position of the first."""
+    k, v = kv
     at = jnp.arange(k.shape[3])
     seen = at < end[..., None]
     if config.sliding_window:
       seen = seen & in_window((age - first)[..., None] - at)
     out = layers.attend(fold(q)[:, None], fold(k), fold(v), lambda _: fold(seen)[:, None], scale)
-    return tuple(a[:, 0].reshape(r, c, *a.shape[2:]) for a in out)
+    mean, lse = (a[:, 0].reshape(r, c, *a.shape[2:]) for a in out)
+    return mean, lse
 
   zero = jnp.zeros_like(cells.used)
-  parts = [over_own(*chunk_kv, cells.used, zero + cells.step + 1)]
+  parts = [over_own(chunk_kv, cells.used, zero + cells.step + 1)]
 
   size = own_kv[0].shape[3]
   if size:
@@ -243,7 +246,7 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
     def before(end):
       if not end:
         return jnp.zeros_like(q), jnp.full(q.shape[:3], layers.MASKED)
-      return over_own(*(a[..., :end, :] for a in own_kv), zero, cells.used)
+      return over_own([a[..., :end, :] for a in own_kv], zero, cells.used)
 
     parts.append(jax.lax.switch(
         jnp.searchsorted(jnp.array(ends), cells.longest), [lambda e=e: before(e) for e in ends]))
@@ -263,7 +266,8 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
     return mask & in_window(length + ages[:, queries, None] - at) if config.sliding_window else mask
 
   shared = layers.attend(in_places(q), keys, values, sees_prefix, scale)
-  parts.append(tuple(take(a.reshape(r, -1, *a.shape[2:]), cells.place) for a in shared))
+  mean, lse = (take(a.reshape(r, -1, *a.shape[2:]), cells.place) for a in shared)
+  parts.append((mean, lse))
   return layers.merge(*parts)[0]
 
 
@@ -404,11 +408,12 @@ class Decoder(nn.Module):
     chunk = own_kv = where = None
     if cells is not None:
       chunk, own_kv = (cells.chunk_k, cells.chunk_v), (cells.k, cells.v)
-      where = cells.replace(k=None, v=None, chunk_k=None, chunk_v=None)
+      where = dataclasses.replace(cells, k=None, v=None, chunk_k=None, chunk_v=None)
     (x, chunk), kv = stack(config, name="layers")(
         (x, chunk), jnp.arange(config.num_layers), sliding, prefix_kv, own_kv, (every, near),
         length, images, deepstack, places, where)
     if cells is not None and chunk is not None:
-      cells = cells.replace(chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
+      cells = dataclasses.replace(
+          cells, chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
     norm = layers.RMSNorm(config.rms_norm_eps, config.norm_offset, name="norm")
     return norm(x), kv, cells

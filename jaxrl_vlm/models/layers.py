@@ -239,7 +239,7 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
   """(out, lse) over the union of sets of keys, from (out, lse) over each of them."""
   top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [lse for _, lse in parts]))
   shares = [jnp.exp(lse - top)[..., None] for _, lse in parts]
-  total = sum(shares)
-  merged = sum(out.astype(jnp.float32) * (share / total)
-               for (out, _), share in zip(parts, shares, strict=True))
+  total: Any = sum(shares)
+  merged: Any = sum(out.astype(jnp.float32) * (share / total)
+                    for (out, _), share in zip(parts, shares, strict=True))
   return merged.astype(parts[0][0].dtype), jnp.log(total[..., 0]) + top

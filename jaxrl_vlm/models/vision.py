@@ -221,22 +221,17 @@ class VisionTower(nn.Module):
     if watched is not None:  # of each patch as a query in its frame
       share = (prompt.patch_segments > 0) / prompt.patch_grids.prod(axis=-1)
     segments, windows = prompt.patch_segments, prompt.patch_windows
-
-    def back(a):
-      return a
-
+    order = None
     if vision.full_attention_layers is not None:
       # Attention does not depend on the order of patches: here those of a window stand together,
       # padding last.
       order = jnp.argsort(jnp.where(windows > 0, windows, windows.shape[1] + 1), axis=1)
 
-      def sort(a, order=order):  # [P, N, ...]
-        return None if a is None else jax.vmap(lambda row, at: row[at])(a, order)
+      x, angles, segments, windows, share = (
+          None if a is None else _sorted(a, order) for a in (x, angles, segments, windows, share))
 
-      x, angles, segments, windows, share = map(sort, (x, angles, segments, windows, share))
-
-      def back(a):  # [P, N, ...]
-        return sort(a, jnp.argsort(order, axis=1))
+    def back(a):  # in the order of the prompt
+      return a if order is None else _sorted(a, jnp.argsort(order, axis=1))
 
     block = nn.remat(VisionBlock, prevent_cse=False) if config.remat else VisionBlock
     taken = []
@@ -255,6 +250,11 @@ class VisionTower(nn.Module):
         taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(back(x)))
     merger = {"mlp": Merger, "pool": PoolingMerger}[vision.merger]
     return merger(config, name="merger")(back(x)), tuple(taken), saliency
+
+
+def _sorted(a: Array, order: Array) -> Array:
+  """[P, N, ...] in another order of each row, i32[P, N]."""
+  return jax.vmap(lambda row, at: row[at])(a, order)
 
 
 def _interpolate(table: Array, side: int, prompt: Prompt) -> Array:

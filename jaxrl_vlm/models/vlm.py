@@ -1,5 +1,6 @@
 """The vision-language model: embed, see, decode, unembed. Methods are pure through `apply`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -42,7 +43,7 @@ class VLM(nn.Module):
     if prompt.features is not None or not prompt.patches.shape[1]:
       return prompt
     features, taken = self.vision(prompt)
-    return prompt.replace(features=(features, *taken))
+    return dataclasses.replace(prompt, features=(features, *taken))
 
   def prefill(self, prompt: Prompt) -> tuple[Array, Prefix]:
     """Runs the prompts once. Returns hidden [P, Lp, D] and the prefix that responses stand on.

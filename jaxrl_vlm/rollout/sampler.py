@@ -8,7 +8,7 @@ host looks: what has ended leaves, what waits may begin (`schedule.Schedule`).
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +132,7 @@ class Sampler:
               parts * new, *a.shape[1:]), prompt)
     else:
       chosen = prompt
-    _, prefix = self.model.apply({"params": params}, chosen, method="prefill")
+    prefix: Any = self.model.apply({"params": params}, chosen, method="prefill")[1]
 
     def put(into, index, value):  # [R, N, ...], [R, n], [R, n, ...]; what is out of range is lost
       return jax.vmap(lambda a, i, b: a.at[i].set(b.astype(a.dtype), mode="drop"))(
@@ -148,8 +148,8 @@ class Sampler:
     last = jnp.take_along_axis(chosen.tokens, chosen.length[:, None] - 1, axis=1)[:, 0]
     at = cells.reshape(parts, -1)
     sample = ((first + rows)[..., None] * g + jnp.arange(g)).reshape(parts, -1)
-    return flight.replace(
-        prefix_k=put_kv(flight.prefix_k, prefix.k), prefix_v=put_kv(flight.prefix_v, prefix.v),
+    return dataclasses.replace(
+        flight, prefix_k=put_kv(flight.prefix_k, prefix.k), prefix_v=put_kv(flight.prefix_v, prefix.v),
         length=put(flight.length, slots, prefix.length.reshape(parts, new)),
         used=put(flight.used, at, jnp.zeros_like(at)),
         token=put(flight.token, at, of_samples(last)),
@@ -161,7 +161,7 @@ class Sampler:
     """Takes every response a chunk further: the flight, and tokens, mask, logp [R, C, n], done."""
     model, sampling = self.model, self.sampling
     config, chunk = model.config, self.chunk
-    variables = {"params": params}
+    variables, apply = {"params": params}, cast(Any, model.apply)
     stops = jnp.array(config.stop_tokens, jnp.int32)
     # Greedy choice has no temperature; its log-probabilities are reported at 1.
     temperature = sampling.temperature or 1.0
@@ -180,10 +180,10 @@ class Sampler:
 
     def step(state):
       token, done, (chunk_k, chunk_v, t), tokens, mask, logps = state
-      here = cells.replace(chunk_k=chunk_k, chunk_v=chunk_v, step=t)
-      hidden, here = model.apply(
+      here = dataclasses.replace(cells, chunk_k=chunk_k, chunk_v=chunk_v, step=t)
+      hidden, here = apply(
           variables, token, flight.position + t, prefix, here, method="decode")
-      logits = model.apply(variables, hidden, temperature, method="response_logits")
+      logits = apply(variables, hidden, temperature, method="response_logits")
       age = flight.used + t
       token, logp = pick(fold(keys, age), logits, sampling)
       token = jnp.where(done, config.pad_token, token)
@@ -212,8 +212,8 @@ class Sampler:
       each = jax.vmap(jax.vmap(one, in_axes=(1, 1, 0), out_axes=1), in_axes=(1, 1, 0), out_axes=1)
       return each(into, new, flight.used) if into.shape[4] else into
 
-    flight = flight.replace(
-        k=keep(flight.k, chunk_k), v=keep(flight.v, chunk_v), used=flight.used + chunk,
+    flight = dataclasses.replace(
+        flight, k=keep(flight.k, chunk_k), v=keep(flight.v, chunk_v), used=flight.used + chunk,
         token=token, position=flight.position + chunk, done=done)
     return flight, (tokens, mask, logp, done)
 
@@ -226,7 +226,7 @@ class Sampler:
         take(flight.length, slots), take_kv(flight.k, cells), take_kv(flight.v, cells),
         *(take(a, cells) for a in (flight.used, flight.token, flight.position, flight.limit,
                                    flight.done, flight.sample)))
-    return moved.replace(done=moved.done | (cells == flight.done.shape[1]))
+    return dataclasses.replace(moved, done=moved.done | (cells == flight.done.shape[1]))
 
   # -- The host's loop ----------------------------------------------------------------------------
 
@@ -357,7 +357,7 @@ def make_sampler(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: An
                  chunk: int = 32, groups: int = 0) -> Sampler:
   """The Sampler of these arguments: for equal ones the same, with its compiled programs."""
   leaves, treedef = jax.tree.flatten(param_shardings)
-  return _cached(model, mesh, sampling, treedef, tuple(leaves), chunk, groups)
+  return cast(Any, _cached)(model, mesh, sampling, treedef, tuple(leaves), chunk, groups)
 
 
 def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
@@ -394,7 +394,7 @@ def generate(
   placed = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
   meshes = [s.mesh for s in placed if isinstance(s, NamedSharding)]
   if meshes:
-    mesh = meshes[0]
+    mesh = cast(Mesh, meshes[0])
   else:
     device = next((min(s.device_set, key=lambda d: d.id) for s in placed if s is not None),
                   jax.devices()[0])

@@ -17,6 +17,7 @@ from jaxrl_vlm.models import lora
 from jaxrl_vlm.models.decoder import Blocks, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
+from jaxrl_vlm.objectives.base import minibatch_weights
 from jaxrl_vlm.packing import Packer
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
@@ -190,7 +191,8 @@ class Programs:
                       self.objective.initial_state())
 
   def _see(self, params, prompt: Prompt) -> Prompt:
-    return self.model.apply({"params": params}, prompt, method="see")
+    seen: Any = self.model.apply({"params": params}, prompt, method="see")
+    return seen
 
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
              packing: Packing | None = None) -> TokenStats:
@@ -204,12 +206,12 @@ class Programs:
     def piece(prompts, tokens, mask, *packed):
       given = {key: (params[key], prompt) for key, prompt in prompts.items()}
       prefixes = {key: self._read(*side) for key, side in given.items()}
-      if not packed:
+      if packing is None:
         return self._stats(given, prefixes, tokens, mask, None)[name]
-      index, used = packed
+      (index, used), size = packed, packing.size
 
       def part(i, so_far):
-        stats = self._stats(given, prefixes, tokens, mask, Blocks(index[i], packing.size))[name]
+        stats = self._stats(given, prefixes, tokens, mask, Blocks(index[i], size))[name]
         return jax.tree.map(jnp.add, so_far, stats)  # 0 outside of its blocks
 
       zeros = jnp.zeros(tokens.shape, jnp.float32)
@@ -227,7 +229,8 @@ class Programs:
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), stats)
 
   def _read(self, params: Params, prompt: Prompt) -> Prefix:
-    return self.model.apply({"params": params}, prompt, method="prefill")[1]
+    read: Any = self.model.apply({"params": params}, prompt, method="prefill")
+    return read[1]
 
   def _stats(self, sides: Mapping[str, tuple[Params, Prompt]], prefixes: Mapping[str, Prefix],
              tokens: Array, mask: Array, blocks: Blocks | None) -> dict[str, TokenStats]:
@@ -374,7 +377,8 @@ class Programs:
       if experience.sampler_logp is not None:
         apart = self._compare(experience.old.logp, experience.sampler_logp, experience.mask)
         mean, peaks = apart.pop("sampler_logp_difference"), apart
-        share = jnp.where(experience.mask, experience.token_weights, 0.0).sum()
+        _, means = minibatch_weights(experience)
+        share = jnp.where(experience.mask, means, 0.0).sum()
         sums = {"sampler_logp_difference": mean * share}
     value, more = self.objective.loss(stats, experience, **views)
     return value, jax.lax.stop_gradient((sums | more, peaks))

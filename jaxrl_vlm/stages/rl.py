@@ -168,6 +168,7 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
   run, programs, objective = loop.run, loop.programs, loop.programs.objective
   want = loop.stage.prompts_per_step
   greedy = "baseline" in objective.advantage_needs
+  assert loop.pool is not None  # an RL stage always has one
   kept: Groups | None = None
   spare: Groups | None = None
   drawn: list[Groups] = []
@@ -188,7 +189,7 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
     # The device scores while the host grades.
     if programs.scores_old and not objective.filter_groups:
       scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask,
-                              programs.pack(rollout.mask))
+                              programs.pack(np.asarray(rollout.mask)))
     graded = handle.result()
     failures, baseline = collections.Counter(graded.failures), None
     messages = dict(graded.messages)
@@ -200,8 +201,9 @@ def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
     for kind, message in messages.items():
       run.progress.log(f"grader {kind}: {message}")
     groups = Groups(
-        examples, encoded, texts, rollout.tokens, rollout.mask, rollout.logp, graded.total,
-        graded.components, dict(failures), _truncated(loop, rollout), baseline)
+        examples, encoded, texts, np.asarray(rollout.tokens), np.asarray(rollout.mask),
+        np.asarray(rollout.logp), graded.total, graded.components, dict(failures),
+        _truncated(loop, rollout), baseline)
     drawn.append(groups)
     if not objective.filter_groups:
       return groups, prompt, scored, _summary(loop, drawn)
@@ -252,13 +254,13 @@ def _seen(loop: StageRun, encoded: list[EncodedPrompt]) -> Prompt:
 
 def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:
   """Without visual tokens if the update itself must make them: it trains the vision tower."""
-  return prompt.replace(features=None) if programs.trains_vision else prompt
+  return dataclasses.replace(prompt, features=None) if programs.trains_vision else prompt
 
 
 def _truncated(loop: StageRun, rollout: Rollout) -> np.ndarray:
   """bool[P, G]; responses that fill the buffer without an end token."""
-  ended = np.isin(rollout.tokens[..., -1], loop.run.model.config.stop_tokens)
-  return rollout.mask.all(axis=-1) & ~ended
+  ended = np.isin(np.asarray(rollout.tokens)[..., -1], loop.run.model.config.stop_tokens)
+  return np.asarray(rollout.mask).all(axis=-1) & ~ended
 
 
 def _masked_source(loop: StageRun, groups: Groups) -> Prompt | None:
