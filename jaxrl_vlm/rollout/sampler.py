@@ -149,7 +149,8 @@ class Sampler:
     at = cells.reshape(parts, -1)
     sample = ((first + rows)[..., None] * g + jnp.arange(g)).reshape(parts, -1)
     return dataclasses.replace(
-        flight, prefix_k=put_kv(flight.prefix_k, prefix.k), prefix_v=put_kv(flight.prefix_v, prefix.v),
+        flight,
+        prefix_k=put_kv(flight.prefix_k, prefix.k), prefix_v=put_kv(flight.prefix_v, prefix.v),
         length=put(flight.length, slots, prefix.length.reshape(parts, new)),
         used=put(flight.used, at, jnp.zeros_like(at)),
         token=put(flight.token, at, of_samples(last)),
