@@ -229,6 +229,8 @@ def test_programs_compile_for_four_v5e_chips():
     memory = result[name]
     used = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
     assert 0 < used < 16 * 2**30, (name, memory)
+    if name == "see":  # has no use for the decoder
+      continue
     # One chip's share: a quarter of the parameters (or of the whole state), half of the prompts.
     # Norms are whole on every chip, and arrays are padded to the chip's tiles.
     share = memory["params"] / 4 + memory["batch"] / 2
