@@ -1,6 +1,7 @@
 """Set before jax is imported: the CPU, eight virtual devices, one cache of compiled programs."""
 
 import os
+import pathlib
 
 import pytest
 
@@ -21,6 +22,18 @@ def one_device():
   """The runs of this process use one of its virtual devices."""
   with tiny_run.one_device():
     yield
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+  """Linux gives a process 65,530 memory maps; compiled programs take up to thousands each, and XLA
+  aborts when there are no more."""
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    import jax
+
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):
