@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -109,7 +110,7 @@ def compare(folder, model, side, prompts, repeats, python):
     return len(pairs) == repeats + WARM_UP
 
   try:
-    train(our_config(folder, model, side, prompts), folder / f"run{side}", after_ours)
+    train(our_config(folder, model, side, prompts), folder / f"run{side}", timed(after_ours))
   finally:
     other.kill()
     other.wait()
@@ -127,8 +128,8 @@ class Enough(Exception):
   """All steps are measured."""
 
 
-def train(config, workdir, after):
-  """The RL stage as in any run; after(seconds) follows every step and says whether to stop."""
+def timed(after):
+  """A StageRun: after(seconds) follows every step, and says whether to stop."""
   class Timed(StageRun):
 
     def steps(self):
@@ -139,12 +140,16 @@ def train(config, workdir, after):
         if after(time.perf_counter() - start):
           raise Enough
 
+  return Timed
+
+
+def train(config, workdir, stage_run):
+  """The RL stage as in any run, with another StageRun, until it raises Enough."""
   workdir.mkdir()
   run = Run(config, workdir)
   # Every response has all its tokens, on both sides.
   run.model = run.model.clone(config=run.model.config.replace(stop_tokens=()))
-  rl.StageRun = Timed
-  with contextlib.suppress(Enough), run.running():
+  with mock.patch.object(rl, "StageRun", stage_run), contextlib.suppress(Enough), run.running():
     rl.train(run, 0)
 
 

@@ -219,11 +219,13 @@ def _lives(path: pathlib.Path) -> list[float]:
   return seconds if isinstance(seconds, list) else [seconds]
 
 
-def surroundings(at_once: int) -> dict:
+def surroundings(at_once: int | None = None) -> dict:
   """When and on what it was measured, for the file of results."""
   result: dict = {
       "date": datetime.date.today().isoformat(), "python": platform.python_version(),
-      "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}", "at_once": at_once}
+      "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+  if at_once is not None:
+    result["at_once"] = at_once
   with contextlib.suppress(OSError, subprocess.CalledProcessError):
     result["commit"] = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True,

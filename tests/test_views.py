@@ -386,7 +386,7 @@ def test_saliency_does_not_depend_on_padding_or_other_images(pair):
 
 def test_saliency_in_bfloat16_with_recomputed_layers(pair):
   _, _, model, params, prompt, expected = pair
-  coarse = models.VLM(model.config.replace(dtype="bfloat16", remat=True))
+  coarse = models.VLM(model.config.replace(dtype="bfloat16", remat="full"))
   found, expected = np.asarray(saliency_of(coarse, params, prompt)), np.asarray(expected)
   assert found.dtype == np.float32
   # A frame's adds up to 1 all the same: probabilities are not rounded before they are summed.
@@ -399,7 +399,7 @@ def test_saliency_in_bfloat16_with_recomputed_layers(pair):
 @pytest.mark.parametrize("pair", ["qwen2_5_vl"], indirect=True)
 def test_saliency_within_a_gradient_has_none(pair):
   _, _, model, params, prompt, _ = pair
-  model = models.VLM(model.config.replace(remat=True))
+  model = models.VLM(model.config.replace(remat="full"))
 
   def loss(params, patches):
     saliency = saliency_of(model, params, prompt.replace(patches=patches))

@@ -69,7 +69,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
   return jax.jit(lambda k: VLM(config).init(k, dummy_prompt(config))["params"])(key)
 
 
-def from_directory(path: str | pathlib.Path, dtype: str | None = None, remat: bool = False
+def from_directory(path: str | pathlib.Path, dtype: str | None = None, remat: str = "dots"
                    ) -> ModelConfig:
   """The architecture of a Hugging Face directory. `dtype` None: as in `load_pretrained`."""
   config = hf_config.read(path)
@@ -85,7 +85,7 @@ def from_directory(path: str | pathlib.Path, dtype: str | None = None, remat: bo
 
 def load_pretrained(
     path: str | pathlib.Path, *, dtype: str | None = None, param_dtype: str = "float32",
-    remat: bool = False, lora: LoRA | None = None, trainable: Sequence[str] = (), seed: int = 0,
+    remat: str = "dots", lora: LoRA | None = None, trainable: Sequence[str] = (), seed: int = 0,
     shardings: Params | None = None, **processor_options) -> "tuple[VLM, Params, Processor]":
   """Loads a Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor.
 
@@ -93,7 +93,8 @@ def load_pretrained(
     path: the directory.
     dtype: of activations; None means bfloat16 on accelerators and float32 on CPU.
     param_dtype: of the parameters.
-    remat: recompute layers in the backward pass.
+    remat: what layers keep for the backward pass: "none" (computed again, everything is kept),
+      "dots" or "full" (see `ModelConfig`).
     lora: adapters to add, which change nothing yet.
     trainable: patterns (`models/patterns.py`); parameters that they leave out lie in `dtype`.
       () is all.

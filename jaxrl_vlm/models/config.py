@@ -2,6 +2,10 @@
 
 import dataclasses
 
+# What a layer keeps for its backward pass: everything; only what matrix products and attention
+# gave; nothing but its input.
+REMAT = ("none", "dots", "full")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoRA:
@@ -120,7 +124,7 @@ class ModelConfig:
     pad_token: id after the end.
     lora: where adapters are, if there are any.
     dtype: of activations; "float32" or "bfloat16".
-    remat: recompute each layer in the backward pass instead of keeping its activations.
+    remat: what each layer keeps for the backward pass, one of `REMAT`; the rest is computed again.
     hf: the `config.json` this came from, as text; `save_pretrained` writes it back.
   """
 
@@ -156,8 +160,12 @@ class ModelConfig:
   pad_token: int = 0
   lora: LoRA | None = None
   dtype: str = "float32"
-  remat: bool = False
+  remat: str = "dots"
   hf: str = dataclasses.field(default="{}", repr=False)
+
+  def __post_init__(self):
+    if self.remat not in REMAT:
+      raise ValueError(f"remat={self.remat!r}: expected one of {', '.join(REMAT)}")
 
   def replace(self, **changes) -> "ModelConfig":
     return dataclasses.replace(self, **changes)

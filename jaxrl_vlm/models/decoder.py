@@ -397,7 +397,7 @@ class Decoder(nn.Module):
     near = angles(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
     sliding = jnp.array(config.sliding_layers or (False,) * config.num_layers)
 
-    layer = nn.remat(DecoderLayer, prevent_cse=False) if config.remat else DecoderLayer
+    layer = layers.rematted(DecoderLayer, config.remat)
     stack = nn.scan(
         layer, variable_axes={"params": 0}, split_rngs={"params": True},
         in_axes=(0, 0, 0, 0, *(nn.broadcast,) * 6),  # type: ignore[arg-type]  # flax says int

@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_vlm.models.config import LoRA, ModelConfig, MoE
 from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
 
 MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
+_KEPT = "kept"  # the name of what remat "dots" keeps
 _SCORES = 2**20  # of queries and keys of one head, that attention holds at a time
 
 # Under their names in `config.json`.
@@ -40,6 +42,39 @@ class Adapter(nn.Module):
     return jnp.matmul(down, b.astype(x.dtype)) * (self.lora.alpha / self.lora.rank)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
+  """x·kernel. x: [..., in]; kernel: [in, out]; `dtype` of the result, None: as x.
+
+  In the backward pass all of x's leading axes are one, and x stands left: contracted otherwise,
+  XLA for CPU copies the output's gradient with rows and columns exchanged.
+  """
+  return jnp.matmul(x, kernel, preferred_element_type=dtype)
+
+
+def _product_forward(x, kernel, dtype):
+  return product(x, kernel, dtype), (x, kernel)
+
+
+def _product_backward(dtype, saved, g):
+  del dtype
+  x, kernel = saved
+  of_kernel = jax.lax.dot_general(
+      x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())))
+  return jnp.matmul(g, kernel.T).astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def rematted(layer: type[nn.Module], remat: str) -> type[nn.Module]:
+  """A layer, to be scanned, that keeps what `ModelConfig.remat` says."""
+  if remat == "none":
+    return layer
+  kept = jax.checkpoint_policies.save_only_these_names(_KEPT) if remat == "dots" else None
+  return nn.remat(layer, prevent_cse=False, policy=kept)
+
+
 class Dense(nn.Module):
   """x·kernel + bias, and an adapter where the parameters hold one. x: [..., in].
 
@@ -57,7 +92,7 @@ class Dense(nn.Module):
     x = x.astype(self.dtype)
     kernel = self.param(
         "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-    y = jnp.matmul(x, kernel.astype(x.dtype))
+    y = checkpoint_name(product(x, kernel.astype(x.dtype)), _KEPT)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
     if self.lora is not None and matches(self.lora.targets, self.path) and (
@@ -179,8 +214,8 @@ def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: 
            ) -> tuple[Array, Array]:
   """Softmax attention with grouped key/value heads, and its log-sum-exp.
 
-  Where there are many queries and keys it goes through the queries in blocks, which are computed
-  again in the backward pass: scores exist for one block at a time.
+  Where there are many queries and keys it goes through the queries in blocks: scores exist for one
+  block at a time.
 
   Args:
     q: [B, Q, H, D].
@@ -208,31 +243,75 @@ def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: 
   at = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
   parts = jnp.moveaxis(jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
       q.shape[0], count, size, *q.shape[2:]), 1, 0)
-  out = jax.lax.map(jax.checkpoint(block), (parts, at))
+  # Only the mask is computed again.
+  again = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+  out = jax.lax.map(again, (parts, at))
   return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :n]
                for a in out)  # type: ignore[return-value]
 
 
-def _attend(q, k, v, mask, scale) -> tuple[Array, Array]:
-  """`attend` of all queries at once."""
-  b, n, h, d = q.shape
-  kv, s = k.shape[1:3]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
+  """`attend` of all queries at once; mask: bool, broadcastable to [B, Q, S].
 
-  def rows(a):  # [B, K, R·Q, ...] -> [B, Q, H, ...]
-    a = a.reshape(b, kv, h // kv, n, *a.shape[3:])
-    return jnp.moveaxis(a, 3, 1).reshape(b, n, h, *a.shape[4:])
-
-  # The query heads of a key/value head, and their positions, are rows of one product.
-  grouped = jnp.moveaxis(q.reshape(b, n, kv, h // kv, d), 1, 3).reshape(b, kv, -1, d)
-  scores: Any = jnp.einsum("bknd,bksd->bkns", grouped, k, preferred_element_type=jnp.float32)
-  scores = scores.reshape(b, kv, h // kv, n, s) * scale
-  scores = jnp.where(mask[:, None, None], scores, MASKED)
-  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  The backward pass computes the probabilities again, from lse: nothing of the size of scores is
+  kept for it.
+  """
+  scores = _scores(_by_head(q, k.shape[1]), k, mask, scale)
+  top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  weights = (weights / total).astype(v.dtype).reshape(b, kv, -1, s)
-  out = jnp.einsum("bkns,bksd->bknd", weights, v)
-  return rows(out), rows((jnp.log(total) + top).reshape(b, kv, -1))
+  out = jnp.einsum("bkns,bksd->bknd", (weights / total).astype(v.dtype), v)
+  lse = _by_query(jnp.log(total) + top, q.shape[2])
+  return _by_query(out, q.shape[2]), lse[..., 0]
+
+
+def _attend_forward(q, k, v, mask, scale):
+  out, lse = (checkpoint_name(a, _KEPT) for a in _attend(q, k, v, mask, scale))
+  return (out, lse), (q, k, v, mask, out, lse)
+
+
+def _attend_backward(scale, saved, gradients):
+  q, k, v, mask, out, lse = saved
+  of_out, of_lse = gradients
+  heads = k.shape[1]
+  q, g = _by_head(q, heads), _by_head(of_out, heads)
+  # Of a score: p (g·v - g·out + of_lse).
+  shift = of_lse - jnp.sum(of_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+  lse, shift = (_by_head(a[..., None], heads) for a in (lse, shift))
+  p = jnp.exp(_scores(q, k, mask, scale) - lse)
+  of_p: Any = jnp.einsum("bknd,bksd->bkns", g, v, preferred_element_type=jnp.float32)
+  of_scores = (p * (of_p + shift) * scale).astype(q.dtype)
+  of_q = jnp.einsum("bkns,bksd->bknd", of_scores, k)
+  of_k = jnp.einsum("bkns,bknd->bksd", of_scores, q)
+  of_v = jnp.einsum("bkns,bknd->bksd", p.astype(v.dtype), g)
+  return _by_query(of_q, out.shape[2]), of_k, of_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _scores(q: Array, k: Array, mask: Array, scale: float) -> Array:
+  """f32[B, K, H/K · Q, S] of q as `_by_head` gives it."""
+  scores: Any = jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
+  b, heads, rows, s = scores.shape
+  n = mask.shape[1]
+  # Masks of one query are those of all.
+  scores = scores.reshape(b, heads, -1, n if n > 1 else rows, s) * scale
+  return jnp.where(mask[:, None, None], scores, MASKED).reshape(b, heads, rows, s)
+
+
+def _by_head(a: Array, heads: int) -> Array:
+  """[B, Q, H, D] -> [B, K, H/K · Q, D]: the queries of a key/value head are rows of a product."""
+  b, n, h, d = a.shape
+  return jnp.moveaxis(a.reshape(b, n, heads, h // heads, d), 1, 3).reshape(b, heads, -1, d)
+
+
+def _by_query(a: Array, h: int) -> Array:
+  """`_by_head` undone."""
+  b, heads, rows, d = a.shape
+  n = rows * heads // h
+  return jnp.moveaxis(a.reshape(b, heads, h // heads, n, d), 3, 1).reshape(b, n, h, d)
 
 
 def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:

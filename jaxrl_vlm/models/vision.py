@@ -115,7 +115,7 @@ def received(q: Array, k: Array, sees: Callable[[Array], Array], scale: float, s
              ) -> Array:
   """f32[B, S]; the attention that each key receives, mean over heads: Σ_q share_q · p_qk.
 
-  Attention is linear in the values, and its transpose sends what stands at the queries to the
+  Attention is linear in the values, and its backward pass sends what stands at the queries to the
   keys, each by its probability. One head at a time: less memory than the attention itself.
   No gradient.
 
@@ -132,7 +132,7 @@ def received(q: Array, k: Array, sees: Callable[[Array], Array], scale: float, s
     def attend(values):  # [B, S]
       return layers.attend(q, k, values[:, None, :, None], sees, scale)[0][..., 0, 0]
 
-    return total + jax.linear_transpose(attend, share)(share)[0], None
+    return total + jax.vjp(attend, share)[1](share)[0], None
 
   total, _ = jax.lax.scan(
       add, jnp.zeros_like(share), (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 1, 0)))
@@ -233,7 +233,7 @@ class VisionTower(nn.Module):
     def back(a):  # in the order of the prompt
       return a if order is None else _sorted(a, jnp.argsort(order, axis=1))
 
-    block = nn.remat(VisionBlock, prevent_cse=False) if config.remat else VisionBlock
+    block = layers.rematted(VisionBlock, config.remat)
     taken = []
     for i, (first, end) in enumerate(vision.segments):
       blocks = nn.scan(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxrl_vlm.models import layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.models.decoder import Blocks, Cells, Decoder, Prefix
 from jaxrl_vlm.models.vision import VisionTower
@@ -116,8 +117,7 @@ class VLM(nn.Module):
   def unembed(self, hidden: Array) -> Array:
     """Logits f32[..., V] of hidden [..., D]."""
     head = self.tokens.embedding.T if self.config.tied else self.head
-    return jnp.matmul(
-        hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return layers.product(hidden, head.astype(hidden.dtype), jnp.float32)
 
   def response_logits(self, hidden: Array, temperature: Array | float = 1.0) -> Array:
     """Logits f32[..., V] of the policy: at a temperature, and never a vision special token.

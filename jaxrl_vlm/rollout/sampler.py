@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm import parallel
+from jaxrl_vlm import flops, parallel
 from jaxrl_vlm.models.decoder import Cells, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.rollout.sampling import Sampling, pick
@@ -329,7 +329,7 @@ class Sampler:
 
 
 def step_flops(config: Any, length: int, max_tokens: int, layout: Layout) -> float:
-  """Multiplications and additions of a decoding step of one part.
+  """Multiplications and additions of a decoding step of one part, sliding windows left out.
 
   Args:
     config: of the model.
@@ -337,15 +337,9 @@ def step_flops(config: Any, length: int, max_tokens: int, layout: Layout) -> flo
     max_tokens: T.
     layout: of the part.
   """
-  width, head = config.hidden_size, config.head_dim
-  hidden = config.intermediate_size
-  if config.moe is not None:
-    hidden = config.moe.intermediate_size * config.moe.experts_per_token
-  dense = width * head * 2 * (config.num_heads + config.num_kv_heads) + 3 * width * hidden
-  over = 2 * config.num_heads * head  # of one query over one key
-  each = config.num_layers * (dense + over * max_tokens / 2) + width * config.vocab_size
-  return 2.0 * (layout.cells * each
-                + layout.slots * layout.width * config.num_layers * over * length)
+  # Half of its tokens a response has on average.
+  keys = layout.cells * max_tokens / 2 + layout.slots * layout.width * length
+  return flops.decoding_step(config, layout.cells, keys)
 
 
 @functools.lru_cache(maxsize=16)

@@ -177,11 +177,14 @@ class Programs:
 
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
-    t = mask.shape[-1]
+    p, g, t = mask.shape
     # Short blocks hold little padding, long ones make few steps of attention.
     size = min(t, max(16, min(64, t // 16)))
-    packer = Packer(self.minibatches * self.microbatches, self.mesh.shape["fsdp"], size,
-                    max(self.room // size, -(-t // size)))
+    splits, devices = self.minibatches * self.microbatches, self.mesh.shape["fsdp"]
+    each = -(-t // size)
+    # No more room than all responses of a small batch could fill.
+    room = min(max(self.room // size, each), p // splits // devices * g * each)
+    packer = Packer(splits, devices, size, room)
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
     return Packing(*packer(lengths, t), size)

@@ -1,0 +1,169 @@
+"""What benchmarks of speed share: results that are kept, sides that take turns, made-up prompts."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import runs
+from jaxrl_vlm import config as config_lib
+from jaxrl_vlm import parallel
+from jaxrl_vlm.data.layout import Visual, expand_visuals, lay_out_patches
+from jaxrl_vlm.models import ModelConfig
+from jaxrl_vlm.types import Params, Prompt
+
+THREADS = 2
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+  """With --again and --out."""
+  result = argparse.ArgumentParser(
+      description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+  result.add_argument("--again", action="store_true", help="throw away what is measured")
+  result.add_argument("--out", type=pathlib.Path, help="another file of results")
+  return result
+
+
+def use_threads(count: int = THREADS) -> None:
+  """Before the first use of jax, whose threads are as many as it may use processors."""
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+class Results:
+  """Results by name in a JSON file, written as they come; what is there is not measured again.
+
+  `about` says when and with what the last one was measured.
+  """
+
+  def __init__(self, path: pathlib.Path, again: bool = False):
+    self.path = path
+    self.values: dict[str, Any] = {}
+    if path.exists() and not again:
+      self.values = json.loads(path.read_text())
+
+  def get(self, name: str, measure: Callable[[], Mapping[str, Any]], *packages: str, **about: Any
+          ) -> dict[str, Any]:
+    """What `measure` gave, now or then; of `packages` the versions are kept beside it."""
+    if name not in self.values:
+      result = {**measure(), "date": datetime.date.today().isoformat()}
+      versions = {p: importlib.metadata.version(p) for p in ("jax", "numpy", *packages)}
+      values = {k: v for k, v in self.values.items() if k != "about"}
+      about = {**runs.surroundings(), "versions": versions, **about}
+      self.values = values | {name: result, "about": about}
+      config_lib.write_atomically(self.path, json.dumps(self.values, indent=1) + "\n")
+    return self.values[name]
+
+
+def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+               ) -> dict[str, list[float]]:
+  """Seconds of each side, one after the other; a side returns when its work is done."""
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  for i in range(repeats + warm_up):
+    for name, run in sides.items():
+      start = time.perf_counter()
+      jax.block_until_ready(run())
+      if i >= warm_up:
+        seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def median(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+  return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
+  """How many times as long one side takes as the other: median over the turns."""
+  return statistics.median(
+      a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+
+
+def matrix_product(size: int, dtype: str = "float32") -> tuple[Callable[[], jax.Array], float]:
+  """One large product of square matrices, and its multiplications and additions."""
+  a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+  product = jax.jit(jnp.matmul)
+  return lambda: product(a, b), 2.0 * size**3
+
+
+def one_device() -> Any:
+  return parallel.make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1])
+
+
+def random_params(shapes: Params) -> Params:
+  """Small random numbers of these shapes and dtypes; norms multiply by 1."""
+  def one(path, key, shape):
+    if "scale" in str(path[-1]):
+      return jnp.ones(shape.shape, shape.dtype)
+    return 0.02 * jax.random.normal(key, shape.shape, shape.dtype)
+
+  leaves, treedef = jax.tree.flatten(shapes)
+  keys = jax.tree.unflatten(treedef, list(jax.random.split(jax.random.key(0), len(leaves))))
+  return jax.jit(lambda keys: jax.tree.map_with_path(one, keys, shapes))(keys)
+
+
+def words(config: ModelConfig) -> np.ndarray:
+  """i32[n]; tokens that stand for nothing but text."""
+  special = [v for k, v in json.loads(config.hf).items()
+             if k.endswith("_token_id") and isinstance(v, int)]
+  all_tokens = np.arange(config.vocab_size, dtype=np.int32)
+  return np.setdiff1d(all_tokens, [*special, *config.suppressed_tokens])
+
+
+def make_prompt(config: ModelConfig, prompts: int, text: int, side: int = 0) -> Prompt:
+  """Random text of so many tokens, and in its middle an image of side² patches, on the host.
+
+  No token is padding.
+  """
+  rng, vision = np.random.default_rng(0), config.vision
+  grids = [(1, side, side)] if side else []
+  image = [Visual(grid, json.loads(config.hf)["image_token_id"]) for grid in grids]
+  rows = []
+  for line in rng.choice(words(config), (prompts, text)):
+    ids = np.insert(line, text // 2, [v.token_id for v in image])
+    rows.append(expand_visuals(ids, image, vision.spatial_merge_size))
+  tokens, positions, features = (np.stack(arrays) for arrays in zip(*rows, strict=True))
+  window = None if vision.full_attention_layers is None else vision.window_size
+  where = lay_out_patches(grids, vision.spatial_merge_size, vision.patch_size, window)
+  # Without an image there are still the patches of one visual token, all padding.
+  room = 0 if side else vision.spatial_merge_size**2
+  where = [np.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1)) for a in where]
+  where[1][side**2:] = 1
+  places = [np.broadcast_to(a, (prompts, *a.shape)) for a in where]
+  patches = rng.standard_normal((prompts, side**2 + room, vision.patch_dim), np.float32)
+  return Prompt(
+      tokens=tokens, length=np.full(prompts, tokens.shape[1], np.int32), positions=positions,
+      next_position=positions.max(axis=(1, 2)) + 1, feature_index=features, patches=patches,
+      patch_positions=places[0], patch_grids=places[1], patch_segments=places[2],
+      patch_windows=places[3])
+
+
+def torch_inputs(prompt: Prompt, row: int, copies: int, image_token: int, more: Any = None
+                 ) -> dict[str, Any]:
+  """What transformers' Qwen2.5-VL takes for a prompt of one image, `copies` times.
+
+  `more`: i[copies, n]; tokens that follow.
+  """
+  import torch
+
+  tokens = np.repeat(np.asarray(prompt.tokens)[row:row + 1, :prompt.length[row]], copies, axis=0)
+  image = tokens == image_token
+  if more is not None:
+    tokens = np.concatenate([tokens, more], axis=1)
+    image = np.concatenate([image, np.zeros(more.shape, bool)], axis=1)
+  inputs = {"input_ids": torch.tensor(tokens).long(),
+            "attention_mask": torch.ones(tokens.shape, dtype=torch.long),
+            "mm_token_type_ids": torch.tensor(image).long()}
+  grid = [1, *np.asarray(prompt.patch_grids)[row, 0].tolist()]
+  return inputs | {
+      "pixel_values": torch.tensor(np.asarray(prompt.patches)[row]).repeat(copies, 1),
+      "image_grid_thw": torch.tensor([grid] * copies)}

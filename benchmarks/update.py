@@ -1,0 +1,256 @@
+"""A forward and backward pass over groups that share their prompt, beside G separate sequences.
+
+    JAX_PLATFORMS=cpu python benchmarks/update.py
+
+The gradient of GRPO three times: with the prompt shared by its 8 responses, by the same code with
+every prompt repeated 8 times and one response each, and by transformers' model and torch on the
+same sequences (the pictures repeated too, as its trainers do, logits of the responses alone). All
+three must come to the same norm. Prompts have 64 or 1,024 visual tokens; responses 64 tokens each,
+or lengths with a long tail. float32, 2 threads, the sides in turn in one run; medians.
+
+Beside the seconds: how many times faster sharing is, and how many times fewer model FLOPs it has
+(`jaxrl_vlm/flops.py`); `share` = (times faster - 1) / (times fewer - 1). The share of padding in
+the tokens of responses that pass through the model. Model FLOPs a second, over the rate of a large
+float32 product of matrices in the same run (`mfu`). 512 tokens of responses pass at a time, because
+batches are small here; what padding there is in batches of 64 prompts with the 4,096 of a run
+needs no computation and is printed too.
+
+What is measured so far stands in `update.json` and is not measured again; --again throws it away.
+Needs the extra `test` (torch).
+"""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import jaxrl_vlm as jv  # noqa: E402
+from benchmarks import speed  # noqa: E402
+from benchmarks.rl_step import ARCHITECTURE  # noqa: E402
+from jaxrl_vlm import flops, models, objectives, parallel, scratch, views  # noqa: E402
+from jaxrl_vlm.models import lora  # noqa: E402
+from jaxrl_vlm.stages.programs import Programs  # noqa: E402
+from jaxrl_vlm.types import Experience  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "update.json"
+GROUP, REPEATS, TEXT, PRODUCT, ROOM = 8, 5, 24, 2048, 512
+ASKED = {"share": 0.7, "mfu": 0.5}
+LARGE = ARCHITECTURE | {"text": {  # 17 million parameters: matrix products are nearly all of it
+    "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+    "rope_parameters": {
+        "rope_type": "default", "mrope_section": (8, 12, 12), "rope_theta": 10000.0}}}
+ARCHITECTURES = {"small": ARCHITECTURE, "large": LARGE}
+
+
+def tail(shape: tuple[int, ...], most: int) -> np.ndarray:
+  """Log-normal lengths: most are short, a few ten times as long."""
+  lengths = np.random.default_rng(0).lognormal(np.log(most) - 2.5, 0.9, shape)
+  return np.ceil(lengths).clip(1, most).astype(int)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """What passes through the model.
+
+  Attributes:
+    model: a key of ARCHITECTURES.
+    side: of the image, in patches.
+    prompts: P.
+    tail: lengths have a long tail; else all have 64 tokens.
+    trains_vision: else the tower is frozen, and sees each prompt once.
+  """
+
+  model: str
+  side: int
+  prompts: int
+  tail: bool = False
+  trains_vision: bool = True
+
+  @property
+  def name(self) -> str:
+    return (f"{self.model} model, {self.side**2 // 4} visual tokens, "
+            f"{'long tail' if self.tail else '64 tokens each'}"
+            f"{'' if self.trains_vision else ', frozen tower'}")
+
+  def lengths(self) -> np.ndarray:
+    """Tokens of each response, i[P, G]."""
+    shape = (self.prompts, GROUP)
+    return tail(shape, 256) if self.tail else np.full(shape, 64)
+
+
+CASES = [
+    Case(model, side, prompts, tail)
+    for model, side, prompts in (("small", 16, 8), ("small", 64, 1), ("large", 16, 4),
+                                 ("large", 64, 1))
+    for tail in (False, True)]
+CASES += [Case("large", 64, 1, tail, trains_vision=False) for tail in (False, True)]
+
+
+class Ours:
+  """The update of a stage, with a step of 0, of prompts [P] and responses [P, G, T]."""
+
+  def __init__(self, model, params, prompt, tokens, mask, advantages, trains_vision):
+    trainable = () if trains_vision else ("!vision",)
+    mesh = speed.one_device()
+    self.programs = Programs(
+        model, mesh, objectives.create("grpo", kl_coef=0.0), optax.sgd(0.0), params,
+        trainable=trainable, room=max(ROOM, mask.shape[2]))
+    # The update gives its state away: it needs one of its own.
+    trained, self.frozen = lora.split(jax.tree.map(jnp.copy, params), trainable)
+    self.state = self.programs.init_state(trained)
+    self.packing = self.programs.pack(mask)
+    self.prompt, self.tokens, mask, advantages = parallel.put_batch(
+        mesh, (prompt, tokens, mask, advantages))
+    self.experience = Experience(
+        mask, advantages, None, jnp.zeros(mask.shape[:2]),
+        truncated=jnp.zeros(mask.shape[:2], bool))
+
+  def __call__(self):
+    prompt = self.prompt
+    if not self.programs.trains_vision:
+      prompt = self.programs.see(lora.merge(self.frozen, self.state.params), prompt)
+    self.state, metrics = self.programs.update(
+        self.state, self.frozen, prompt, self.tokens, self.experience, jax.random.key(0), None,
+        self.packing)
+    return metrics["grad_norm"]
+
+
+class Torch:
+  """transformers' model; log-probabilities of a group at a time, padded to its longest."""
+
+  def __init__(self, folder, prompt, tokens, lengths, scale, trains_vision):
+    import torch
+    import transformers
+
+    torch.set_num_threads(speed.THREADS)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    self.model = model
+    if not trains_vision:
+      model.model.visual.requires_grad_(False)
+    self.groups = []
+    for row, most in enumerate(lengths.max(axis=1)):
+      inputs = speed.torch_inputs(
+          prompt, row, tokens.shape[1], model.config.image_token_id, tokens[row, :, :most - 1])
+      self.groups.append((inputs, torch.tensor(tokens[row, :, :most]).long(),
+                          torch.tensor(scale[row, :, :most])))
+
+  def __call__(self):
+    self.model.zero_grad(set_to_none=True)
+    for inputs, tokens, scale in self.groups:
+      logits = self.model(**inputs, logits_to_keep=tokens.shape[1], use_cache=False).logits
+      logp = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+      (-(scale * logp).sum()).backward()
+
+  def norm(self) -> float:
+    return float(sum((p.grad**2).sum() for p in self.model.parameters() if p.grad is not None)**0.5)
+
+
+def padding(packing, mask: np.ndarray) -> float:
+  """The share of padding in the tokens of responses that pass through the model."""
+  _, _, devices, room = packing.index.shape
+  computed = int(np.asarray(packing.used).sum()) * devices * room * packing.size
+  return 1 - int(mask.sum()) / computed
+
+
+def padding_of_runs() -> dict[str, float]:
+  """In a batch of 64 prompts x 8 with the default room, on one device."""
+  config = scratch.model_config(ARCHITECTURE)
+  programs = Programs(models.VLM(config), speed.one_device(), objectives.create("sft"),
+                      optax.sgd(0.0), models.abstract_params(config))
+  found = {}
+  for most in (256, 1024, 4096):
+    mask = np.arange(most) < tail((64, GROUP), most)[..., None]
+    found[f"at most {most} tokens, {mask.sum(-1).mean():.0f} on average"] = padding(
+        programs.packed(mask), mask)
+  return found
+
+
+def measure(folder: pathlib.Path, case: Case, repeats: int = REPEATS, product: int = PRODUCT
+            ) -> dict:
+  """One case; `folder` has its model."""
+  model, params, _ = jv.load_pretrained(folder)
+  # As transformers' model: every token has its probability.
+  model = model.clone(config=model.config.replace(suppressed_tokens=()))
+  config = model.config
+  prompt = speed.make_prompt(config, case.prompts, TEXT, case.side)
+  lengths = case.lengths()
+  rng = np.random.default_rng(0)
+  shape = (*lengths.shape, int(lengths.max()))
+  tokens = rng.choice(speed.words(config), shape)
+  mask = np.arange(shape[2]) < lengths[..., None]
+  advantages = np.broadcast_to(rng.standard_normal((*shape[:2], 1), np.float32), shape).copy()
+
+  def separate(a):
+    return a.reshape(-1, 1, *a.shape[2:])
+
+  shared = Ours(model, params, prompt, tokens, mask, advantages, case.trains_vision)
+  apart = Ours(model, params, jax.tree.map(np.asarray, views.repeat_prompts(prompt, GROUP)),
+               *map(separate, (tokens, mask, advantages)), case.trains_vision)
+  weights = shared.programs.objective.prepare(shared.experience).weights
+  scale = np.where(mask, np.asarray(weights) * advantages, 0).astype(np.float32)
+  torch = Torch(folder, prompt, tokens, lengths, scale, case.trains_vision)
+
+  matmul, in_product = speed.matrix_product(product)
+  seconds = speed.take_turns(
+      {"shared": shared, "separate": apart, "torch": torch, "product": matmul}, repeats)
+  norms = [float(shared()), float(apart()), torch.norm()]
+  if not np.allclose(norms, norms[0], rtol=1e-3):
+    raise SystemExit(f"{case.name}: gradients of another norm: {norms}")
+
+  middle = speed.median(seconds)
+  frames = [(case.side, case.side)]
+
+  def work(sharing):
+    return sum(flops.forward_backward(
+        config, prompt.tokens.shape[1], row, frames, sharing, case.trains_vision)
+        for row in lengths.tolist())
+
+  allowed, gain = work(False) / work(True), speed.ratio(seconds, "separate", "shared")
+  rate = in_product / middle["product"]
+  return {
+      "seconds": seconds, "medians": middle, "faster": gain, "fewer_flops": allowed,
+      "share": (gain - 1) / (allowed - 1),
+      "faster_than_torch": speed.ratio(seconds, "torch", "shared"),
+      "padding": padding(shared.packing, mask),
+      "model_flops": {"shared": work(True), "separate": work(False)}, "product_flops": rate,
+      "mfu": {name: work(name == "shared") / middle[name] / rate
+              for name in ("shared", "separate", "torch")},
+      "asked": ASKED, **dataclasses.asdict(case)}
+
+
+def describe(name: str, r: dict) -> str:
+  return (f"{name}: {r['medians']['shared']:.2f} s, separate {r['medians']['separate']:.2f} s, "
+          f"torch {r['medians']['torch']:.2f} s; sharing is {r['faster']:.2f} times faster with "
+          f"{r['fewer_flops']:.2f} times fewer FLOPs, share {r['share']:.0%} (asked: "
+          f"{r['asked']['share']:.0%}); padding {r['padding']:.0%}; MFU {r['mfu']['shared']:.0%} "
+          f"(asked: {r['asked']['mfu']:.0%}), separate {r['mfu']['separate']:.0%}, torch "
+          f"{r['mfu']['torch']:.0%}")
+
+
+def main() -> None:
+  args = speed.parser(__doc__).parse_args()
+  speed.use_threads()
+  results = speed.Results(args.out or RESULTS, args.again)
+  for name, share in results.get("padding of runs", padding_of_runs).items():
+    if name != "date":
+      print(f"64 prompts x {GROUP} responses of {name}: {share:.0%} padding", flush=True)
+  with tempfile.TemporaryDirectory() as folder:
+    for case in CASES:
+      path = pathlib.Path(folder) / case.model
+      if not path.exists():
+        scratch.create(path, ARCHITECTURES[case.model], [f"the word {i}" for i in range(4000)])
+      result = results.get(case.name, lambda path=path, case=case: measure(path, case),
+                           "torch", "transformers", threads=speed.THREADS)
+      print(describe(case.name, result), flush=True)
+
+
+if __name__ == "__main__":
+  main()
