@@ -18,6 +18,9 @@ def model() -> ConfigDict:
   c.max_pixels = 0
   # Of activations: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
   c.dtype = "auto"
+  # Kernels of attention: "splash" (Pallas, on TPU), "cudnn" (on NVIDIA GPUs, in bfloat16), "xla"
+  # (none), or "auto": the one that the devices of the mesh can have. Decoding is always "xla".
+  c.attention = "auto"
   # Of parameters that train, and of optimizer state.
   c.param_dtype = "float32"
   # Patterns of the parameters that train: ("decoder",), ("!vision",), ("decoder", "head"),

@@ -99,6 +99,7 @@ def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
 
   workdir = checkpoint.resolve().parents[1]
   config = config_lib.from_json((workdir / config_lib.CONFIG_FILE).read_text(encoding="utf-8"))
+  config.model.attention = "xla"  # nothing is computed, and the run was perhaps on other devices
   model, params, processor = load_model(
       config, model_path(config, workdir), parallel.make_mesh({"fsdp": -1}))
   start, frozen = lora.split(params, trainable_of(config))

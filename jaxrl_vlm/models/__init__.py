@@ -11,6 +11,7 @@ import numpy as np
 from jaxrl_vlm import hf_config
 from jaxrl_vlm.models import lora as lora_lib
 from jaxrl_vlm.models import weights
+from jaxrl_vlm.models.attention import choose as choose_attention
 from jaxrl_vlm.models.config import LoRA, ModelConfig, VisionConfig
 from jaxrl_vlm.models.families import from_hf
 from jaxrl_vlm.models.patterns import matches
@@ -20,8 +21,8 @@ from jaxrl_vlm.types import Params, Prompt
 if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
-__all__ = ["VLM", "LoRA", "ModelConfig", "VisionConfig", "abstract_params", "dummy_prompt",
-           "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
+__all__ = ["VLM", "LoRA", "ModelConfig", "VisionConfig", "abstract_params", "choose_attention",
+           "dummy_prompt", "from_directory", "from_hf", "init_params", "load_pretrained", "logits",
            "save_pretrained"]
 
 

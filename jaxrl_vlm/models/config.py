@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jax.sharding import Mesh
+
 # What a layer keeps for its backward pass: everything; only what matrix products and attention
 # gave; nothing but its input.
 REMAT = ("none", "dots", "full")
@@ -124,6 +126,10 @@ class ModelConfig:
     pad_token: id after the end.
     lora: where adapters are, if there are any.
     dtype: of activations; "float32" or "bfloat16".
+    attention: "xla" (`layers.attend`), or a kernel of `models/attention.py`: "splash" or "cudnn".
+      Decoding is always "xla", and so are window attention and responses in models whose layers
+      slide.
+    mesh: over whose devices a kernel is spread (`VLM.on`); None where everything is on one device.
     remat: what each layer keeps for the backward pass, one of `REMAT`; the rest is computed again.
     hf: the `config.json` this came from, as text; `save_pretrained` writes it back.
   """
@@ -160,6 +166,8 @@ class ModelConfig:
   pad_token: int = 0
   lora: LoRA | None = None
   dtype: str = "float32"
+  attention: str = "xla"
+  mesh: Mesh | None = dataclasses.field(default=None, repr=False)
   remat: str = "dots"
   hf: str = dataclasses.field(default="{}", repr=False)
 

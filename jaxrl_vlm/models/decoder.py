@@ -13,7 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from jaxrl_vlm.models import layers
+from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
 
@@ -129,6 +129,9 @@ class BlockPlaces:
 def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
   """Attention of q [R, N, B, H, D] over its own response and its prefix. [R, N, B, H, D]."""
   r, n, size = q.shape[:3]
+  if attention.answers(config, n * size):
+    return attention.over_responses(
+        config, q, k, v, places.number, places.row, prefix_kv, prefix_length)
   scale = config.attention_scale
 
   def in_window(distance):
@@ -179,6 +182,11 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
 def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
   """Attention of q [P, G, T, H, D] over its own stream and the prefix. [P, G, T, H, D]."""
   p, g, t = q.shape[:3]
+  if prefix_kv is None and attention.reads(config, t):
+    return attention.over_prompts(config, q, k, v, sliding, images)
+  if prefix_kv is not None and attention.answers(config, g * t):
+    zero = jnp.zeros((p, g), jnp.int32)  # a part for each prompt, a block for each response
+    return attention.over_responses(config, q, k, v, zero, zero, prefix_kv, prefix_length)
 
   def in_window(distance):  # of a key, tokens back
     return ~sliding | (distance < config.sliding_window)

@@ -14,7 +14,7 @@ from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
 
 MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
-_KEPT = "kept"  # the name of what remat "dots" keeps
+KEPT = "kept"  # the name of what remat "dots" keeps
 _SCORES = 2**20  # of queries and keys of one head, that attention holds at a time
 
 # Under their names in `config.json`.
@@ -67,11 +67,17 @@ def _product_backward(dtype, saved, g):
 product.defvjp(_product_forward, _product_backward)
 
 
+def _kept(x: Array) -> Array:
+  """x, which remat "dots" keeps."""
+  named: Any = checkpoint_name(x, KEPT)
+  return named
+
+
 def rematted(layer: type[nn.Module], remat: str) -> type[nn.Module]:
   """A layer, to be scanned, that keeps what `ModelConfig.remat` says."""
   if remat == "none":
     return layer
-  kept = jax.checkpoint_policies.save_only_these_names(_KEPT) if remat == "dots" else None
+  kept = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
   return nn.remat(layer, prevent_cse=False, policy=kept)
 
 
@@ -92,7 +98,7 @@ class Dense(nn.Module):
     x = x.astype(self.dtype)
     kernel = self.param(
         "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-    y = checkpoint_name(product(x, kernel.astype(x.dtype)), _KEPT)
+    y = _kept(product(x, kernel.astype(x.dtype)))
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
     if self.lora is not None and matches(self.lora.targets, self.path) and (
@@ -244,7 +250,7 @@ def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: 
   parts = jnp.moveaxis(jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
       q.shape[0], count, size, *q.shape[2:]), 1, 0)
   # Only the mask is computed again.
-  again = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+  again = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
   out = jax.lax.map(again, (parts, at))
   return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :n]
                for a in out)  # type: ignore[return-value]
@@ -267,7 +273,8 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Ar
 
 
 def _attend_forward(q, k, v, mask, scale):
-  out, lse = (checkpoint_name(a, _KEPT) for a in _attend(q, k, v, mask, scale))
+  both: Any = _attend(q, k, v, mask, scale)
+  out, lse = map(_kept, both)
   return (out, lse), (q, k, v, mask, out, lse)
 
 

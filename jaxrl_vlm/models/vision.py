@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxrl_vlm.models import layers
+from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig, VisionConfig
 from jaxrl_vlm.types import Array, Prompt
 
@@ -54,7 +54,9 @@ class VisionBlock(nn.Module):
       return (here == segments[:, None]) & (here > 0)
 
     def over_frame():
-      return layers.attend(q, k, v, sees_frame, scale)[0]
+      if self.config.attention == "xla":
+        return layers.attend(q, k, v, sees_frame, scale)[0]
+      return attention.over_frames(self.config, q, k, v, segments, scale)
 
     if vision.full_attention_layers is None:
       y = over_frame()
@@ -76,7 +78,7 @@ def _over_windows(q: Array, k: Array, v: Array, windows: Array, size: int, scale
   """Attention within windows of at most `size` patches, each of which stands together.
 
   A block of `size` queries sees the keys of its own block and of the two beside it: no window
-  reaches further.
+  reaches further. So few keys are no work for a kernel, whose blocks are larger.
 
   Args:
     q: [B, N, H, D].

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from jaxrl_vlm.models import layers
 from jaxrl_vlm.models.config import ModelConfig
@@ -18,6 +19,11 @@ class VLM(nn.Module):
   """All families. `VLM(config).apply({"params": params}, ..., method="prefill")` and so on."""
 
   config: ModelConfig
+
+  @nn.nowrap
+  def on(self, mesh: Mesh) -> "VLM":
+    """This model with its attention kernels, if it has any, spread over a mesh."""
+    return self if self.config.attention == "xla" else VLM(self.config.replace(mesh=mesh))
 
   def setup(self):
     config = self.config

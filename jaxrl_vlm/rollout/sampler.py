@@ -79,7 +79,7 @@ class Sampler:
     for name, value, least in (("chunk", chunk, 1), ("groups", groups, 0)):
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
-    self.model, self.mesh, self.sampling = model, mesh, sampling
+    self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts = groups, mesh.shape["fsdp"]
     self._rollouts = 0

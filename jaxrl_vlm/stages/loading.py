@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxrl_vlm import models, objectives, parallel
 from jaxrl_vlm.data.processor import Processor
-from jaxrl_vlm.errors import UserError, one_line
+from jaxrl_vlm.errors import UserError, one_line, validation
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.types import Params
 
@@ -38,13 +38,15 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
     UserError: one line naming the field or file.
   """
   settings, adapters = config.model, lora_of(config)
+  dtype = None if settings.dtype == "auto" else settings.dtype
   try:
-    architecture = models.from_directory(path).replace(lora=adapters)
+    architecture = models.from_directory(path, dtype).replace(lora=adapters)
+    with validation():
+      attention = models.choose_attention(settings.attention, mesh.devices.flat, architecture)
     shapes = models.abstract_params(architecture, settings.param_dtype)
     shardings = parallel.param_shardings(mesh, shapes)
     model, params, processor = models.load_pretrained(
-        path, dtype=None if settings.dtype == "auto" else settings.dtype,
-        param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
+        path, dtype=dtype, param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
         trainable=trainable_of(config), seed=config.seed, shardings=shardings,
         min_pixels=settings.min_pixels or None, max_pixels=settings.max_pixels or None,
         prompt_buckets=config.prompt_buckets, patch_buckets=config.patch_buckets)
@@ -57,7 +59,7 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
       raise UserError(
           f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
     params = lora.merge(lora.strip(params), loaded)
-  return model, params, processor
+  return models.VLM(model.config.replace(attention=attention)), params, processor
 
 
 def objective_of(stage: ConfigDict) -> objectives.Objective:

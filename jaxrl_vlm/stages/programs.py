@@ -123,7 +123,8 @@ class Programs:
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
       chunk: int = 32, groups: int = 0, room: int = 4096,
       black: Array | None = None, white: Array | None = None):
-    self.model, self.mesh, self.objective, self.optimizer = model, mesh, objective, optimizer
+    self.model, self.mesh = model.on(mesh), mesh
+    self.objective, self.optimizer = objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
     self.room = room
     self.black, self.white = black, white

@@ -43,6 +43,8 @@ config = models.from_hf({
         "depth": 2, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4,
         "out_hidden_size": 512, "patch_size": 14, "window_size": 112,
         "fullatt_block_indexes": [1]}}, dtype="bfloat16")
+config = config.replace(
+    attention=models.choose_attention("auto", mesh.devices.flat, config))
 model, params = models.VLM(config), models.abstract_params(config)
 programs = Programs(
     model, mesh, objectives.create("papo"), optax.adamw(1e-6), params,
@@ -152,6 +154,54 @@ for name, program in compiled.items():
 """
 
 
+# The update alone, with heads as large as those of published models.
+SPLASH = """
+import re
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import topologies
+
+from jaxrl_vlm import models, objectives, parallel
+from jaxrl_vlm.stages.programs import Programs
+from jaxrl_vlm.types import Experience, TokenStats
+
+P, G, T = 4, 2, 256
+topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2}, devices=topology.devices)
+config = models.from_hf({
+    "model_type": "qwen2_5_vl", "image_token_id": 1000, "eos_token_id": 1001,
+    "text_config": {
+        "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rope_parameters": {"mrope_section": [16, 24, 24], "rope_theta": 1e6}},
+    "vision_config": {
+        "depth": 2, "hidden_size": 160, "intermediate_size": 256, "num_heads": 2,
+        "out_hidden_size": 512, "patch_size": 14, "window_size": 112,
+        "fullatt_block_indexes": [1]}}, dtype="bfloat16")
+assert config.head_dim == 128
+config = config.replace(
+    attention=models.choose_attention("auto", mesh.devices.flat, config))
+params = models.abstract_params(config)
+programs = Programs(
+    models.VLM(config), mesh, objectives.create("grpo"), optax.sgd(1e-3), params)
+shape = jax.ShapeDtypeStruct
+prompt = jax.tree.map(
+    lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, P, 256, 256))
+tokens, mask, number = (shape((P, G, T), d) for d in ("int32", "bool", "float32"))
+key = jax.eval_shape(lambda: jax.random.key(0))
+stats = TokenStats(number, number)
+experience = Experience(mask=mask, advantages=number, old=stats,
+                        rewards=shape((P, G), "float32"), views={"ref": stats})
+packing = jax.tree.map(
+    lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
+text = programs.update.lower(
+    programs.abstract_state, {}, prompt, tokens, experience, key, None, packing).compile().as_text()
+print(*sorted(re.findall(r"%splash_mha_([a-z]+)_\\S+ = .*tpu_custom_call", text)))
+"""
+
+
 FAMILY = """
 import copy
 import sys
@@ -185,6 +235,8 @@ for name in sys.argv[1:]:
     vision["hidden_size"] = 256
   config = models.from_hf(
       hf, dtype="bfloat16", suppressed_tokens=(5,), stop_tokens=(1,), pad_token=0)
+  config = config.replace(
+      attention=models.choose_attention("auto", mesh.devices.flat, config))
   params = models.abstract_params(config)
   programs = Programs(models.VLM(config), mesh, objectives.create("grpo"), optax.adamw(1e-6),
                       params, sampling=Sampling(G, T))
@@ -252,6 +304,16 @@ def test_what_only_some_objectives_want_compiles():
                 JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
   assert done.returncode == 0, done.stderr
   assert len(done.stdout.split()) == 9
+
+
+@pytest.mark.slow
+def test_the_attention_of_an_update_is_splash():
+  """Forward and the two of the gradient: of the tower, of prompts, of packed responses."""
+  pytest.importorskip("libtpu")
+  done = python(SPLASH, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
+                JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split() == ["dkv"] * 3 + ["dq"] * 3 + ["fwd"] * 3
 
 
 @pytest.mark.slow
