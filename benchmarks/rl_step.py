@@ -173,6 +173,7 @@ def our_config(folder, model, side, prompts):
   stage = base.rl()
   stage.steps, stage.prompts_per_step, stage.num_samples = 1000, prompts, GROUP
   stage.max_tokens = TOKENS
+  stage.part_tokens = 2048  # what stays near two cores
   stage.data.name = str(data)
   stage.rewards[f"{__file__}:reward"] = 1.0
   stage.objective.kl_coef = 0.0

@@ -102,7 +102,7 @@ class Ours:
     mesh = speed.one_device()
     self.programs = Programs(
         model, mesh, objectives.create("grpo", kl_coef=0.0), optax.sgd(0.0), params,
-        trainable=trainable, room=max(ROOM, mask.shape[2]))
+        trainable=trainable, part_tokens=max(ROOM, mask.shape[2]))
     # The update gives its state away: it needs one of its own.
     trained, self.frozen = lora.split(jax.tree.map(jnp.copy, params), trainable)
     self.state = self.programs.init_state(trained)

@@ -118,6 +118,9 @@ def rl() -> ConfigDict:
   c.top_p = 1.0  # the likeliest tokens that together have this probability; 1 keeps all
   c.top_k = 0  # 0 keeps all
   c.minibatches = 1  # updates per rollout; P must be a multiple
+  # Response tokens that pass through the model together on each device, in scores and update: with
+  # more, weights that are split over fsdp are gathered less often; with fewer it needs less memory.
+  c.part_tokens = 4096
   # Response tokens to generate, those that dynamic sampling throws away included: the stage ends
   # with the step that reaches this number, if it has not done all steps before; 0 sets no limit.
   c.token_budget = 0
@@ -140,6 +143,15 @@ def get_config() -> ConfigDict:
   # Prompts (with all their samples) that are decoded at once, on all devices together; those that
   # have ended make room for others. 0: all of a step.
   c.rollout.groups = 0
+  # Of the prompts' keys and values while responses are drawn: "auto", as activations, or "int8":
+  # half the memory of bfloat16, at a little error in the drawn distribution (metric
+  # sampler_logp_difference), which objective.correction makes up for.
+  c.rollout.prefix_dtype = "auto"
+  # "synchronous", or "one_step_off": the responses of a step are drawn before the update of the
+  # step ahead of it, so that nothing waits for graders. They are then of the policy one update
+  # earlier, for which objective.correction makes up (it is "tis" there unless it is set). The step
+  # after a checkpoint draws its own.
+  c.pipeline = "synchronous"
   # What is done, in order: a tuple of sft() and rl().
   c.stages = config_dict.placeholder(tuple)
   c.stages = ()

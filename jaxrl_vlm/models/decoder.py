@@ -17,19 +17,43 @@ from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
 
+_NEAR = 128  # keys of its own response that a packed query sees at a time
+
 
 @struct.dataclass
 class Prefix:
   """Keys and values of P prompts, shared by all samples of each.
 
   Attributes:
-    k, v: [L, P, K, Lp, D].
+    k, v: [L, P, K, Lp, D]; for decoding also `Int8`.
     length: i32[P]; how many of the Lp positions responses see.
   """
 
-  k: Array
-  v: Array
+  k: Any
+  v: Any
   length: Array
+
+
+@struct.dataclass
+class Int8:
+  """Keys or values in 8 bits, for half the memory and half the bandwidth of bfloat16.
+
+  Attributes:
+    values: i8[..., D].
+    scale: f32[..., 1]; of one position and head: its largest magnitude is 127 scales.
+  """
+
+  values: Array
+  scale: Array
+
+  @classmethod
+  def of(cls, a: Array) -> "Int8":
+    a = a.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(a).max(axis=-1, keepdims=True), 1e-30) / 127
+    return cls(jnp.round(a / scale).astype(jnp.int8), scale)
+
+  def to(self, dtype: Any) -> Array:
+    return (self.values.astype(jnp.float32) * self.scale).astype(dtype)
 
 
 @struct.dataclass
@@ -133,6 +157,7 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
     return attention.over_responses(
         config, q, k, v, places.number, places.row, prefix_kv, prefix_length)
   scale = config.attention_scale
+  wide = max(1, min(_NEAR // size, places.reach + 1))  # blocks that are seen at a time
 
   def in_window(distance):
     return ~sliding | (distance < config.sliding_window)
@@ -141,42 +166,47 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
     return a.reshape(r * n, *a.shape[2:])
 
   queries, k, v = fold(q), k.swapaxes(2, 3), v.swapaxes(2, 3)
+  number = fold(places.number)[:, None, None]
 
-  def behind(back):
-    """Over the block `back` blocks before each."""
-    keys, values = (fold(jnp.roll(a, back, axis=1)) for a in (k, v))
-    mine = fold(places.number)[:, None, None] >= back
+  def own(first):
+    """Keys and values of the `wide` blocks from `first` blocks back on, and where they are seen."""
+    keys, values = (fold(jnp.concatenate(
+        [jnp.roll(a, first + i, axis=1) for i in range(wide)], axis=3)) for a in (k, v))
+    back = first + jnp.arange(wide * size) // size
 
     def sees(at):
-      distance = back * size + at[:, None] - jnp.arange(size)
-      mask = mine & (distance >= 0)
+      distance = back * size + at[:, None] - jnp.arange(wide * size) % size
+      mask = (number >= back) & (distance >= 0)
       return mask & in_window(distance) if config.sliding_window else mask
 
-    return layers.attend(queries, keys, values, sees, scale)
-
-  def further(so_far, back):
-    return layers.merge(so_far, behind(back)), None
-
-  own = behind(0)
-  if places.reach:
-    own, _ = jax.lax.scan(jax.checkpoint(further), own, jnp.arange(1, places.reach + 1))
+    return keys, values, sees
 
   take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
 
   def of_prefix(a):  # [R·S, ...] -> [R·N, ...]
     return fold(take(a.reshape(r, -1, *a.shape[1:]), places.row))
 
-  keys, values = (of_prefix(a) for a in prefix_kv)
-  length, place = of_prefix(prefix_length)[:, None, None], jnp.arange(keys.shape[2])
-  first = fold(places.number)[:, None, None] * size
+  length, place = of_prefix(prefix_length)[:, None, None], jnp.arange(prefix_kv[0].shape[2])
 
   def sees_prefix(at):
     mask = place < length
-    return (mask & in_window(length + first + at[:, None] - place) if config.sliding_window
-            else mask)
+    return (mask & in_window(length + number * size + at[:, None] - place)
+            if config.sliding_window else jnp.broadcast_to(mask, (r * n, len(at), len(place))))
 
-  shared = layers.attend(queries, keys, values, sees_prefix, scale)
-  return layers.merge(shared, own)[0].reshape(q.shape)
+  keys, values, sees = own(0)
+  keys, values = (jnp.concatenate([of_prefix(a), b], axis=2)
+                  for a, b in zip(prefix_kv, (keys, values), strict=True))
+  out = layers.attend(
+      queries, keys, values,
+      lambda at: jnp.concatenate([sees_prefix(at), sees(at)], axis=-1), scale)
+
+  def further(so_far, first):
+    return layers.merge(so_far, layers.attend(queries, *own(first), scale)), None
+
+  if wide <= places.reach:
+    out, _ = jax.lax.scan(
+        jax.checkpoint(further), out, jnp.arange(wide, places.reach + 1, wide))
+  return out[0].reshape(q.shape)
 
 
 def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
@@ -260,7 +290,7 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
         jnp.searchsorted(jnp.array(ends), cells.longest), [lambda e=e: before(e) for e in ends]))
 
   take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
-  keys, values = prefix_kv
+  keys, values = (a.to(q.dtype) if isinstance(a, Int8) else a for a in prefix_kv)
   slots = keys.shape[0]
 
   def in_places(a):  # [R, C, ...] -> [R·S, W, ...]

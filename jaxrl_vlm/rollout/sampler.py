@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import flops, parallel
-from jaxrl_vlm.models.decoder import Cells, Prefix
+from jaxrl_vlm.models.decoder import Cells, Int8, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.rollout.sampling import Sampling, pick
 from jaxrl_vlm.rollout.schedule import Layout, Schedule
@@ -27,6 +27,7 @@ from jaxrl_vlm.types import Array, Params, Prompt, Rollout
 if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
+PREFIX_DTYPES = ("auto", "int8")
 # Rollouts in which new layouts are still compiled; later ones make do with those.
 _WARM_UP = 4
 
@@ -36,7 +37,7 @@ class Flight:
   """Responses that are being decoded; R parts of C cells and S slots (`models.decoder.Cells`).
 
   Attributes:
-    prefix_k, prefix_v: [L, R, S, K, Lp, D]; of the prompts.
+    prefix_k, prefix_v: [L, R, S, K, Lp, D] or `Int8`; of the prompts.
     length: i32[R, S]; how many of the Lp positions responses see.
     k, v: [L, R, C, K, T', D]; of what each cell has decoded in the chunks before.
     used: i32[R, C]; how many tokens these are.
@@ -47,8 +48,8 @@ class Flight:
     sample: i32[R, C]; number of the sample in the whole batch: its randomness.
   """
 
-  prefix_k: Array
-  prefix_v: Array
+  prefix_k: Any
+  prefix_v: Any
   length: Array
   k: Array
   v: Array
@@ -72,16 +73,20 @@ class Sampler:
     chunk: tokens that each response is taken further between two looks of the host.
     groups: prompts (with all their samples) that are decoded at once, on all devices together; 0
       for all of a batch.
+    prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
   """
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
-               chunk: int = 32, groups: int = 0):
+               chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto"):
+    if prefix_dtype not in PREFIX_DTYPES:
+      raise ValueError(f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of "
+                       f"{', '.join(PREFIX_DTYPES)}")
     for name, value, least in (("chunk", chunk, 1), ("groups", groups, 0)):
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
-    self.groups, self.parts = groups, mesh.shape["fsdp"]
+    self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
     self._rollouts = 0
     self._layouts: dict[Any, set[Layout]] = {}  # that are compiled, by the shape of the prompts
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
@@ -111,12 +116,19 @@ class Sampler:
       return jnp.zeros((config.num_layers, r, places, config.num_kv_heads, positions,
                         config.head_dim), config.dtype)
 
+    def prefix():
+      return self._kept(kv(s, length))
+
     def number(places):
       return jnp.zeros((r, places), jnp.int32)
 
     return Flight(
-        kv(s, length), kv(s, length), number(s), kv(c, before), kv(c, before), number(c),
+        prefix(), prefix(), number(s), kv(c, before), kv(c, before), number(c),
         number(c), number(c), number(c), jnp.ones((r, c), bool), number(c))
+
+  def _kept(self, prefix: Array) -> Any:
+    """Keys or values of prompts as the flight holds them."""
+    return Int8.of(prefix) if self.prefix_dtype == "int8" else prefix
 
   def _admit_(self, params: Params, prompt: Prompt, flight: Flight, rows: Array, slots: Array,
               cells: Array, limits: Array) -> Flight:
@@ -139,8 +151,11 @@ class Sampler:
           into, index, value)
 
     def put_kv(into, value):  # [L, R, S, K, Lp, D], [L, R·n, K, Lp, D]
-      value = value.reshape(value.shape[0], parts, new, *value.shape[2:])
-      return jax.vmap(put, in_axes=(0, None, 0))(into, slots, value)
+      def one(into, value):
+        value = value.reshape(value.shape[0], parts, new, *value.shape[2:])
+        return jax.vmap(put, in_axes=(0, None, 0))(into, slots, value)
+
+      return jax.tree.map(one, into, self._kept(value))
 
     def of_samples(value):  # [R·n] -> [R, n·G]
       return jnp.repeat(value.reshape(parts, new), g, axis=1)
@@ -170,7 +185,8 @@ class Sampler:
     def flat(a):  # [L, R, S, ...] -> [L, R·S, ...]
       return a.reshape(a.shape[0], -1, *a.shape[3:])
 
-    prefix = Prefix(flat(flight.prefix_k), flat(flight.prefix_v), flight.length.reshape(-1))
+    prefix_k, prefix_v = jax.tree.map(flat, (flight.prefix_k, flight.prefix_v))
+    prefix = Prefix(prefix_k, prefix_v, flight.length.reshape(-1))
     fold = jax.vmap(jax.vmap(jax.random.fold_in))
     keys = fold(jnp.broadcast_to(key, flight.sample.shape), flight.sample)
     live = jnp.where(flight.done, 0, flight.used)
@@ -222,8 +238,10 @@ class Sampler:
     """The flight in another layout; see `Schedule.move`."""
     take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
     take_kv = jax.vmap(take, in_axes=(0, None))
+    prefix_k, prefix_v = jax.tree.map(
+        lambda a: take_kv(a, slots), (flight.prefix_k, flight.prefix_v))
     moved = Flight(
-        take_kv(flight.prefix_k, slots), take_kv(flight.prefix_v, slots),
+        prefix_k, prefix_v,
         take(flight.length, slots), take_kv(flight.k, cells), take_kv(flight.v, cells),
         *(take(a, cells) for a in (flight.used, flight.token, flight.position, flight.limit,
                                    flight.done, flight.sample)))
@@ -343,16 +361,16 @@ def step_flops(config: Any, length: int, max_tokens: int, layout: Layout) -> flo
 
 
 @functools.lru_cache(maxsize=16)
-def _cached(model, mesh, sampling, treedef, leaves, chunk, groups) -> Sampler:
-  return Sampler(model, mesh, sampling, jax.tree.unflatten(treedef, leaves), chunk=chunk,
-                 groups=groups)
+def _cached(model, mesh, sampling, treedef, leaves, options) -> Sampler:
+  return Sampler(model, mesh, sampling, jax.tree.unflatten(treedef, leaves), **dict(options))
 
 
-def make_sampler(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
-                 chunk: int = 32, groups: int = 0) -> Sampler:
+def make_sampler(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, **options
+                 ) -> Sampler:
   """The Sampler of these arguments: for equal ones the same, with its compiled programs."""
   leaves, treedef = jax.tree.flatten(param_shardings)
-  return cast(Any, _cached)(model, mesh, sampling, treedef, tuple(leaves), chunk, groups)
+  return cast(Any, _cached)(
+      model, mesh, sampling, treedef, tuple(leaves), tuple(sorted(options.items())))
 
 
 def with_text(rollout: Rollout, processor: "Processor") -> Rollout:

@@ -53,16 +53,46 @@ def truncate(logits: Array, top_p: float, top_k: int) -> Array:
 
 
 def pick(keys: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-  """A token i32[...] and its log-probability before truncation, from logits [..., V].
+  """A token i32[...] and its log-probability before truncation, from logits f32[..., V].
 
   `keys` [...]: one for each row, so that a draw does not depend on what else is in the batch.
   """
+  top = logits.max(axis=-1, keepdims=True)
+  weights = jnp.exp(logits - top)
+  total = weights.sum(axis=-1)
   if sampling.temperature == 0:
     token = jnp.argmax(logits, axis=-1)
   else:
-    draw = jax.random.categorical
-    for _ in keys.shape:
-      draw = jax.vmap(draw)
-    token = draw(keys, truncate(logits, sampling.top_p, sampling.top_k))
-  logp = jax.nn.log_softmax(logits, axis=-1)
-  return token.astype(jnp.int32), jnp.take_along_axis(logp, token[..., None], axis=-1)[..., 0]
+    if sampling.top_k or sampling.top_p < 1:
+      weights = jnp.exp(truncate(logits, sampling.top_p, sampling.top_k) - top)
+    token = draw(keys, weights)
+  chosen = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0]
+  return token.astype(jnp.int32), chosen - jnp.log(total)
+
+
+def draw(keys: Array, weights: Array, block: int = 256) -> Array:
+  """An index i32[...] with a probability in proportion to its weight; weights: f32[..., V] >= 0.
+
+  By one random number a row, first a block of indices and then one within it: Gumbel noise would
+  take V random numbers, which cost as much as a small model.
+  """
+  uniform = jax.random.uniform
+  for _ in keys.shape:
+    uniform = jax.vmap(uniform)
+  size = weights.shape[-1]
+  room = [(0, 0)] * (weights.ndim - 1) + [(0, -size % block)]
+  weights = jnp.pad(weights, room).reshape(*weights.shape[:-1], -1, block)
+  sums = weights.sum(axis=-1)
+
+  def first_above(sums, at):  # of running sums; and what is left of `at` there
+    below = jnp.cumsum(sums, axis=-1)
+    # Rounding must not lead behind the last one that has any weight.
+    last = jnp.where(sums > 0, jnp.arange(sums.shape[-1]), 0).max(axis=-1)
+    index = jnp.minimum((below <= at[..., None]).sum(axis=-1), last)
+    before = jnp.take_along_axis(below - sums, index[..., None], axis=-1)[..., 0]
+    return index, at - before
+
+  of_block, rest = first_above(sums, uniform(keys) * sums.sum(axis=-1))
+  within = jnp.take_along_axis(weights, of_block[..., None, None], axis=-2)[..., 0, :]
+  index, _ = first_above(within, jnp.maximum(rest, 0.0))
+  return (of_block * block + index).astype(jnp.int32)

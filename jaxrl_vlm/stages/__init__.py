@@ -11,6 +11,7 @@ from jaxrl_vlm.checkpoint import Unreadable
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.errors import UserError, hint, one_line, validation
 from jaxrl_vlm.models import lora
+from jaxrl_vlm.rollout.sampler import PREFIX_DTYPES
 from jaxrl_vlm.stages import rl, sft
 from jaxrl_vlm.stages.loading import lora_of, objective_of, trainable_of
 from jaxrl_vlm.stages.programs import make_optimizer
@@ -22,7 +23,8 @@ KINDS = {"sft": sft.train, "rl": rl.train}
 
 # What a resumed run may set otherwise without becoming another run.
 MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.every",
-              "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept")
+              "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept",
+              "config.rollout.chunk", "config.rollout.groups")
 
 
 def run_stage(run: Run, index: int) -> None:
@@ -86,6 +88,13 @@ def check(config: ConfigDict) -> None:
     value: Any = functools.reduce(getattr, name.split("."), config)
     expect(value >= 1, f"config.{name}", value, "at least 1")
   expect(config.seed >= 0, "config.seed", config.seed, "at least 0")
+  rollout = config.rollout
+  expect(rollout.chunk >= 1, "config.rollout.chunk", rollout.chunk, "at least 1")
+  expect(rollout.groups >= 0, "config.rollout.groups", rollout.groups, "at least 0 (all)")
+  expect(rollout.prefix_dtype in PREFIX_DTYPES, "config.rollout.prefix_dtype",
+         rollout.prefix_dtype, " or ".join(map(repr, PREFIX_DTYPES)))
+  expect(config.pipeline in ("synchronous", "one_step_off"), "config.pipeline", config.pipeline,
+         "'synchronous' or 'one_step_off'")
   expect(config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout,
          "seconds above 0")
   with validation():
@@ -94,7 +103,8 @@ def check(config: ConfigDict) -> None:
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:
       raise UserError(f"{field}.kind={stage.kind!r}: no such stage; {hint(stage.kind, KINDS)}")
-    for name in ("steps", "prompts_per_step", "max_tokens", "microbatches", "minibatches"):
+    for name in ("steps", "prompts_per_step", "max_tokens", "microbatches", "minibatches",
+                 "part_tokens"):
       value = stage.get(name, 1)
       expect(value >= 1, f"{field}.{name}", value, "at least 1")
     parts = stage.microbatches * stage.get("minibatches", 1) * fsdp
@@ -105,7 +115,7 @@ def check(config: ConfigDict) -> None:
     expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (no limit)")
     with validation(f"{field}: "):
       evaluate.sampling(stage)
-      objective_of(stage)
+      objective_of(stage, config.pipeline)
       if stage.kind == "rl":
         rl.sampling(stage)
       make_optimizer(stage.optimizer, stage.steps)

@@ -62,13 +62,16 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
   return models.VLM(model.config.replace(attention=attention)), params, processor
 
 
-def objective_of(stage: ConfigDict) -> objectives.Objective:
+def objective_of(stage: ConfigDict, pipeline: str = "synchronous") -> objectives.Objective:
   """The stage's objective; ValueError names a field that is out of range.
 
-  Its `max_length` is the stage's `max_tokens` unless it says otherwise.
+  Unless it says otherwise its `max_length` is the stage's `max_tokens`, and with `config.pipeline`
+  "one_step_off" its `correction` is "tis": another policy than the one that is updated has sampled.
   """
-  settings = {"max_length": stage.max_tokens} | stage.objective.to_dict()
-  objective = objectives.create(**settings)
+  settings = {"max_length": stage.max_tokens}
+  if pipeline == "one_step_off" and stage.kind == "rl":
+    settings["correction"] = "tis"
+  objective = objectives.create(**settings | stage.objective.to_dict())
   if objective.kind != stage.kind:
     raise ValueError(f"objective.name={stage.objective.name!r}: expected an objective of "
                      f"{stage.kind!r} stages, this is one of {objective.kind!r} stages")

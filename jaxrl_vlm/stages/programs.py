@@ -110,8 +110,10 @@ class Programs:
   images that the host has corrupted, a row for each prompt or for each sample. Every row is drawn
   with a key of its own, so that no split of the batch changes it.
 
-  The last argument of all scores and of update is a `Packing` (`pack`): padding is left out, and a
-  piece of the responses passes through the model at a time. None: all of them, padding too.
+  The last argument of all scores and of update is a `Packing` (`pack`): padding is left out, and
+  `part_tokens` of the responses pass through the model at a time. None: all of them, padding too.
+
+  `rollout`: further arguments of the `Sampler`.
 
   `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
   masked view is made of.
@@ -121,12 +123,12 @@ class Programs:
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
-      chunk: int = 32, groups: int = 0, room: int = 4096,
+      rollout: Mapping[str, Any] | None = None, part_tokens: int = 4096,
       black: Array | None = None, white: Array | None = None):
     self.model, self.mesh = model.on(mesh), mesh
     self.objective, self.optimizer = objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
-    self.room = room
+    self.part_tokens = part_tokens
     self.black, self.white = black, white
     kind = objective.mask_kind
     if kind in ("solid", "noise") and white is None:
@@ -161,12 +163,10 @@ class Programs:
         self._update, (self.state_shardings, frozen, batch, batch, batch, None, None, None),
         (self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
-      self.rollout = make_sampler(
-          model, mesh, sampling, params, chunk=chunk, groups=groups)
+      self.rollout = make_sampler(model, mesh, sampling, params, **rollout or {})
       if "baseline" in objective.advantage_needs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
-        self.rollout_greedy = make_sampler(
-            model, mesh, greedy, params, chunk=chunk, groups=groups)
+        self.rollout_greedy = make_sampler(model, mesh, greedy, params, **rollout or {})
 
   def pack(self, mask: np.ndarray) -> Packing:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
@@ -184,7 +184,7 @@ class Programs:
     splits, devices = self.minibatches * self.microbatches, self.mesh.shape["fsdp"]
     each = -(-t // size)
     # No more room than all responses of a small batch could fill.
-    room = min(max(self.room // size, each), p // splits // devices * g * each)
+    room = min(max(self.part_tokens // size, each), p // splits // devices * g * each)
     packer = Packer(splits, devices, size, room)
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)

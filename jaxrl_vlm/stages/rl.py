@@ -26,7 +26,7 @@ from jaxrl_vlm.types import Experience, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
 
 # What a random key is for.
-_ROLLOUT, _MASK, _UPDATE = range(3)
+_ROLLOUT, _MASK, _UPDATE, _AHEAD = range(4)
 
 
 @dataclasses.dataclass
@@ -84,11 +84,38 @@ class Groups:
         None if self.baseline is None else join(self.baseline, other.baseline))
 
 
+@dataclasses.dataclass
+class Drawn:
+  """P prompts, whose responses are drawn and being graded.
+
+  Attributes:
+    examples, encoded, texts: [P], [P], [P][G].
+    prompt: on the device, with visual tokens.
+    rollout: arrays on the host.
+    grading: of the responses.
+    greedy, greedy_grading: the greedy response of each prompt, if the objective wants it.
+  """
+
+  examples: list[Example]
+  encoded: list[EncodedPrompt]
+  texts: list[list[str]]
+  prompt: Prompt
+  rollout: Rollout
+  grading: Grading
+  greedy: Rollout | None = None
+  greedy_grading: Grading | None = None
+
+
 def train(run: Run, index: int) -> None:
-  """Runs stage `index` to its end, or from where a checkpoint left it."""
+  """Runs stage `index` to its end, or from where a checkpoint left it.
+
+  With `config.pipeline` "one_step_off" the responses of the next step are drawn ahead of this
+  step's update, by the policy that it changes. The host never waits for graders: they have the time
+  of a rollout, and what is on the host between two programs is done while the device updates.
+  """
   stage = run.config.stages[index]
   with validation(f"config.stages[{index}]: "):
-    objective = objective_of(stage)
+    objective = objective_of(stage, run.config.pipeline)
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
     draws = sampling(stage)
   images = run.processor.image_settings
@@ -98,14 +125,23 @@ def train(run: Run, index: int) -> None:
       run.model, run.mesh, objective, optimizer, run.abstract_params,
       trainable=run.trainable, temperature=stage.temperature or 1.0,
       microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
-      chunk=run.config.rollout.chunk, groups=run.config.rollout.groups,
+      rollout=run.config.rollout.to_dict(),
+      part_tokens=stage.part_tokens,
       black=run.processor.black_patch, white=white)
 
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
                   run.config.reward_timeout) as pool:
     loop = StageRun(run, index, programs, pool)
+    drawn = None
     for step in loop.steps():
-      groups, prompt, scored, sampled = _collect(loop)
+      now = drawn or _draw(loop, run.random_key(_ROLLOUT, 0))
+      loop.ahead = None
+      drawn = None
+      if run.config.pipeline == "one_step_off" and not loop.saves(step):
+        # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
+        loop.ahead = loop.data.get_state()
+        drawn = _draw(loop, run.random_key(_AHEAD))
+      groups, prompt, scored, sampled = _collect(loop, now)
       masked = _masked_source(loop, groups)
       packing = programs.pack(groups.mask)
       views = _score_views(loop, prompt, groups, scored, masked, packing)
@@ -159,80 +195,14 @@ def sampling(stage: ConfigDict) -> Sampling:
   return Sampling(stage.num_samples, stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
 
 
-def _collect(loop: StageRun) -> tuple[Groups, Prompt, Any, dict[str, float]]:
-  """Samples and grades until there are P groups that the objective keeps.
-
-  Returns the groups, their prompts on the device, their scores if those were computed while the
-  host graded (else None), and metrics of everything that was sampled.
-  """
-  run, programs, objective = loop.run, loop.programs, loop.programs.objective
-  want = loop.stage.prompts_per_step
-  greedy = "baseline" in objective.advantage_needs
-  assert loop.pool is not None  # an RL stage always has one
-  kept: Groups | None = None
-  spare: Groups | None = None
-  drawn: list[Groups] = []
-  while True:
-    with loop.reading():
-      examples = next(loop.data)
-      encoded = run.encode(examples)
-    prompt = _seen(loop, encoded)
-    rollout, texts, handle = _sample(loop, examples, prompt, run.random_key(_ROLLOUT, len(drawn)))
-    greedy_handle = None
-    if greedy:
-      answers = with_text(programs.rollout_greedy(loop.params, prompt, jax.random.key(0)),
-                          run.processor)
-      greedy_handle = loop.pool.submit(examples, answers.text)
-      loop.generated(int(answers.mask.sum()))
-    loop.generated(int(rollout.mask.sum()))
-    scored = None
-    # The device scores while the host grades.
-    if programs.scores_old and not objective.filter_groups:
-      scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask,
-                              programs.pack(np.asarray(rollout.mask)))
-    graded = handle.result()
-    failures, baseline = collections.Counter(graded.failures), None
-    messages = dict(graded.messages)
-    if greedy_handle is not None:
-      of_greedy = greedy_handle.result()
-      baseline = of_greedy.total[:, 0]
-      failures.update(of_greedy.failures)
-      messages = {**of_greedy.messages, **messages}
-    for kind, message in messages.items():
-      run.progress.log(f"grader {kind}: {message}")
-    groups = Groups(
-        examples, encoded, texts, np.asarray(rollout.tokens), np.asarray(rollout.mask),
-        np.asarray(rollout.logp), graded.total, graded.components, dict(failures),
-        _truncated(loop, rollout), baseline)
-    drawn.append(groups)
-    if not objective.filter_groups:
-      return groups, prompt, scored, _summary(loop, drawn)
-
-    with validation():
-      keep = objective.kept(
-          loop.correct(groups.components, groups.rewards), groups.rewards, groups.components)
-    good, bad = groups.rows(np.flatnonzero(keep)), groups.rows(np.flatnonzero(~keep))
-    kept, spare = (good, bad) if kept is None or spare is None else (kept + good, spare + bad)
-    count = len(kept.examples)
-    if count >= want or len(drawn) == objective.max_tries:
-      break
-  summary = _summary(loop, drawn) | {
-      "train/tries": float(len(drawn)),
-      "train/kept_groups": count / (want * len(drawn))}
-  if count < want:
-    # Too few after all tries: fill up to the compiled shape with groups that count for nothing.
-    filler = spare.rows(range(want - count))
-    filler.mask = np.zeros_like(filler.mask)
-    kept = kept + filler
-  kept = kept.rows(range(want))
-  return kept, _seen(loop, kept.encoded), None, summary
-
-
-def _sample(loop: StageRun, examples: list[Example], prompt: Prompt, key: jax.Array
-            ) -> tuple[Rollout, list[list[str]], Grading]:
-  """Draws responses; a group is graded as soon as it has ended, while others are still decoded."""
+def _draw(loop: StageRun, key: jax.Array) -> Drawn:
+  """Draws responses of the next prompts; a group is graded as soon as it has ended."""
   run, programs = loop.run, loop.programs
   assert loop.pool is not None  # an RL stage always has one
+  with loop.reading():
+    examples = next(loop.data)
+    encoded = run.encode(examples)
+  prompt = _seen(loop, encoded)
   grading = loop.pool.begin(len(examples), loop.stage.num_samples)
   texts: list[list[str]] = [[] for _ in examples]
 
@@ -242,7 +212,73 @@ def _sample(loop: StageRun, examples: list[Example], prompt: Prompt, key: jax.Ar
     with validation():
       grading.add(rows, [examples[row] for row in rows], [texts[row] for row in rows])
 
-  return programs.rollout(loop.params, prompt, key, finished=ended), texts, grading
+  rollout = programs.rollout(loop.params, prompt, key, finished=ended)
+  drawn = Drawn(examples, encoded, texts, prompt, rollout, grading)
+  if "baseline" in programs.objective.advantage_needs:
+    drawn.greedy = with_text(programs.rollout_greedy(loop.params, prompt, jax.random.key(0)),
+                             run.processor)
+    drawn.greedy_grading = loop.pool.submit(examples, drawn.greedy.text)
+  return drawn
+
+
+def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Any, dict[str, float]]:
+  """Grades, and samples more until there are P groups that the objective keeps.
+
+  Returns the groups, their prompts on the device, their scores if those were computed while the
+  host graded (else None), and metrics of everything that was sampled.
+  """
+  run, programs, objective = loop.run, loop.programs, loop.programs.objective
+  want = loop.stage.prompts_per_step
+  kept: Groups | None = None
+  spare: Groups | None = None
+  batches: list[Groups] = []
+  while True:
+    prompt, rollout = drawn.prompt, drawn.rollout
+    loop.generated(int(rollout.mask.sum()))
+    if drawn.greedy is not None:
+      loop.generated(int(drawn.greedy.mask.sum()))
+    scored = None
+    # The device scores while the host grades.
+    if programs.scores_old and not objective.filter_groups:
+      scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask,
+                              programs.pack(np.asarray(rollout.mask)))
+    graded = drawn.grading.result()
+    failures, baseline = collections.Counter(graded.failures), None
+    messages = dict(graded.messages)
+    if drawn.greedy_grading is not None:
+      of_greedy = drawn.greedy_grading.result()
+      baseline = of_greedy.total[:, 0]
+      failures.update(of_greedy.failures)
+      messages = {**of_greedy.messages, **messages}
+    for kind, message in messages.items():
+      run.progress.log(f"grader {kind}: {message}")
+    groups = Groups(
+        drawn.examples, drawn.encoded, drawn.texts, np.asarray(rollout.tokens),
+        np.asarray(rollout.mask), np.asarray(rollout.logp), graded.total, graded.components,
+        dict(failures), _truncated(loop, rollout), baseline)
+    batches.append(groups)
+    if not objective.filter_groups:
+      return groups, prompt, scored, _summary(loop, batches)
+
+    with validation():
+      keep = objective.kept(
+          loop.correct(groups.components, groups.rewards), groups.rewards, groups.components)
+    good, bad = groups.rows(np.flatnonzero(keep)), groups.rows(np.flatnonzero(~keep))
+    kept, spare = (good, bad) if kept is None or spare is None else (kept + good, spare + bad)
+    count = len(kept.examples)
+    if count >= want or len(batches) == objective.max_tries:
+      break
+    drawn = _draw(loop, run.random_key(_ROLLOUT, len(batches)))
+  summary = _summary(loop, batches) | {
+      "train/tries": float(len(batches)),
+      "train/kept_groups": count / (want * len(batches))}
+  if count < want:
+    # Too few after all tries: fill up to the compiled shape with groups that count for nothing.
+    filler = spare.rows(range(want - count))
+    filler.mask = np.zeros_like(filler.mask)
+    kept = kept + filler
+  kept = kept.rows(range(want))
+  return kept, _seen(loop, kept.encoded), None, summary
 
 
 def _seen(loop: StageRun, encoded: list[EncodedPrompt]) -> Prompt:

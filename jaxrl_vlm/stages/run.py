@@ -166,6 +166,7 @@ class StageRun:
     pool: grades answers; None in a supervised stage that evaluates nothing.
     accuracy: the verifier that is called accuracy.
     generated_tokens: response tokens that the stage has generated so far; None if it never counted.
+    ahead: state of `data` before the batch that is drawn ahead of its step, None if none is.
     verifiers: metric names of all that have had a weight in a reward of this stage.
   """
 
@@ -190,6 +191,7 @@ class StageRun:
     with validation(f"config.stages[{index}]: "):
       self._eval_sampling = evaluation_sampling(self.stage)
     self.generated_tokens: int | None = None
+    self.ahead: Any = None
     self.verifiers: set[str] = set()
 
     position = run.position
@@ -252,13 +254,22 @@ class StageRun:
     """The steps of this stage that are still to do; sets run.step to the step being done."""
     step = self.start
     while not self.ends(step):
-      self._begun = step, self.data.get_state(), self.generated_tokens
+      self._begun = step, self._data_state(), self.generated_tokens
       self.run.step += 1
       yield step
       self._after_step(step)
       step += 1
     self._flush()
     self.run.trained = self.state.params
+
+  def _data_state(self) -> Any:
+    """Of the data that no step has used."""
+    return self.data.get_state() if self.ahead is None else self.ahead
+
+  def saves(self, step: int) -> bool:
+    """Whether a checkpoint follows the step that is being done, as far as is known."""
+    return bool(self.run.stop_signal or step + 1 >= self.stage.steps
+                or self.run.step % self.run.config.checkpoint.every == 0)
 
   def ends(self, done: int) -> bool:
     """Whether the stage ends after `done` steps: it has done them all or spent its tokens."""
@@ -308,7 +319,8 @@ class StageRun:
     now = time.monotonic()
     values["time/step_seconds"] = now - self._clock
     values["time/tokens_per_second"] = tokens / (now - self._clock)
-    values["time/compilations"] = float(self.run.compilations())
+    count, seconds = self.run.compilations()
+    values["time/compilations"], values["time/compile_seconds"] = float(count), seconds
     self._clock = now
     self.run.metrics.write(step, self.stage.kind, values)
     self.run.progress.update(step, self.stage.kind, values)
@@ -327,13 +339,13 @@ class StageRun:
     every = self.stage.eval.every
     evaluates = last or (every and done % every == 0)
     stop = self.run.stop_signal  # one that comes from here on is for the next step
-    saves = last or stop or self.run.step % self.run.config.checkpoint.every == 0
+    saves = last or self.saves(step)
     if evaluates or saves:
       # A run resumed from this checkpoint never comes back to this step's metrics.
       self._flush()
     accuracy = self._evaluate_and_log() if evaluates else None
     if saves:
-      self._save(done, accuracy, self.data.get_state())
+      self._save(done, accuracy, self._data_state())
     if stop and not (last and self.index == len(self.run.config.stages) - 1):
       self.run.checkpoints.wait()
       raise Stopped(f"{stop}: stopped after step {self.run.step}")
@@ -367,7 +379,7 @@ class StageRun:
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
       self._eval_rollout = make_sampler(
           run.model, run.mesh, self._eval_sampling, run.param_shardings,
-          chunk=run.config.rollout.chunk, groups=run.config.rollout.groups)
+          **run.config.rollout.to_dict())
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,
@@ -391,15 +403,16 @@ def _copy(tree: Params) -> Params:
   return jax.tree.map(jnp.copy, tree)
 
 
-def _count_compilations() -> Callable[[], int]:
-  """Starts counting XLA compilations of this process; the result tells how many so far."""
-  count = 0
+def _count_compilations() -> Callable[[], tuple[int, float]]:
+  """Starts watching XLA compile in this process; the result tells how often so far, and seconds.
+
+  A program that comes from the cache on disk counts too, with the time it takes to read it.
+  """
+  taken: list[float] = []
 
   def listen(event: str, duration_secs: float, **_) -> None:
-    del duration_secs
-    nonlocal count
     if event == "/jax/core/compile/backend_compile_duration":
-      count += 1
+      taken.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  return lambda: count
+  return lambda: (len(taken), sum(taken))

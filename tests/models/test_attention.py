@@ -209,7 +209,7 @@ def test_a_step_on_four_devices_with_a_kernel_is_that_of_one_without(scratch_pat
         lambda params: jax.tree.map(jnp.zeros_like, params),
         lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates))
     programs = Programs(model, mesh, objectives.create("grpo"), gradient, params,
-                        room=32)
+                        part_tokens=32)
     prompt = parallel.put_batch(mesh, processor(messages, pictures))
     zeros = np.zeros((P, G, T), "f4")
     advantages = np.where(np.arange(G)[:, None] > 0, 1.0, -0.5) * mask

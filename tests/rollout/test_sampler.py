@@ -9,7 +9,7 @@ import pytest
 import jaxrl_vlm as jv
 from jaxrl_vlm import parallel
 from jaxrl_vlm.rollout import Sampler, sampler
-from jaxrl_vlm.rollout.sampling import pick, truncate
+from jaxrl_vlm.rollout.sampling import draw, pick, truncate
 from tests import tiny
 
 
@@ -123,6 +123,29 @@ def test_sampling_follows_the_distribution():
   np.testing.assert_allclose(logp, np.log(probs)[np.asarray(token)], atol=1e-6)
 
 
+def test_drawing_over_several_blocks_follows_the_weights():
+  rng = np.random.default_rng(0)
+  weights = rng.exponential(size=1000).astype(np.float32) ** 2
+  weights[::3] = 0  # also the first and the last
+  weights[256:512] = 0  # a whole block
+  keys = jax.random.split(jax.random.key(0), 100_000)
+  rows = np.broadcast_to(weights, (len(keys), 1000))
+  found = np.bincount(np.asarray(jax.jit(draw)(keys, rows)), minlength=1000)
+  assert not found[weights == 0].any()
+  expected = len(keys) * weights / weights.sum()
+  real = expected > 5
+  chi2 = ((found - expected) ** 2 / np.maximum(expected, 1e-9))[real].sum()
+  assert abs(chi2 - real.sum()) < 4 * np.sqrt(2 * real.sum())
+
+
+@pytest.mark.parametrize("where", [0, 255, 256, 700, 999])
+def test_drawing_what_alone_has_weight(where):
+  weights = np.zeros((500, 1000), np.float32)
+  weights[:, where] = 1e-20
+  keys = jax.random.split(jax.random.key(1), 500)
+  assert (np.asarray(draw(keys, weights)) == where).all()
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("num_samples", 0), ("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5),
     ("top_k", -1)])
@@ -176,3 +199,30 @@ def test_limits(setup):
   np.testing.assert_array_equal(
       limited.mask.sum(-1), np.minimum(plain.mask.sum(-1), limits))
   np.testing.assert_array_equal(limited.tokens[limited.mask], plain.tokens[limited.mask])
+
+
+def test_prefixes_in_8_bits(setup):
+  """Half the memory of bfloat16 or less, and nearly the same distribution."""
+  model, params, _, prompt = setup
+  sampling = jv.Sampling(2, 12)
+  plain = one_device_sampler(model, params, sampling)
+  small = one_device_sampler(model, params, sampling, prefix_dtype="int8")
+  a, b = (draw(params, prompt, jax.random.key(0)) for draw in (plain, small))
+  # The same random numbers: as long as the same tokens were drawn the probabilities compare.
+  same = np.cumprod(a.tokens == b.tokens, axis=-1).astype(bool) & a.mask
+  assert same[..., 0].mean() > 0.9
+  apart = np.abs(a.logp - b.logp)[same]
+  assert 0 < apart.max() < 0.05
+
+  def held(draw):
+    flight = jax.eval_shape(lambda: draw._empty(draw._plan(prompt.tokens.shape[0])[0], 64))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(flight.prefix_k))
+
+  head = model.config.head_dim
+  assert held(small) == held(plain) * (1 + 4 / head) / 4  # from float32; a scale for each head
+
+
+def test_an_unknown_prefix_dtype_is_named(setup):
+  model, params, _, _ = setup
+  with pytest.raises(ValueError, match="rollout.prefix_dtype='int4': expected one of auto, int8"):
+    one_device_sampler(model, params, jv.Sampling(), prefix_dtype="int4")

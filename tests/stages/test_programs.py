@@ -427,7 +427,7 @@ def test_packing_changes_nothing(name, fields, split, setup, make, experience):
       lambda a: np.concatenate([np.asarray(a)] * 4, axis=-1) if np.ndim(a) == 3 else a, experience)
   longer = longer.replace(mask=mask)
   objective = objectives.create(name, **fields)
-  program = make(objective, room=32, **split)
+  program = make(objective, part_tokens=32, **split)
   packing = program.pack(mask)
   assert packing.size == 16 and max(packing.used) > 1
   key = jax.random.key(4)
