@@ -134,6 +134,9 @@ def get_config() -> ConfigDict:
   # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor;
   # -1 is whatever is left.
   c.mesh = ConfigDict({"fsdp": -1, "tensor": 1})
+  # GiB of a device's memory by which rollouts and updates are planned; 0: as much as it says it has
+  # (on CPU: the machine).
+  c.device_memory = 0.0
   # Padded sizes, one compilation each: prompt tokens and image patches of a row.
   c.prompt_buckets = (256, 512, 1024, 2048, 4096)
   c.patch_buckets = (256, 1024, 4096, 16384)
@@ -141,7 +144,7 @@ def get_config() -> ConfigDict:
   c.rollout = ConfigDict()
   c.rollout.chunk = 32  # tokens of each response between two looks at which of them have ended
   # Prompts (with all their samples) that are decoded at once, on all devices together; those that
-  # have ended make room for others. 0: all of a step.
+  # have ended make room for others. 0: all of a step, or as many as the memory of a device holds.
   c.rollout.groups = 0
   # Of the prompts' keys and values while responses are drawn: "auto", as activations, or "int8":
   # half the memory of bfloat16, at a little error in the drawn distribution (metric

@@ -15,12 +15,13 @@ LAYERS = (
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},
   {"objectives", "models", "rewards", "data", "parallel", "checkpoint", "metrics", "views",
-   "packing", "flops"},
+   "packing", "flops", "memory"},
   {"types", "config"},
   {"example", "errors", "hf_config"},
 )
 # Within a layer, who else may import whom.
-NEIGHBOURS = {("evaluate", "rollout"), ("models", "data"), ("flops", "models")}
+NEIGHBOURS = {
+  ("evaluate", "rollout"), ("models", "data"), ("flops", "models"), ("memory", "models")}
 # Stricter than the layers: these import nothing else of the package.
 ONLY = {
   "objectives": {"types"},

@@ -15,7 +15,7 @@ from jaxrl_vlm.types import Array
 
 MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
 KEPT = "kept"  # the name of what remat "dots" keeps
-_SCORES = 2**20  # of queries and keys of one head, that attention holds at a time
+_SCORES = 2**19  # of queries and keys of one head, that attention holds at a time
 
 # Under their names in `config.json`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -267,7 +267,10 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Ar
   top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  out = jnp.einsum("bkns,bksd->bknd", (weights / total).astype(v.dtype), v)
+  # Divided last, where there is less to divide.
+  out = jnp.einsum("bkns,bksd->bknd", weights.astype(v.dtype), v,
+                   preferred_element_type=jnp.float32)
+  out = (out / total).astype(v.dtype)
   lse = _by_query(jnp.log(total) + top, q.shape[2])
   return _by_query(out, q.shape[2]), lse[..., 0]
 

@@ -17,7 +17,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm import flops, parallel
+from jaxrl_vlm import flops, memory, parallel
+from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.models.decoder import Cells, Int8, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.rollout.sampling import Sampling, pick
@@ -72,12 +73,13 @@ class Sampler:
     sampling: how to draw.
     chunk: tokens that each response is taken further between two looks of the host.
     groups: prompts (with all their samples) that are decoded at once, on all devices together; 0
-      for all of a batch.
+      for all of a batch, or as many as there is room for.
+    room: bytes on each device for all this but the weights; 0 if that is not known.
     prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
   """
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
-               chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto"):
+               chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto", room: float = 0):
     if prefix_dtype not in PREFIX_DTYPES:
       raise ValueError(f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of "
                        f"{', '.join(PREFIX_DTYPES)}")
@@ -87,6 +89,7 @@ class Sampler:
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
+    self.room = room
     self._rollouts = 0
     self._layouts: dict[Any, set[Layout]] = {}  # that are compiled, by the shape of the prompts
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
@@ -268,7 +271,7 @@ class Sampler:
     """
     sampling, parts, chunk = self.sampling, self.parts, self.chunk
     p, g = prompt.tokens.shape[0], sampling.num_samples
-    layout, most = self._plan(p)
+    layout, most = self._plan(p, prompt.tokens.shape[1])
     schedule = Schedule(p // parts, g, parts, layout)
     known = self._layouts.setdefault((p, prompt.tokens.shape[1]), {layout})
     cost = functools.partial(step_flops, self.model.config, prompt.tokens.shape[1],
@@ -317,18 +320,63 @@ class Sampler:
 
     return Rollout(tokens=whole(tokens), mask=whole(mask), logp=whole(logp))
 
-  def _plan(self, prompts: int) -> tuple[Layout, int]:
+  def _plan(self, prompts: int, length: int) -> tuple[Layout, int]:
     """The layout to begin with, and how many prompts are admitted at once, for each part."""
-    g, here = self.sampling.num_samples, prompts // self.parts
-    groups = min(here, -(-self.groups // self.parts)) if self.groups else here
+    groups, here = self.groups_at_once(prompts, length) // self.parts, prompts // self.parts
+    slots, admitted = self._held_and_read(groups, here)
+    g = self.sampling.num_samples
+    return Layout(groups * g, slots, g), admitted
+
+  def _held_and_read(self, groups: int, here: int) -> tuple[int, int]:
+    """Prompts whose keys and values are held, and those that are read at once."""
     if groups == here:
-      return Layout(groups * g, here, g), here
+      return here, here
     # While prompts wait, groups thin out: more of them share the cells.
-    return Layout(groups * g, min(here, 2 * groups), g), max(1, groups // 4)
+    return min(here, 2 * groups), max(1, groups // 4)
+
+  def need(self, groups: int, prompts: int, length: int, samples: int = 0) -> float:
+    """Bytes on each device to decode so many groups of a batch at once, all devices together.
+
+    `samples`: G, 0 for that of `sampling`.
+    """
+    slots, admitted = self._held_and_read(groups // self.parts, prompts // self.parts)
+    return memory.rollout(
+        memory.Model(self.model.config, self.mesh.shape["tensor"]), length,
+        samples or self.sampling.num_samples, groups // self.parts, slots, admitted,
+        self.sampling.max_tokens, self.chunk, self.prefix_dtype == "int8")
+
+  def groups_at_once(self, prompts: int, length: int) -> int:
+    """Groups of a batch that are decoded at once, all devices together.
+
+    Args:
+      prompts: P.
+      length: Lp.
+
+    Raises:
+      UserError: there is no room for a single one; names the most samples that there is room for.
+    """
+    parts = self.parts
+    if self.groups:
+      return min(prompts, -(-self.groups // parts) * parts)
+    if not self.room:
+      return prompts
+    fits = [n for n in range(parts, prompts + 1, parts)
+            if self.need(n, prompts, length) <= self.room]
+    if fits:
+      return fits[-1]
+    most = [g for g in range(1, self.sampling.num_samples)
+            if self.need(parts, prompts, length, g) <= self.room]
+    advice = (f"the most that fits is num_samples={most[-1]}" if most else
+              "not even one sample fits: use more devices, smaller config.prompt_buckets or "
+              "max_tokens, or config.rollout.prefix_dtype='int8'")
+    raise UserError(
+        f"num_samples={self.sampling.num_samples}: one group for a prompt of {length} tokens needs "
+        f"{self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside the "
+        f"weights, {max(self.room, 0) / memory.GIB:.1f} are free; {advice}")
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
     """The programs of a rollout before they are compiled, by name; takes shapes."""
-    layout, most = self._plan(prompt.tokens.shape[0])
+    layout, most = self._plan(*prompt.tokens.shape)
     r, g = self.parts, self.sampling.num_samples
 
     def numbers(*shape):

@@ -88,6 +88,8 @@ def check(config: ConfigDict) -> None:
     value: Any = functools.reduce(getattr, name.split("."), config)
     expect(value >= 1, f"config.{name}", value, "at least 1")
   expect(config.seed >= 0, "config.seed", config.seed, "at least 0")
+  expect(config.device_memory >= 0, "config.device_memory", config.device_memory,
+         "GiB, at least 0 (what the device says)")
   rollout = config.rollout
   expect(rollout.chunk >= 1, "config.rollout.chunk", rollout.chunk, "at least 1")
   expect(rollout.groups >= 0, "config.rollout.groups", rollout.groups, "at least 0 (all)")

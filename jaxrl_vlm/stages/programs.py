@@ -12,7 +12,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm import parallel, scoring, views
+from jaxrl_vlm import memory, parallel, scoring, views
+from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.models import lora
 from jaxrl_vlm.models.decoder import Blocks, Prefix
 from jaxrl_vlm.models.vlm import VLM
@@ -113,7 +114,8 @@ class Programs:
   The last argument of all scores and of update is a `Packing` (`pack`): padding is left out, and
   `part_tokens` of the responses pass through the model at a time. None: all of them, padding too.
 
-  `rollout`: further arguments of the `Sampler`.
+  `rollout`: further arguments of the `Sampler`. `capacity`: bytes of a device that may be used, 0
+  if that is not known; `room` is what weights and optimizer leave of it.
 
   `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
   masked view is made of.
@@ -123,7 +125,7 @@ class Programs:
       self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
-      rollout: Mapping[str, Any] | None = None, part_tokens: int = 4096,
+      rollout: Mapping[str, Any] | None = None, part_tokens: int = 4096, capacity: float = 0,
       black: Array | None = None, white: Array | None = None):
     self.model, self.mesh = model.on(mesh), mesh
     self.objective, self.optimizer = objective, optimizer
@@ -145,6 +147,15 @@ class Programs:
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     params, frozen = (parallel.param_shardings(mesh, tree) for tree in (abstract_params, frozen))
 
+    self.held = memory.held(self.abstract_state, self.state_shardings) + memory.held(
+        lora.split(abstract_params, trainable)[1], frozen)
+    if "ref" in (*objective.views, *objective.grad_views):
+      self.held += memory.held(trained, parallel.param_shardings(mesh, trained))
+    self.gradient = memory.held(trained, parallel.param_shardings(mesh, trained))
+    # Something to divide, even where the weights alone are too much.
+    self.room = max(capacity - self.held, 1.0) if capacity else 0
+    self._checked: set[tuple[int, ...]] = set()
+
     self.init_state = jax.jit(self._init_state, out_shardings=self.state_shardings)
     self.see = jax.jit(self._see, in_shardings=(params, batch), out_shardings=batch)
     # None: as it comes; a key or prompts, a reference with or without adapters, a packing.
@@ -163,10 +174,43 @@ class Programs:
         self._update, (self.state_shardings, frozen, batch, batch, batch, None, None, None),
         (self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
-      self.rollout = make_sampler(model, mesh, sampling, params, **rollout or {})
+      rollout = {**(rollout or {}), "room": self.room}
+      self.rollout = make_sampler(model, mesh, sampling, params, **rollout)
       if "baseline" in objective.advantage_needs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
-        self.rollout_greedy = make_sampler(model, mesh, greedy, params, **rollout or {})
+        self.rollout_greedy = make_sampler(model, mesh, greedy, params, **rollout)
+
+  def update_bytes(self, prompts: int, length: int, group: int, tokens: int, microbatches: int = 0
+                   ) -> float:
+    """What an update of P prompts needs on each device beside weights and optimizer."""
+    parts = self.minibatches * (microbatches or self.microbatches) * self.mesh.shape["fsdp"]
+    model = memory.Model(self.model.config, self.mesh.shape["tensor"])
+    return memory.update(model, length, prompts // parts, group, tokens, self.part_tokens,
+                         self.gradient)
+
+  def check_update(self, prompts: int, length: int, group: int, tokens: int) -> None:
+    """Before an update of these sizes is compiled.
+
+    Raises:
+      UserError: it cannot fit into the memory of a device; names what would.
+    """
+    sizes = prompts, length, group, tokens
+    if not self.room or sizes in self._checked:
+      return
+    need = self.update_bytes(*sizes)
+    if need > self.room:
+      most = prompts // self.minibatches // self.mesh.shape["fsdp"]
+      fits = [n for n in range(1, most + 1)
+              if most % n == 0 and self.update_bytes(*sizes, n) <= self.room]
+      advice = (f"microbatches={fits[0]} fits" if fits else
+                "no number of microbatches fits: use more devices, config.model.remat='full', "
+                "smaller part_tokens or config.prompt_buckets, or train adapters "
+                "(config.model.lora)")
+      raise UserError(
+          f"microbatches={self.microbatches}: an update with prompts of {length} tokens needs "
+          f"{need / memory.GIB:.1f} GiB on a device beside weights and optimizer "
+          f"({self.held / memory.GIB:.1f}), {self.room / memory.GIB:.1f} are free; {advice}")
+    self._checked.add(sizes)
 
   def pack(self, mask: np.ndarray) -> Packing:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""

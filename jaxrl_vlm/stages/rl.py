@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxrl_vlm import parallel
+from jaxrl_vlm import memory, parallel
 from jaxrl_vlm import rewards as verifiers
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.data.corrupt import corrupt_images
 from jaxrl_vlm.data.processor import EncodedPrompt
-from jaxrl_vlm.errors import hint, validation
+from jaxrl_vlm.errors import UserError, hint, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import Grading, RewardPool
@@ -126,9 +126,10 @@ def train(run: Run, index: int) -> None:
       trainable=run.trainable, temperature=stage.temperature or 1.0,
       microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
       rollout=run.config.rollout.to_dict(),
-      part_tokens=stage.part_tokens,
+      part_tokens=stage.part_tokens, capacity=run.capacity,
       black=run.processor.black_patch, white=white)
 
+  _plan_memory(run, index, programs)
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
                   run.config.reward_timeout) as pool:
     loop = StageRun(run, index, programs, pool)
@@ -144,6 +145,7 @@ def train(run: Run, index: int) -> None:
       groups, prompt, scored, sampled = _collect(loop, now)
       masked = _masked_source(loop, groups)
       packing = programs.pack(groups.mask)
+      programs.check_update(len(groups.examples), prompt.tokens.shape[1], *groups.mask.shape[1:])
       views = _score_views(loop, prompt, groups, scored, masked, packing)
       mask, rewards, logp, truncated, tokens = parallel.put_batch(
           run.mesh, (groups.mask, groups.rewards, groups.logp, groups.truncated, groups.tokens))
@@ -162,6 +164,28 @@ def train(run: Run, index: int) -> None:
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
         _keep_rollouts(loop, groups, np.asarray(advantages))
+
+
+def _plan_memory(run: Run, index: int, programs: Programs) -> None:
+  """Says how many groups are decoded at once; the shortest prompts must fit."""
+  stage = run.config.stages[index]
+  if not programs.room:
+    return
+  groups = {}
+  for length in sorted(run.config.prompt_buckets):
+    try:
+      groups[length] = programs.rollout.groups_at_once(stage.prompts_per_step, length)
+      programs.check_update(stage.prompts_per_step, length, stage.num_samples, stage.max_tokens)
+    except UserError:
+      if not groups:
+        raise
+      break
+  shown = ", ".join(f"{length}: {count}" for length, count in groups.items())
+  if len(groups) < len(run.config.prompt_buckets):
+    shown += "; longer prompts do not fit"
+  run.progress.log(
+      f"rl  a device has {run.capacity / memory.GIB:.1f} GiB to fill, {programs.held / memory.GIB:.1f}"
+      f" with weights and optimizer; groups decoded at once, by prompt tokens: {shown}")
 
 
 def check_objective(stage: ConfigDict) -> None:

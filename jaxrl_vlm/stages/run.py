@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from jaxrl_vlm import memory, models, parallel, report, rewards
 from jaxrl_vlm import metrics as metrics_lib
-from jaxrl_vlm import models, parallel, report, rewards
 from jaxrl_vlm.checkpoint import Checkpoints
 from jaxrl_vlm.data import pipeline, sources
 from jaxrl_vlm.data.processor import EncodedPrompt
@@ -58,6 +58,7 @@ class Run:
     trained: those parameters at the end of the last finished stage; None while a stage has them.
     frozen: the other parameters.
     step: global step, over all stages.
+    capacity: bytes of a device that are meant to be filled; 0 if that is not known.
   """
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path,
@@ -65,6 +66,8 @@ class Run:
     """`unreadable`: checkpoints to pass over, see `checkpoint.Unreadable`."""
     self.config, self.workdir = config, workdir
     self.mesh = parallel.make_mesh(config.mesh)
+    self.capacity = memory.SHARE * (
+        config.device_memory * memory.GIB or memory.capacity(self.mesh.devices.flat[0]))
     self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, unreadable)
     self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
     self.step: int = self.position["step"]
@@ -379,7 +382,7 @@ class StageRun:
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
       self._eval_rollout = make_sampler(
           run.model, run.mesh, self._eval_sampling, run.param_shardings,
-          **run.config.rollout.to_dict())
+          **run.config.rollout.to_dict(), room=self.programs.room)
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,

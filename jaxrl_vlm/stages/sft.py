@@ -23,7 +23,8 @@ def train(run: Run, index: int) -> None:
     objective = objective_of(stage)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
-                      trainable=run.trainable, microbatches=stage.microbatches)
+                      trainable=run.trainable, microbatches=stage.microbatches,
+                      capacity=run.capacity)
 
   grading: contextlib.AbstractContextManager[RewardPool | None] = contextlib.nullcontext()
   if stage.eval.examples:
@@ -38,6 +39,7 @@ def train(run: Run, index: int) -> None:
         tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)
+      programs.check_update(len(examples), prompt.tokens.shape[1], *mask.shape[1:])
       packing = programs.pack(mask)
       prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
       loop.state, metrics = programs.update(

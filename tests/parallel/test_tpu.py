@@ -99,6 +99,9 @@ compiled["update_adapters"] = (
     adapters.update, adapters.abstract_state, frozen, prompt, tokens,
     experience.replace(views={"ref": stats}), key, None, packing)
 result = {"kind": topology.devices[0].device_kind, "frozen": size(frozen),
+          "planned": {
+              "rollout": programs.rollout.need(P, P, LENGTH),
+              "update": programs.update_bytes(P, LENGTH, G, T)},
           "rollout": [list(map(int, (m.argument_size_in_bytes, m.temp_size_in_bytes))) for m in (
               program.compile().memory_analysis()
               for program in programs.rollout.lower(params, prompt).values())]}
@@ -287,6 +290,11 @@ def test_programs_compile_for_four_v5e_chips():
     # Norms are whole on every chip, and arrays are padded to the chip's tiles.
     share = memory["params"] / 4 + memory["batch"] / 2
     assert share <= memory["arguments"] < 1.1 * share, (name, share, memory)
+  # What is planned by formula is about what the compiler plans.
+  drawing = max(map(sum, result["rollout"])) - result["score"]["params"] / 4
+  assert 0.5 < drawing / result["planned"]["rollout"] < 2, (drawing, result["planned"])
+  updating = result["update"]["temporary"]
+  assert 0.5 < updating / result["planned"]["update"] < 2, (updating, result["planned"])
   # The update writes the new state over the old one.
   assert result["update"]["aliased"] >= result["update"]["params"] / 4
   # With adapters it takes the frozen parameters besides, in bfloat16, and gives back only the

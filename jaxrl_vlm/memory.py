@@ -1,0 +1,146 @@
+"""Memory of one device by formula, before anything is compiled.
+
+Counted is what grows: weights and optimizer state, keys and values, what the backward pass keeps,
+logits, the widest layer. It is held to what XLA plans for a TPU within a factor (see
+`tests/parallel/test_tpu.py`); `SHARE` of a device's memory is meant to be filled.
+"""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_vlm.models.config import ModelConfig
+
+GIB = 2**30
+SHARE = 0.9
+_SCORES = 2**19  # of one head, which `layers.attend` holds at a time
+
+
+def capacity(device: Any) -> int:
+  """Bytes of a device; of one of several on the same CPU its share of the machine's."""
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return int(stats["bytes_limit"])
+  if device.platform != "cpu":
+    return 0
+  pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  return pages // len(jax.local_devices(backend="cpu"))
+
+
+def held(tree: Any, shardings: Any) -> int:
+  """Bytes of a pytree of arrays or shapes on each device, from where its leaves lie."""
+  return sum(
+      math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Bytes of one model's arrays on a device.
+
+  Attributes:
+    config: of the model.
+    tensor: devices that heads, hidden units and vocabulary are split over.
+  """
+
+  config: ModelConfig
+  tensor: int = 1
+
+  def _split(self, count: int) -> float:
+    return count / self.tensor if count % self.tensor == 0 else count
+
+  @property
+  def _item(self) -> int:
+    return jnp.dtype(self.config.dtype).itemsize
+
+  def keys_and_values(self, positions: float, int8: bool = False) -> float:
+    """Of so many positions in all layers."""
+    config = self.config
+    each = config.head_dim + 4 if int8 else config.head_dim * self._item
+    return 2 * config.num_layers * self._split(config.num_kv_heads) * positions * each
+
+  def logits(self, tokens: float) -> float:
+    """float32, and what becomes of them: weights and their logarithms."""
+    return 3 * 4 * tokens * self._split(self.config.vocab_size)
+
+  def _wide(self) -> tuple[float, float, float]:
+    """Numbers of a token: attention's heads, key/value heads, hidden units of the MLP."""
+    config = self.config
+    hidden = config.intermediate_size
+    if config.moe is not None:
+      hidden = config.moe.intermediate_size * config.moe.experts_per_token
+    return (self._split(config.num_heads) * config.head_dim,
+            self._split(config.num_kv_heads) * config.head_dim, self._split(hidden))
+
+  def layer(self, tokens: float) -> float:
+    """The widest moment of a forward pass over so many tokens."""
+    heads, kv, hidden = self._wide()
+    return tokens * self._item * (4 * self.config.hidden_size + max(2 * heads + 2 * kv, 3 * hidden))
+
+  def scores(self, queries: float, keys: float) -> float:
+    """Of one layer's attention by XLA, twice."""
+    most = min(queries * keys, max(_SCORES, keys))
+    return 2 * 4 * self._split(self.config.num_heads) * most
+
+  def kept(self, tokens: float) -> float:
+    """What all layers keep of so many tokens for the backward pass (`ModelConfig.remat`)."""
+    heads, kv, hidden = self._wide()
+    config = self.config
+    each = {"full": config.hidden_size,
+            "dots": 3 * config.hidden_size + 2 * heads + 2 * kv + 2 * hidden,
+            "none": 7 * config.hidden_size + 4 * heads + 4 * kv + 5 * hidden}[config.remat]
+    return config.num_layers * tokens * each * self._item
+
+  def prompts(self, count: float, patches: int, features: int) -> float:
+    """Patches and visual tokens of so many prompts."""
+    config = self.config
+    each = patches * config.vision.patch_dim * 4 + features * config.hidden_size * self._item
+    return count * each
+
+
+def rollout(model: Model, length: int, group: int, groups: int, slots: int, admitted: int,
+            tokens: int, chunk: int, int8: bool = False) -> float:
+  """Bytes that decoding needs besides weights and prompts.
+
+  Args:
+    model: on a device.
+    length: Lp of the prompts.
+    group: G.
+    groups: that are decoded at once on this device.
+    slots: prompts whose keys and values are held.
+    admitted: prompts that are read at once.
+    tokens: T.
+    chunk: tokens between two looks of the host.
+    int8: the prompts' keys and values are.
+  """
+  # What a chunk has made is copied behind what was there; the last chunk is not kept.
+  positions = (-(-tokens // chunk) - 1) * chunk + 2 * chunk
+  cells = groups * group
+  decoding = cells * model.keys_and_values(positions) + model.logits(cells)
+  reading = (admitted * (model.keys_and_values(length) + model.layer(length))
+             + admitted * model.scores(length, length))
+  return slots * model.keys_and_values(length, int8) + decoding + reading
+
+
+def update(model: Model, length: int, prompts: int, group: int, tokens: int, part_tokens: int,
+           gradient: float) -> float:
+  """Bytes that an update needs besides the state and the prompts.
+
+  Args:
+    model: on a device.
+    length: Lp of the prompts.
+    prompts: of a microbatch on this device.
+    group: G.
+    tokens: T.
+    part_tokens: of responses that pass through the model together.
+    gradient: bytes of one gradient.
+  """
+  part = min(max(part_tokens, tokens), prompts * group * tokens)
+  # The gradient of the parts so far and of this one; keys and values, and their gradient.
+  return (2 * gradient + 2 * prompts * model.keys_and_values(length)
+          + model.kept(prompts * length + part) + model.layer(part)
+          + model.logits(512) + prompts * model.scores(length, length))

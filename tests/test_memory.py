@@ -1,0 +1,105 @@
+"""What a device holds, by formula, and what a run does with it before anything is compiled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_vlm import memory, models, objectives, parallel, train
+from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.models.published import CONFIGS
+from jaxrl_vlm.rollout import Sampler, Sampling
+from jaxrl_vlm.stages.programs import Programs, make_optimizer
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def config():
+  return models.from_hf(CONFIGS["Qwen2.5-VL-3B"], dtype="bfloat16")
+
+
+def test_keys_and_values_by_hand(config):
+  # 36 layers, keys and values, 2 heads of 128, 2 bytes.
+  assert memory.Model(config).keys_and_values(1) == 36 * 2 * 2 * 128 * 2
+  assert memory.Model(config, tensor=2).keys_and_values(10) == 10 * 36 * 2 * 1 * 128 * 2
+  # More devices than heads: each has all.
+  assert memory.Model(config, tensor=4).keys_and_values(1) == 36 * 2 * 2 * 128 * 2
+  # 8 bits, and a float32 scale for each position and head.
+  assert memory.Model(config).keys_and_values(1, int8=True) == 36 * 2 * 2 * (128 + 4)
+
+
+def test_held_is_what_lies_on_each_device():
+  mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
+  tree = {"q": {"kernel": jnp.zeros((8, 6))}, "norm": {"scale": jnp.zeros(3)}}
+  shardings = parallel.param_shardings(mesh, tree)
+  placed = jax.device_put(tree, shardings)
+  found = sum(shard.data.nbytes for leaf in jax.tree.leaves(placed)
+              for shard in leaf.addressable_shards if shard.device == jax.devices()[0])
+  assert memory.held(tree, shardings) == found == (2 * 3 + 3) * 4
+
+
+def sampler(config, room, **options):
+  mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, jax.devices()[:2])
+  shapes = models.abstract_params(config)
+  return Sampler(models.VLM(config), mesh, Sampling(8, 1024),
+                 parallel.param_shardings(mesh, shapes), room=room, **options)
+
+
+def test_groups_at_once_are_the_most_that_fit(config):
+  for room in (2e9, 4e9, 8e9, 64e9):
+    draw = sampler(config, room)
+    groups = draw.groups_at_once(64, 1024)
+    assert groups % 2 == 0 and draw.need(groups, 64, 1024) <= room
+    assert groups == 64 or draw.need(groups + 2, 64, 1024) > room
+  assert sampler(config, 0).groups_at_once(64, 1024) == 64
+  whole = sampler(config, 4e9)
+  assert whole.groups_at_once(64, 4096) < whole.groups_at_once(64, 512)
+  small = sampler(config, 4e9, prefix_dtype="int8")
+  assert small.groups_at_once(64, 4096) > whole.groups_at_once(64, 4096)
+  # What the config says counts, whatever the room.
+  assert sampler(config, 1.0, groups=3).groups_at_once(64, 1024) == 4
+
+
+def test_no_room_for_a_group_names_the_samples_that_fit(config):
+  draw = sampler(config, 0.55e9)
+  most = max(g for g in range(1, 9) if draw.need(2, 64, 1024, g) <= draw.room)
+  assert 1 < most < 8
+  with pytest.raises(UserError, match=rf"num_samples=8: .* 0.5 are free; .* num_samples={most}$"):
+    draw.groups_at_once(64, 1024)
+  with pytest.raises(UserError, match="not even one sample fits: use more devices"):
+    sampler(config, 1e6).groups_at_once(64, 1024)
+
+
+def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
+  mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, jax.devices()[:2])
+  settings = tiny_run.get_config().stages[1].optimizer
+  programs = Programs(
+      models.VLM(config), mesh, objectives.create("grpo", kl_coef=0.0),
+      make_optimizer(settings, 1), models.abstract_params(config), capacity=70e9)
+  # float32 weights and two moments of 3.75e9 parameters, halved.
+  assert np.isclose(programs.held, 3.75e9 * 12 / 2, rtol=0.01)
+  assert programs.room == 70e9 - programs.held
+  sizes = 64, 2048, 8, 1024
+  fits = next(n for n in (1, 2, 4, 8, 16, 32)
+              if programs.update_bytes(*sizes, n) <= programs.room)
+  assert fits > 1
+  with pytest.raises(UserError, match=rf"microbatches=1: .*; microbatches={fits} fits$"):
+    programs.check_update(*sizes)
+  programs.room = 1.0
+  with pytest.raises(UserError, match="no number of microbatches fits: use more devices"):
+    programs.check_update(*sizes)
+
+
+def test_a_run_says_what_it_plans_and_what_cannot_fit(tmp_path, one_device, capsys, monkeypatch):
+  config = tiny_run.get_config()
+  config.stages = (config.stages[1],)
+  config.stages[0].steps = 1
+  config.stages[0].eval.examples = 0
+  train.train(config, tmp_path / "fits")
+  assert "groups decoded at once, by prompt tokens: 64: 4" in capsys.readouterr().out
+  config.device_memory = 0.001
+  compiled = []
+  monkeypatch.setattr(Programs, "_update", lambda *_: compiled.append(1))
+  with pytest.raises(UserError, match="num_samples=2: one group for a prompt of 64 tokens needs"):
+    train.train(config, tmp_path / "does not fit")
+  assert not compiled
