@@ -5,28 +5,29 @@
 16 prompts of 64 visual tokens, 8 responses of each: a batch of 128. Once all responses have 128
 tokens; once their lengths have a long tail (log-normal, most short, a few ten times as long), as
 they have in training. generate works on until the longest has ended. float32, 2 threads, both in
-turn in one run. Needs the extra `test` (torch).
+turn in one run. What is measured so far stands in `decode.json` and is not measured again; --again
+throws it away. Needs the extra `test` (torch).
 """
 
-import datetime
-import json
 import pathlib
-import statistics
+import sys
 import tempfile
-import time
 
 import jax
 import numpy as np
 import torch
 import transformers
 from PIL import Image
-from rl_step import ARCHITECTURE, GROUP, QUESTION, THREADS
 
-import jaxrl_vlm as jv
-from jaxrl_vlm import parallel, scratch
-from jaxrl_vlm.rollout import make_sampler
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+import jaxrl_vlm as jv  # noqa: E402
+from benchmarks import speed  # noqa: E402
+from benchmarks.rl_step import ARCHITECTURE, GROUP, QUESTION  # noqa: E402
+from jaxrl_vlm import parallel, scratch  # noqa: E402
+from jaxrl_vlm.rollout import make_sampler  # noqa: E402
 
-RESULTS = pathlib.Path(__file__).with_suffix(".json")
+RESULTS = ROOT / "benchmarks" / "decode.json"
 PROMPTS, SIDE, REPEATS = 16, 224, 5
 ROWS = PROMPTS * GROUP
 # Name: tokens of each response [P, G], at least this ratio.
@@ -36,8 +37,10 @@ CASES = {"128 tokens each": (np.full((PROMPTS, GROUP), 128), 3.0),
 
 
 def main():
-  torch.set_num_threads(THREADS)
-  results = {}
+  args = speed.parser(__doc__).parse_args()
+  speed.use_threads()
+  torch.set_num_threads(speed.THREADS)
+  results = speed.Results(args.out or RESULTS, args.again)
   with tempfile.TemporaryDirectory() as folder:
     scratch.create(folder, ARCHITECTURE, [QUESTION, *(f"the word {i}" for i in range(4000))])
     model, params, processor = jv.load_pretrained(
@@ -50,19 +53,17 @@ def main():
         [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8))] for _ in messages])
     theirs = Transformers(folder, prompt)
     for name, (lengths, want) in CASES.items():
-      results[name] = compare(model, params, prompt, theirs, lengths) | {"asked": want}
-      result = results[name]
+      def measure(lengths=lengths, want=want):
+        return compare(model, params, prompt, theirs, lengths) | {"asked": want}
+
+      result = results.get(name, measure, "torch", "transformers", threads=speed.THREADS)
       print(f"{name}: {result['ours']:.0f} tokens/s; generate with a dynamic cache "
             f"{result['dynamic']:.0f}, static {result['static']:.0f}: "
             f"{result['ratio']:.1f} times the better one (asked: {want:.0f})", flush=True)
-  results["about"] = {"date": str(datetime.date.today()), "threads": THREADS,
-                      "jax": jax.__version__, "torch": torch.__version__,
-                      "transformers": transformers.__version__}
-  RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def compare(model, params, prompt, theirs, lengths):
-  mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1])
+  mesh = speed.one_device()
   sampler = make_sampler(model, mesh, jv.Sampling(GROUP, int(lengths.max())),
                          parallel.param_shardings(mesh, params))
   on_device = parallel.put_batch(mesh, prompt)
@@ -73,18 +74,16 @@ def compare(model, params, prompt, theirs, lengths):
 
   sides = {"ours": ours, "dynamic": lambda: theirs(lengths, None),
            "static": lambda: theirs(lengths, "static")}
-  seconds = {name: [] for name in sides}
-  for i in range(REPEATS + 1):
-    for name, run in sides.items():
-      start = time.perf_counter()
-      run()
-      if i:  # the first warms up
-        seconds[name].append(time.perf_counter() - start)
-  tokens = int(lengths.sum())
-  result = {name: tokens / statistics.median(values) for name, values in seconds.items()}
-  ratios = [min(a, b) / c for a, b, c in zip(
-      seconds["dynamic"], seconds["static"], seconds["ours"], strict=True)]
-  return result | {"ratio": statistics.median(ratios), "tokens": tokens, "seconds": seconds}
+  # The sampler compiles smaller layouts in its first four rollouts.
+  ours()
+  ours()
+  ours()
+  seconds = speed.take_turns(sides, REPEATS)
+  tokens, medians = int(lengths.sum()), speed.median(seconds)
+  better = min(("dynamic", "static"), key=lambda name: medians[name])
+  return {name: tokens / value for name, value in medians.items()} | {
+      "ratio": speed.ratio(seconds, better, "ours"), "better": better, "tokens": tokens,
+      "seconds": seconds}
 
 
 class Transformers:

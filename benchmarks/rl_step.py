@@ -9,9 +9,7 @@ long, AdamW on all parameters, float32, 2 threads. What is measured so far stand
 and is not measured again; --again throws it away.
 """
 
-import argparse
 import contextlib
-import datetime
 import json
 import os
 import pathlib
@@ -26,14 +24,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxrl_vlm import scratch
-from jaxrl_vlm.stages import rl
-from jaxrl_vlm.stages.run import Run, StageRun
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "configs"))
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "configs")]
 import base  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parents[1]
+from benchmarks import speed  # noqa: E402
+from jaxrl_vlm import scratch  # noqa: E402
+from jaxrl_vlm.stages import rl  # noqa: E402
+from jaxrl_vlm.stages.run import Run, StageRun  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "rl_step.json"
 GROUP, TOKENS, THREADS, WARM_UP = 8, 64, 2, 2
 QUESTION = "what is in the picture number 7"
@@ -59,21 +58,20 @@ def reward(example, response):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--again", action="store_true", help="throw away what is measured")
+  parser = speed.parser(__doc__)
   parser.add_argument("--python", default=sys.executable, help="an interpreter that has TRL")
   args = parser.parse_args()
-  results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.again else {}
+  speed.use_threads()
+  results = speed.Results(args.out or RESULTS, args.again)
   with tempfile.TemporaryDirectory() as folder:
     model = pathlib.Path(folder) / "model"
     scratch.create(model, ARCHITECTURE, [QUESTION, *(f"the word {i}" for i in range(4000))])
     for name, (side, prompts, repeats, want) in CASES.items():
-      if name not in results:
-        results[name] = compare(pathlib.Path(folder), model, side, prompts, repeats, args.python)
-        results[name] |= {"asked": want, "date": str(datetime.date.today())}
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-      print(describe(name, results[name]), flush=True)
+      def measure(side=side, prompts=prompts, repeats=repeats, want=want):
+        found = compare(pathlib.Path(folder), model, side, prompts, repeats, args.python)
+        return found | {"asked": want}
+
+      print(describe(name, results.get(name, measure, threads=THREADS)), flush=True)
 
 
 def describe(name, result):
@@ -91,6 +89,7 @@ def compare(folder, model, side, prompts, repeats, python):
       [python, str(ROOT / "benchmarks" / "trl_side.py"), json.dumps(spec)], env=env, text=True,
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
   assert other.stdin is not None and other.stdout is not None
+  versions = json.loads(other.stdout.readline() or "{}")
 
   def trl_step():
     other.stdin.write("go\n")
@@ -120,8 +119,7 @@ def compare(folder, model, side, prompts, repeats, python):
   samples = prompts * GROUP
   return {"ours": samples / ours, "trl": samples / trl,
           "ratio": statistics.median(p[1] / p[0] for p in pairs), "seconds": pairs,
-          "prompts": prompts, "samples": samples, "threads": THREADS,
-          "versions": {"jax": jax.__version__}}
+          "prompts": prompts, "samples": samples, "trl_versions": versions}
 
 
 class Enough(Exception):

@@ -3,6 +3,7 @@
 Runs in a process of its own; nothing here imports jaxrl_vlm.
 """
 
+import importlib.metadata
 import json
 import sys
 import time
@@ -44,6 +45,8 @@ sys.stdout = sys.stderr  # the trainer's own words
 
 
 def main(spec):
+  print(json.dumps({p: importlib.metadata.version(p) for p in ("trl", "torch", "transformers")}),
+        file=OUT, flush=True)
   torch.set_num_threads(spec["threads"])
   folder = spec["model"]
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

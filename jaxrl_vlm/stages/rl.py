@@ -183,9 +183,10 @@ def _plan_memory(run: Run, index: int, programs: Programs) -> None:
   shown = ", ".join(f"{length}: {count}" for length, count in groups.items())
   if len(groups) < len(run.config.prompt_buckets):
     shown += "; longer prompts do not fit"
+  room, held = run.capacity / memory.GIB, programs.held / memory.GIB
   run.progress.log(
-      f"rl  a device has {run.capacity / memory.GIB:.1f} GiB to fill, {programs.held / memory.GIB:.1f}"
-      f" with weights and optimizer; groups decoded at once, by prompt tokens: {shown}")
+      f"rl  a device has {room:.1f} GiB to fill, {held:.1f} with weights and optimizer; "
+      f"groups decoded at once, by prompt tokens: {shown}")
 
 
 def check_objective(stage: ConfigDict) -> None:
