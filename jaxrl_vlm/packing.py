@@ -17,12 +17,15 @@ class Packer:
     devices: R; each has P / (splits · R) neighbouring prompts of a piece.
     size: B, tokens of a block.
     room: N, blocks of a part on each device.
+    tile: W; where a prompt's responses begin in a part is a multiple of W, so that no tile of W
+      blocks holds two prompts. N is a multiple too.
   """
 
   splits: int
   devices: int
   size: int
   room: int
+  tile: int = 1
 
   def __call__(self, lengths: np.ndarray, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """index i32[splits, parts, R, N] and used i32[splits], from lengths i[P, G].
@@ -33,30 +36,42 @@ class Packer:
     p, g = lengths.shape
     each = -(-max_tokens // self.size)
     here = p // self.splits // self.devices
-    if self.room < each:
-      raise ValueError(f"room={self.room}: expected at least the {each} blocks of {self.size} "
-                       f"tokens of a response of max_tokens={max_tokens}")
-    parts = -(-here * g // (self.room // each))
+    most = -(-each // self.tile) * self.tile
+    if self.room < most or self.room % self.tile:
+      raise ValueError(f"room={self.room}: expected a multiple of tile={self.tile}, at least the "
+                       f"{most} blocks of {self.size} tokens of a response of "
+                       f"max_tokens={max_tokens}")
+    parts = -(-here * g // (self.room // most))
     index = np.full((self.splits, parts, self.devices, self.room), here * g * each, np.int32)
     used = np.zeros(self.splits, np.int32)
     # A piece holds the prompts i · splits + piece.
     blocks = -(-lengths // self.size).reshape(self.devices, here, self.splits, g)
     for piece in range(self.splits):
       for device in range(self.devices):
-        count = self._fill(blocks[device, :, piece].reshape(-1), each, index[piece, :, device])
+        count = self._fill(blocks[device, :, piece], each, index[piece, :, device])
         used[piece] = max(used[piece], count)
     return index, used
 
   def _fill(self, blocks: np.ndarray, each: int, index: np.ndarray) -> int:
-    """Long responses first, each into the first part that has room. Returns the parts used."""
+    """Responses of long groups first, each into the first part that has room; blocks: i[P', G].
+
+    Returns the parts used.
+    """
     taken: list[int] = []
-    for response in np.argsort(-blocks, kind="stable"):
-      count = int(blocks[response])
-      if not count:
-        break
-      part = next((i for i, n in enumerate(taken) if n + count <= self.room), len(taken))
-      if part == len(taken):
-        taken.append(0)
-      index[part, taken[part]:taken[part] + count] = response * each + np.arange(count)
-      taken[part] += count
+    for prompt in np.argsort(-blocks.sum(axis=1), kind="stable"):
+      begun: set[int] = set()  # parts in which this prompt stands last
+      for sample in np.argsort(-blocks[prompt], kind="stable"):
+        count = int(blocks[prompt, sample])
+        if not count:
+          break
+        starts = (n if i in begun else -(-n // self.tile) * self.tile
+                  for i, n in enumerate(taken))
+        part, start = next(((i, n) for i, n in enumerate(starts) if n + count <= self.room),
+                           (len(taken), 0))
+        if part == len(taken):
+          taken.append(0)
+        response = prompt * blocks.shape[1] + sample
+        index[part, start:start + count] = response * each + np.arange(count)
+        taken[part] = start + count
+        begun.add(part)
     return len(taken)

@@ -10,13 +10,14 @@ from jaxrl_vlm.packing import Packer
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4),
-       st.integers(1, 5), st.integers(0, 2**31))
-def test_every_token_once(splits, devices, here, group, size, seed):
+       st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+def test_every_token_once(splits, devices, here, group, size, tile, seed):
   rng = np.random.default_rng(seed)
   longest = 13
   each = -(-longest // size)
   lengths = rng.integers(0, longest + 1, (splits * devices * here, group))
-  packer = Packer(splits, devices, size, each + int(rng.integers(0, 5)))
+  room = -(-(each + int(rng.integers(0, 5))) // tile) * tile
+  packer = Packer(splits, devices, size, room, tile)
   index, used = packer(lengths, longest)
   # By hand: prompt i·splits + piece; a device has neighbouring i.
   for piece in range(splits):
@@ -33,6 +34,11 @@ def test_every_token_once(splits, devices, here, group, size, seed):
           wanted = -(-lengths[prompts[device, i], g] // size)
           np.testing.assert_array_equal(numbers, np.arange(wanted))
           assert (np.diff(np.flatnonzero(held // each == response)) == 1).all()
+        # No tile holds two prompts, and what holds nothing stands behind the rest of it.
+        for blocks in part.reshape(-1, tile):
+          real = blocks < here * group * each
+          assert len(set((blocks[real] // each // group).tolist())) <= 1
+          assert (np.diff(real.astype(int)) <= 0).all()
       held = mine[mine < here * group * each]
       assert len(set(held.tolist())) == len(held)
       assert len(held) == (-(-lengths[prompts[device]] // size)).sum()
@@ -41,12 +47,13 @@ def test_every_token_once(splits, devices, here, group, size, seed):
 def test_little_is_padding():
   """Log-normal lengths, 64 prompts of 8 responses: computed tokens against real ones."""
   lengths = np.ceil(np.random.default_rng(0).lognormal(6.0, 0.8, (64, 8))).clip(1, 2048).astype(int)
-  _, used = Packer(4, 1, 64, 64)(lengths, 2048)
-  computed = used.sum() * 64 * 64
-  assert 1 - lengths.sum() / computed < 0.12
+  for tile, most in ((1, 0.1), (4, 0.13)):
+    _, used = Packer(4, 1, 64, 64, tile)(lengths, 2048)
+    computed = used.sum() * 64 * 64
+    assert 1 - lengths.sum() / computed < most
   assert lengths.sum() / (lengths.size * 2048) < 0.3  # what padding to the longest would keep
 
 
 def test_room_for_the_longest():
-  with pytest.raises(ValueError, match="room=3: expected at least the 4 blocks of 16"):
+  with pytest.raises(ValueError, match="room=3: expected a multiple of tile=1, at least the 4 blo"):
     Packer(1, 1, 16, 3)(np.ones((2, 2), int), 64)

@@ -17,7 +17,7 @@ from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
 
-_NEAR = 128  # keys of its own response that a packed query sees at a time
+_NEAR = 128  # keys of responses that a packed query sees at a time, at least
 
 
 @struct.dataclass
@@ -99,10 +99,12 @@ class Blocks:
   Attributes:
     index: i32[R, N]; which of the part's P/R · G · T/B blocks this is; as many where none is.
     size: B.
+    tile: W; blocks i·W ... i·W + W - 1 are of one prompt, or some of the last of them none.
   """
 
   index: Array
   size: int = struct.field(pytree_node=False)
+  tile: int = struct.field(pytree_node=False, default=1)
 
   def _flat(self, a: Array) -> Array:
     """[P, G, T, ...] -> [R, P/R · G · T/B, B, ...]."""
@@ -132,7 +134,7 @@ class Blocks:
     response = self.index // each
     return BlockPlaces(
         number=self.index % each, row=jnp.minimum(response // (p * g // rows), rows - 1),
-        reach=each - 1)
+        reach=each - 1, tile=self.tile)
 
 
 @struct.dataclass
@@ -143,11 +145,13 @@ class BlockPlaces:
     number: i32[R, N]; of the block in its response.
     row: i32[R, N]; of the prefix in its part.
     reach: the largest number.
+    tile: of `Blocks`.
   """
 
   number: Array
   row: Array
   reach: int = struct.field(pytree_node=False)
+  tile: int = struct.field(pytree_node=False)
 
 
 def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
@@ -156,42 +160,52 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
   if attention.answers(config, n * size):
     return attention.over_responses(
         config, q, k, v, places.number, places.row, prefix_kv, prefix_length)
-  scale = config.attention_scale
-  wide = max(1, min(_NEAR // size, places.reach + 1))  # blocks that are seen at a time
+  scale, tile = config.attention_scale, places.tile
+  wide, tiles = tile * size, n // tile  # tokens of a tile, tiles of a part
+  far = -(-places.reach // tile)  # tiles before its own in which a block may see its response
+  near = min(far + 1, max(1, _NEAR // wide))  # tiles that are seen at a time
 
   def in_window(distance):
     return ~sliding | (distance < config.sliding_window)
 
-  def fold(a):  # [R, N, ...] -> [R·N, ...]
-    return a.reshape(r * n, *a.shape[2:])
+  def fold(a):  # [R, N, ...] or [R, M, ...] -> [R·M, ...]
+    return a.reshape(r * tiles, *a.shape[2:])
 
-  queries, k, v = fold(q), k.swapaxes(2, 3), v.swapaxes(2, 3)
-  number = fold(places.number)[:, None, None]
+  def by_tile(a):  # [R, N, B, ...] -> [R, M, W·B, ...]
+    return a.reshape(r, tiles, wide, *a.shape[3:])
+
+  queries = fold(by_tile(q))
+  k, v = (by_tile(a).swapaxes(2, 3) for a in (k, v))
+  numbers = places.number.reshape(r * tiles, tile)
 
   def own(first):
-    """Keys and values of the `wide` blocks from `first` blocks back on, and where they are seen."""
+    """Keys and values of `near` tiles from `first` tiles back on, and where they are seen."""
     keys, values = (fold(jnp.concatenate(
-        [jnp.roll(a, first + i, axis=1) for i in range(wide)], axis=3)) for a in (k, v))
-    back = first + jnp.arange(wide * size) // size
+        [jnp.roll(a, first + i, axis=1) for i in range(near)], axis=3)) for a in (k, v))
+    back, key = first + jnp.arange(near * wide) // wide, jnp.arange(near * wide) % wide
 
     def sees(at):
-      distance = back * size + at[:, None] - jnp.arange(wide * size) % size
-      mask = (number >= back) & (distance >= 0)
+      distance = back * wide + at[:, None] - key
+      # The response begins as many blocks before the query's as that block's number.
+      blocks = back * tile + at[:, None] // size - key // size
+      mask = (distance >= 0) & (blocks <= jnp.take(numbers, at // size, axis=1)[..., None])
       return mask & in_window(distance) if config.sliding_window else mask
 
     return keys, values, sees
 
   take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
 
-  def of_prefix(a):  # [R·S, ...] -> [R·N, ...]
-    return fold(take(a.reshape(r, -1, *a.shape[1:]), places.row))
+  def of_prefix(a):  # [R·S, ...] -> [R·M, ...]
+    return fold(take(a.reshape(r, -1, *a.shape[1:]), places.row[:, ::tile]))
 
   length, place = of_prefix(prefix_length)[:, None, None], jnp.arange(prefix_kv[0].shape[2])
 
   def sees_prefix(at):
-    mask = place < length
-    return (mask & in_window(length + number * size + at[:, None] - place)
-            if config.sliding_window else jnp.broadcast_to(mask, (r * n, len(at), len(place))))
+    mask = jnp.broadcast_to(place < length, (r * tiles, len(at), len(place)))
+    if config.sliding_window:
+      age = jnp.take(numbers, at // size, axis=1) * size + at % size
+      mask = mask & in_window(length + age[..., None] - place)
+    return mask
 
   keys, values, sees = own(0)
   keys, values = (jnp.concatenate([of_prefix(a), b], axis=2)
@@ -203,9 +217,8 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
   def further(so_far, first):
     return layers.merge(so_far, layers.attend(queries, *own(first), scale)), None
 
-  if wide <= places.reach:
-    out, _ = jax.lax.scan(
-        jax.checkpoint(further), out, jnp.arange(wide, places.reach + 1, wide))
+  if near <= far:
+    out, _ = jax.lax.scan(jax.checkpoint(further), out, jnp.arange(near, far + 1, near))
   return out[0].reshape(q.shape)
 
 

@@ -23,6 +23,9 @@ from jaxrl_vlm.packing import Packer
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
+_TILE = 4  # blocks
+_PARTS, _LEAST_PART = 16, 512  # of a full batch; tokens
+
 
 @struct.dataclass
 class TrainState:
@@ -49,11 +52,16 @@ class Packing:
     index: i32[pieces, parts, R, N].
     used: i32[pieces].
     size: tokens of a block.
+    tile: blocks of one prompt that stand together.
   """
 
   index: Array
   used: Array
   size: int = struct.field(pytree_node=False)
+  tile: int = struct.field(pytree_node=False, default=1)
+
+  def blocks(self, index: Array) -> Blocks:
+    return Blocks(index, self.size, self.tile)
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
@@ -227,12 +235,16 @@ class Programs:
     size = min(t, max(16, min(64, t // 16)))
     splits, devices = self.minibatches * self.microbatches, self.mesh.shape["fsdp"]
     each = -(-t // size)
-    # No more room than all responses of a small batch could fill.
-    room = min(max(self.part_tokens // size, each), p // splits // devices * g * each)
-    packer = Packer(splits, devices, size, room)
+    # A tile reads its prompt's keys once; kernels do so anyway.
+    tile = _TILE if self.model.config.attention == "xla" else 1
+    # Where a batch is small, so are its parts: the last one is half empty on average.
+    here = p // splits // devices * g
+    room = min(self.part_tokens, max(_LEAST_PART, here * t // _PARTS)) // size
+    room = -(-max(room, each) // tile) * tile
+    packer = Packer(splits, devices, size, min(room, here * -(-each // tile) * tile), tile)
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
-    return Packing(*packer(lengths, t), size)
+    return Packing(*packer(lengths, t), size, tile)
 
   def _init_state(self, params: Params) -> TrainState:
     return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
@@ -256,10 +268,10 @@ class Programs:
       prefixes = {key: self._read(*side) for key, side in given.items()}
       if packing is None:
         return self._stats(given, prefixes, tokens, mask, None)[name]
-      (index, used), size = packed, packing.size
+      (index, used), blocks = packed, packing.blocks
 
       def part(i, so_far):
-        stats = self._stats(given, prefixes, tokens, mask, Blocks(index[i], size))[name]
+        stats = self._stats(given, prefixes, tokens, mask, blocks(index[i]))[name]
         return jax.tree.map(jnp.add, so_far, stats)  # 0 outside of its blocks
 
       zeros = jnp.zeros(tokens.shape, jnp.float32)
@@ -376,7 +388,7 @@ class Programs:
     return jnp.broadcast_to(self.objective.advantages(rewards, mask, **more), mask.shape)
 
   def _grad(self, trained, frozen, prompt, tokens, experience: Experience, source, reference,
-            packed: tuple[Array, Array] | None, size: int):
+            packed: tuple[Array, Array] | None, packing: Packing | None):
     """((loss, (sums, peaks)), gradient) of a microbatch: prompts once, responses part by part."""
     params = lora.merge(frozen, trained)
     prompts = {"": prompt}
@@ -403,7 +415,7 @@ class Programs:
       stats = self._stats(sides(trained), prefixes, tokens, here.mask, blocks)
       return self._loss(stats.pop(""), here, stats)
 
-    if packed is None:
+    if packed is None or packing is None:
       return jax.value_and_grad(
           lambda trained: loss(trained, read(trained), None), has_aux=True)(trained)
     index, used = packed
@@ -411,9 +423,9 @@ class Programs:
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
     def part(i, total):
-      return _added(total, grad(trained, kv, Blocks(index[i], size)))
+      return _added(total, grad(trained, kv, packing.blocks(index[i])))
 
-    zeros = _zeros(jax.eval_shape(grad, trained, kv, Blocks(index[0], size)))
+    zeros = _zeros(jax.eval_shape(grad, trained, kv, packing.blocks(index[0])))
     value, (grads, of_kv) = jax.lax.fori_loop(0, used, part, zeros)
     return value, jax.tree.map(jnp.add, grads, pull(of_kv)[0])
 
@@ -445,7 +457,7 @@ class Programs:
     def grad(prompt, tokens, experience, source, *packed):
       experience = dataclasses.replace(experience, state=state.objective)
       return self._grad(state.params, frozen, prompt, tokens, experience, source, reference,
-                        packed or None, packing.size if packing else 0)
+                        packed or None, packing)
 
     parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
                    tokens.shape[0])
