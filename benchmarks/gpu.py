@@ -178,6 +178,12 @@ def describe(card: str, r: dict) -> str:
       f"  {name}: {seconds:.3f} s" for name, seconds in r["parts"].items()])
 
 
+def large(devices) -> models.ModelConfig:
+  """The model that is measured, with the kernels that these devices can have."""
+  config = models.from_hf(CONFIGS[MODEL], dtype="bfloat16")
+  return config.replace(attention=models.choose_attention("auto", devices, config))
+
+
 def main() -> None:
   parser = speed.parser(__doc__)
   parser.add_argument("--tiny", action="store_true", help="a very small model, on any device")
@@ -191,7 +197,7 @@ def main() -> None:
     raise SystemExit(f"benchmarks/gpu.py: no GPU: jax finds {card!r} ({jax.default_backend()}); "
                      "on a machine with one install the extra `gpu`; --tiny runs anywhere")
   else:
-    config, size = models.from_hf(CONFIGS[MODEL], dtype="bfloat16", remat=True), Size()
+    config, size = large(jax.devices()), Size()
   results = speed.Results(args.out or RESULTS, args.again)
   print(describe(card, results.get(card, lambda: measure(config, size), model=MODEL, card=card)))
 

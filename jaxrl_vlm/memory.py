@@ -54,13 +54,14 @@ class Model:
     return count / self.tensor if count % self.tensor == 0 else count
 
   @property
-  def _item(self) -> int:
+  def item(self) -> int:
+    """Bytes of a number in activations."""
     return jnp.dtype(self.config.dtype).itemsize
 
   def keys_and_values(self, positions: float, int8: bool = False) -> float:
     """Of so many positions in all layers."""
     config = self.config
-    each = config.head_dim + 4 if int8 else config.head_dim * self._item
+    each = config.head_dim + 4 if int8 else config.head_dim * self.item
     return 2 * config.num_layers * self._split(config.num_kv_heads) * positions * each
 
   def logits(self, tokens: float) -> float:
@@ -79,10 +80,12 @@ class Model:
   def layer(self, tokens: float) -> float:
     """The widest moment of a forward pass over so many tokens."""
     heads, kv, hidden = self._wide()
-    return tokens * self._item * (4 * self.config.hidden_size + max(2 * heads + 2 * kv, 3 * hidden))
+    return tokens * self.item * (4 * self.config.hidden_size + max(2 * heads + 2 * kv, 3 * hidden))
 
   def scores(self, queries: float, keys: float) -> float:
-    """Of one layer's attention by XLA, twice."""
+    """Of one layer's attention by XLA, twice; kernels hold none."""
+    if self.config.attention != "xla":
+      return 0.0
     most = min(queries * keys, max(_SCORES, keys))
     return 2 * 4 * self._split(self.config.num_heads) * most
 
@@ -93,13 +96,15 @@ class Model:
     each = {"full": config.hidden_size,
             "dots": 3 * config.hidden_size + 2 * heads + 2 * kv + 2 * hidden,
             "none": 7 * config.hidden_size + 4 * heads + 4 * kv + 5 * hidden}[config.remat]
-    return config.num_layers * tokens * each * self._item
+    return config.num_layers * tokens * each * self.item
 
-  def prompts(self, count: float, patches: int, features: int) -> float:
-    """Patches and visual tokens of so many prompts."""
-    config = self.config
-    each = patches * config.vision.patch_dim * 4 + features * config.hidden_size * self._item
-    return count * each
+  def tower(self, patches: int) -> float:
+    """What the vision tower keeps of a prompt for the backward pass."""
+    vision = self.config.vision
+    hidden = (2 if vision.gated_mlp else 1) * vision.intermediate_size
+    each = {"full": vision.hidden_size, "dots": 6 * vision.hidden_size + hidden,
+            "none": 14 * vision.hidden_size + 2 * hidden}[self.config.remat]
+    return vision.depth * patches * each * self.item
 
 
 def rollout(model: Model, length: int, group: int, groups: int, slots: int, admitted: int,
@@ -117,30 +122,40 @@ def rollout(model: Model, length: int, group: int, groups: int, slots: int, admi
     chunk: tokens between two looks of the host.
     int8: the prompts' keys and values are.
   """
-  # What a chunk has made is copied behind what was there; the last chunk is not kept.
-  positions = (-(-tokens // chunk) - 1) * chunk + 2 * chunk
+  # The last chunk is not kept; this one is, and copied behind what was there.
+  positions = -(-tokens // chunk) * chunk
   cells = groups * group
-  decoding = cells * model.keys_and_values(positions) + model.logits(cells)
+  decoding = cells * model.keys_and_values(2 * chunk) + model.logits(cells)
   reading = (admitted * (model.keys_and_values(length) + model.layer(length))
              + admitted * model.scores(length, length))
-  return slots * model.keys_and_values(length, int8) + decoding + reading
+  flight = (slots * model.keys_and_values(length, int8)
+            + cells * model.keys_and_values(positions - chunk))
+  # To move the survivors together takes the flight before and a smaller one after.
+  return max(flight + decoding, flight + reading, 1.5 * flight)
 
 
-def update(model: Model, length: int, prompts: int, group: int, tokens: int, part_tokens: int,
-           gradient: float) -> float:
-  """Bytes that an update needs besides the state and the prompts.
+def update(model: Model, length: int, patches: int, prompts: int, group: int, tokens: int,
+           part_tokens: int, gradient: float, microbatches: int = 1, trains_vision: bool = True
+           ) -> float:
+  """Bytes that an update needs besides the state and the prompts; without masked views.
 
   Args:
     model: on a device.
     length: Lp of the prompts.
+    patches: of a prompt.
     prompts: of a microbatch on this device.
     group: G.
     tokens: T.
     part_tokens: of responses that pass through the model together.
     gradient: bytes of one gradient.
+    microbatches: that gradients are summed over.
+    trains_vision: whether the tower keeps something for a backward pass.
   """
   part = min(max(part_tokens, tokens), prompts * group * tokens)
-  # The gradient of the parts so far and of this one; keys and values, and their gradient.
-  return (2 * gradient + 2 * prompts * model.keys_and_values(length)
-          + model.kept(prompts * length + part) + model.layer(part)
+  # Of the microbatches so far, of this one's parts so far, of this part.
+  gradients = (3 if microbatches > 1 else 2) * gradient
+  tower = prompts * (model.tower(patches) if trains_vision else 0.0)
+  # Keys and values, and their gradient in float32.
+  prefixes = prompts * model.keys_and_values(length) * (1 + 4 / model.item)
+  return (gradients + prefixes + tower + model.kept(prompts * length + part) + model.layer(part)
           + model.logits(512) + prompts * model.scores(length, length))

@@ -12,8 +12,6 @@ from jaxrl_vlm.data.layout import lay_out_patches
 from jaxrl_vlm.models.config import MoE
 from jaxrl_vlm.models.decoder import Prefix
 from jaxrl_vlm.models.published import CONFIGS
-from jaxrl_vlm.rollout.sampler import step_flops
-from jaxrl_vlm.rollout.schedule import Layout
 from tests import tiny, tiny_processor
 
 # XLA also counts norms, rotations, softmax and activations: 4 to 7% in models this narrow.
@@ -146,4 +144,4 @@ def test_sharing_by_hand(tmp_path):
   assert frozen == both - 2 * tower
   # A step of decoding in which 4 responses to 2 prompts, of 3 tokens on average, are cells.
   step = 2 * (4 * token + 4 * (5 + 3) * key) + 4 * 2 * 4 * 10
-  assert step_flops(config, 5, 6, Layout(cells=4, slots=2, width=2)) == step
+  assert flops.decoding_step(config, 4, 4 * (5 + 3)) == step

@@ -79,7 +79,7 @@ def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
   # float32 weights and two moments of 3.75e9 parameters, halved.
   assert np.isclose(programs.held, 3.75e9 * 12 / 2, rtol=0.01)
   assert programs.room == 70e9 - programs.held
-  sizes = 64, 2048, 8, 1024
+  sizes = 64, 2048, 1024, 8, 1024
   fits = next(n for n in (1, 2, 4, 8, 16, 32)
               if programs.update_bytes(*sizes, n) <= programs.room)
   assert fits > 1

@@ -134,7 +134,8 @@ class Blocks:
     response = self.index // each
     return BlockPlaces(
         number=self.index % each, row=jnp.minimum(response // (p * g // rows), rows - 1),
-        reach=each - 1, tile=self.tile)
+        reach=each - 1,
+        tile=self.tile if rows == p else 1)  # samples with prompts of their own share no keys
 
 
 @struct.dataclass

@@ -59,9 +59,10 @@ def _product_forward(x, kernel, dtype):
 def _product_backward(dtype, saved, g):
   del dtype
   x, kernel = saved
+  g = g.astype(x.dtype)  # of float32 logits too: products of one type, and no copy of the kernel
   of_kernel = jax.lax.dot_general(
       x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())))
-  return jnp.matmul(g, kernel.T).astype(x.dtype), of_kernel.astype(kernel.dtype)
+  return jnp.matmul(g, kernel.T), of_kernel
 
 
 product.defvjp(_product_forward, _product_backward)
@@ -245,7 +246,7 @@ def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: 
   def block(part):
     return _attend(part[0], k, v, sees(part[1]), scale)
 
-  # What is added at the end are further copies of the last query.
+  # What is added at the end are zeros that see what the last query sees.
   at = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
   parts = jnp.moveaxis(jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
       q.shape[0], count, size, *q.shape[2:]), 1, 0)

@@ -211,7 +211,7 @@ class Grading:
           raise TypeError(f"RewardPool: a response to id={example.id!r} is {type(text).__name__}")
         new[row * group + i] = example, text[-self._pool._max_chars :]
     self._jobs |= new
-    indices, size = list(new), self._pool._chunk(len(new))
+    indices, size = list(new), self._pool._chunk(len(self._values))
     for start in range(0, len(indices), size):
       self._schedule(indices[start : start + size])
 

@@ -17,20 +17,18 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm import flops, memory, parallel
+from jaxrl_vlm import memory, parallel
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.models.decoder import Cells, Int8, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.rollout.sampling import Sampling, pick
-from jaxrl_vlm.rollout.schedule import Layout, Schedule
+from jaxrl_vlm.rollout.schedule import Layout, Schedule, ladder
 from jaxrl_vlm.types import Array, Params, Prompt, Rollout
 
 if TYPE_CHECKING:
   from jaxrl_vlm.data.processor import Processor
 
 PREFIX_DTYPES = ("auto", "int8")
-# Rollouts in which new layouts are still compiled; later ones make do with those.
-_WARM_UP = 4
 
 
 @struct.dataclass
@@ -90,8 +88,7 @@ class Sampler:
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
     self.room = room
-    self._rollouts = 0
-    self._layouts: dict[Any, set[Layout]] = {}  # that are compiled, by the shape of the prompts
+    self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (NamedSharding(mesh, spec) for spec in (
         Spec("fsdp"), Spec(None, "fsdp", None, heads)))
@@ -272,11 +269,7 @@ class Sampler:
     sampling, parts, chunk = self.sampling, self.parts, self.chunk
     p, g = prompt.tokens.shape[0], sampling.num_samples
     layout, most = self._plan(p, prompt.tokens.shape[1])
-    schedule = Schedule(p // parts, g, parts, layout)
-    known = self._layouts.setdefault((p, prompt.tokens.shape[1]), {layout})
-    cost = functools.partial(step_flops, self.model.config, prompt.tokens.shape[1],
-                             sampling.max_tokens)
-    self._rollouts += 1
+    schedule = Schedule(p // parts, g, parts, ladder(layout))
 
     most_tokens = np.full((p, g), sampling.max_tokens, np.int32)
     if limits is not None:
@@ -298,10 +291,8 @@ class Sampler:
       while (new := schedule.admit(most)) is not None:
         flight = self._admit(params, prompt, flight, new.rows, new.slots, new.cells,
                              by_part[np.arange(parts)[:, None], new.rows])
-      smaller = schedule.smaller(cost, known, self._rollouts <= _WARM_UP)
-      if smaller is not None:
-        known.add(smaller)
-        flight = self._move(flight, *schedule.move(smaller))
+      while schedule.smaller():
+        flight = self._move(flight, *schedule.move())
       flight, out = self._decode(params, flight, *schedule.places(), key)
       *out, done = jax.device_get(out)
 
@@ -318,6 +309,12 @@ class Sampler:
       if finished is not None and rows:
         finished(rows, whole(tokens)[rows], whole(mask)[rows])
 
+    if prompt.tokens.shape not in self._compiled:
+      # What later rollouts may want is compiled in the first: everybody has ended, nothing is done.
+      self._compiled.add(prompt.tokens.shape)
+      while schedule.smaller():
+        flight = self._move(flight, *schedule.move())
+        flight, _ = self._decode(params, flight, *schedule.places(), key)
     return Rollout(tokens=whole(tokens), mask=whole(mask), logp=whole(logp))
 
   def _plan(self, prompts: int, length: int) -> tuple[Layout, int]:
@@ -325,7 +322,7 @@ class Sampler:
     groups, here = self.groups_at_once(prompts, length) // self.parts, prompts // self.parts
     slots, admitted = self._held_and_read(groups, here)
     g = self.sampling.num_samples
-    return Layout(groups * g, slots, g), admitted
+    return Layout(groups * g, slots), admitted
 
   def _held_and_read(self, groups: int, here: int) -> tuple[int, int]:
     """Prompts whose keys and values are held, and those that are read at once."""
@@ -385,27 +382,14 @@ class Sampler:
     flight = jax.eval_shape(lambda: self._empty(layout, prompt.tokens.shape[1]))
     key = jax.eval_shape(lambda: jax.random.key(0))
     cells, slots = numbers(-(-layout.cells // 2)), numbers(layout.slots)
+    places = numbers(layout.slots * g)
     return {
         "admit": self._admit.lower(
             params, prompt, flight, numbers(most), numbers(most), numbers(most, g),
             numbers(most, g)),
         "decode": self._decode.lower(
-            params, flight, numbers(layout.cells), numbers(layout.slots * layout.width), key),
+            params, flight, numbers(layout.cells), places, key),
         "move": self._move.lower(flight, cells, slots)}
-
-
-def step_flops(config: Any, length: int, max_tokens: int, layout: Layout) -> float:
-  """Multiplications and additions of a decoding step of one part, sliding windows left out.
-
-  Args:
-    config: of the model.
-    length: Lp, positions of a prompt.
-    max_tokens: T.
-    layout: of the part.
-  """
-  # Half of its tokens a response has on average.
-  keys = layout.cells * max_tokens / 2 + layout.slots * layout.width * length
-  return flops.decoding_step(config, layout.cells, keys)
 
 
 @functools.lru_cache(maxsize=16)

@@ -86,9 +86,11 @@ def draw(keys: Array, weights: Array, block: int = 256) -> Array:
 
   def first_above(sums, at):  # of running sums; and what is left of `at` there
     below = jnp.cumsum(sums, axis=-1)
-    # Rounding must not lead behind the last one that has any weight.
+    # Running sums are rounded, and not always in order: what has no weight is never chosen, and
+    # where none is above it is the last that has some.
+    above = (below > at[..., None]) & (sums > 0)
     last = jnp.where(sums > 0, jnp.arange(sums.shape[-1]), 0).max(axis=-1)
-    index = jnp.minimum((below <= at[..., None]).sum(axis=-1), last)
+    index = jnp.where(above.any(axis=-1), jnp.argmax(above, axis=-1), last)
     before = jnp.take_along_axis(below - sums, index[..., None], axis=-1)[..., 0]
     return index, at - before
 

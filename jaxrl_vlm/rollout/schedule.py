@@ -7,8 +7,7 @@ of all.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,12 +19,23 @@ class Layout:
   Attributes:
     cells: C, responses that are decoded at once.
     slots: S, prompts whose keys and values are held.
-    width: W, the most responses of one prompt.
   """
 
   cells: int
   slots: int
-  width: int
+
+
+def ladder(layout: Layout, fewest: int = 8) -> list[Layout]:
+  """The layouts that survivors move through, each of half the cells, down to `fewest` or less.
+
+  It is the same for every rollout: its programs are compiled once, and no response is computed
+  otherwise because of what was decoded before it.
+  """
+  rungs = [layout]
+  while rungs[-1].cells > fewest:
+    cells = -(-rungs[-1].cells // 2)
+    rungs.append(Layout(cells, min(layout.slots, cells)))
+  return rungs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +62,11 @@ class Schedule:
     prompt: i32[R, S]; number of the prompt in its part, -1 in a free slot.
   """
 
-  def __init__(self, prompts: int, group: int, parts: int, layout: Layout):
-    """`prompts`: of each part."""
-    self.group, self.layout, self._prompts = group, layout, prompts
+  def __init__(self, prompts: int, group: int, parts: int, layouts: Sequence[Layout]):
+    """`prompts`: of each part; `layouts`: what it may move through, the first to begin with."""
+    self.group, self._prompts = group, prompts
+    layout, *self._smaller = layouts
+    self.layout = layout
     self.sample = np.full((parts, layout.cells), -1, np.int32)
     self.prompt = np.full((parts, layout.slots), -1, np.int32)
     self._next = [0] * parts  # the first prompt of each part that has not begun
@@ -103,8 +115,8 @@ class Schedule:
       self.prompt[r][~np.isin(self.prompt[r], live)] = -1
 
   def places(self) -> tuple[np.ndarray, np.ndarray]:
-    """`place` i32[R, C] and `cell` i32[R, S·W] of `models.decoder.Cells`."""
-    width = self.layout.width
+    """`place` i32[R, C] and `cell` i32[R, S·G] of `models.decoder.Cells`."""
+    width = self.group
     place = np.zeros(self.sample.shape, np.int32)
     cell = np.zeros((len(self.prompt), self.layout.slots * width), np.int32)
     for r, prompts in enumerate(self.prompt):
@@ -114,35 +126,19 @@ class Schedule:
         place[r, mine], cell[r, at] = at, mine
     return place, cell
 
-  def smaller(self, cost: Callable[[Layout], float], known: Collection[Layout], new: bool
-              ) -> Layout | None:
-    """The cheapest layout into which the survivors fit, if it is worth moving.
-
-    Args:
-      cost: of a step in a layout.
-      known: layouts that are compiled already.
-      new: whether another one may be compiled.
-    """
-    if self.waiting or not self.alive.any():
+  def smaller(self) -> Layout | None:
+    """The next layout, once nobody waits and the survivors fit into it."""
+    if self.waiting or not self._smaller:
       return None
-    counts = [np.unique(self.sample[r][self.alive[r]] // self.group, return_counts=True)[1]
-              for r in range(len(self.sample))]
-    need = Layout(int(self.alive.sum(axis=1).max()), max(len(c) for c in counts),
-                  max(int(c.max()) for c in counts if len(c)))
-    now = dataclasses.astuple(self.layout)
-    best = Layout(*itertools.starmap(_halved, zip(now, dataclasses.astuple(need), strict=True)))
-    fitting = [layout for layout in known if _fits(need, layout)]
-    at_hand = min((cost(layout) for layout in fitting), default=cost(self.layout))
-    if new and cost(best) < 0.7 * min(at_hand, cost(self.layout)):
-      return best
-    cheapest = min(fitting, key=cost, default=None)
-    return cheapest if cheapest and cost(cheapest) < 0.9 * cost(self.layout) else None
+    return self._smaller[0] if self.alive.sum(axis=1).max() <= self._smaller[0].cells else None
 
-  def move(self, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Moves the survivors together. Returns the old cells [R, C'] and slots [R, S'] in new order.
+  def move(self) -> tuple[np.ndarray, np.ndarray]:
+    """Moves to the next layout. Returns the old cells [R, C'] and slots [R, S'] in new order.
 
     A free place has the number after the last old one.
     """
+    layout = self._smaller.pop(0)
+
     def order(values, size):
       old = np.full((len(values), size), values.shape[1], np.int32)
       for r, row in enumerate(values):
@@ -155,15 +151,3 @@ class Schedule:
     slots, self.prompt = order(self.prompt, layout.slots)
     self.layout = layout
     return cells, slots
-
-
-def _halved(size: int, need: int) -> int:
-  """`size`, halved as often as it stays at least `need`."""
-  while size > 1 and -(-size // 2) >= need:
-    size = -(-size // 2)
-  return size
-
-
-def _fits(need: Layout, layout: Layout) -> bool:
-  return all(a <= b for a, b in zip(
-      dataclasses.astuple(need), dataclasses.astuple(layout), strict=True))

@@ -11,6 +11,7 @@ from jaxrl_vlm.checkpoint import Unreadable
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.errors import UserError, hint, one_line, validation
 from jaxrl_vlm.models import lora
+from jaxrl_vlm.models.config import REMAT
 from jaxrl_vlm.rollout.sampler import PREFIX_DTYPES
 from jaxrl_vlm.stages import rl, sft
 from jaxrl_vlm.stages.loading import lora_of, objective_of, trainable_of
@@ -24,7 +25,7 @@ KINDS = {"sft": sft.train, "rl": rl.train}
 # What a resumed run may set otherwise without becoming another run.
 MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.every",
               "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept",
-              "config.rollout.chunk", "config.rollout.groups")
+              "config.rollout.groups", "config.device_memory")
 
 
 def run_stage(run: Run, index: int) -> None:
@@ -69,6 +70,8 @@ def check(config: ConfigDict) -> None:
            "an existing directory")
   expect(model.dtype in ("auto", "float32", "bfloat16"), "config.model.dtype", model.dtype,
          "'auto', 'float32' or 'bfloat16'")
+  expect(model.remat in REMAT, "config.model.remat", model.remat,
+         " or ".join(map(repr, REMAT)))
   for name in ("min_pixels", "max_pixels"):
     expect(model[name] >= 0, f"config.model.{name}", model[name], "at least 0 (not changed)")
   settings = model.lora

@@ -188,21 +188,22 @@ class Programs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
         self.rollout_greedy = make_sampler(model, mesh, greedy, params, **rollout)
 
-  def update_bytes(self, prompts: int, length: int, group: int, tokens: int, microbatches: int = 0
-                   ) -> float:
+  def update_bytes(self, prompts: int, length: int, patches: int, group: int, tokens: int,
+                   microbatches: int = 0) -> float:
     """What an update of P prompts needs on each device beside weights and optimizer."""
-    parts = self.minibatches * (microbatches or self.microbatches) * self.mesh.shape["fsdp"]
-    model = memory.Model(self.model.config, self.mesh.shape["tensor"])
-    return memory.update(model, length, prompts // parts, group, tokens, self.part_tokens,
-                         self.gradient)
+    count = microbatches or self.microbatches
+    here = prompts // (self.minibatches * count * self.mesh.shape["fsdp"])
+    return memory.update(
+        memory.Model(self.model.config, self.mesh.shape["tensor"]), length, patches, here, group,
+        tokens, self.part_tokens, self.gradient, count, self.trains_vision)
 
-  def check_update(self, prompts: int, length: int, group: int, tokens: int) -> None:
+  def check_update(self, prompts: int, length: int, patches: int, group: int, tokens: int) -> None:
     """Before an update of these sizes is compiled.
 
     Raises:
       UserError: it cannot fit into the memory of a device; names what would.
     """
-    sizes = prompts, length, group, tokens
+    sizes = prompts, length, patches, group, tokens
     if not self.room or sizes in self._checked:
       return
     need = self.update_bytes(*sizes)
@@ -215,7 +216,8 @@ class Programs:
                 "smaller part_tokens or config.prompt_buckets, or train adapters "
                 "(config.model.lora)")
       raise UserError(
-          f"microbatches={self.microbatches}: an update with prompts of {length} tokens needs "
+          f"microbatches={self.microbatches}: an update with prompts of {length} tokens and "
+          f"{patches} patches needs "
           f"{need / memory.GIB:.1f} GiB on a device beside weights and optimizer "
           f"({self.held / memory.GIB:.1f}), {self.room / memory.GIB:.1f} are free; {advice}")
     self._checked.add(sizes)
@@ -422,11 +424,15 @@ class Programs:
     kv, pull = jax.vjp(read, trained)
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
-    def part(i, total):
-      return _added(total, grad(trained, kv, packing.blocks(index[i])))
+    def of_part(index):
+      value, (grads, of_kv) = grad(trained, kv, packing.blocks(index))
+      # Many parts add up: not in bfloat16.
+      return value, (grads, jax.tree.map(lambda a: a.astype(jnp.float32), of_kv))
 
-    zeros = _zeros(jax.eval_shape(grad, trained, kv, packing.blocks(index[0])))
-    value, (grads, of_kv) = jax.lax.fori_loop(0, used, part, zeros)
+    zeros = _zeros(jax.eval_shape(of_part, index[0]))
+    value, (grads, of_kv) = jax.lax.fori_loop(
+        0, used, lambda i, total: _added(total, of_part(index[i])), zeros)
+    of_kv = jax.tree.map(lambda a, like: a.astype(like.dtype), of_kv, kv)
     return value, jax.tree.map(jnp.add, grads, pull(of_kv)[0])
 
   def _loss(self, stats: TokenStats, experience: Experience, views: Mapping[str, TokenStats]):

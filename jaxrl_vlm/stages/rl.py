@@ -136,16 +136,18 @@ def train(run: Run, index: int) -> None:
     drawn = None
     for step in loop.steps():
       now = drawn or _draw(loop, run.random_key(_ROLLOUT, 0))
-      loop.ahead = None
-      drawn = None
-      if run.config.pipeline == "one_step_off" and not loop.saves(step):
-        # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
-        loop.ahead = loop.data.get_state()
-        drawn = _draw(loop, run.random_key(_AHEAD))
+      if drawn is not None and programs.trains_vision:
+        now.prompt = _seen(loop, now.encoded)  # by the tower that will be updated
+      loop.ahead = drawn = None
+      # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
+      ahead = run.config.pipeline == "one_step_off" and not loop.saves(step)
+      if ahead and not objective.filter_groups:
+        loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
       groups, prompt, scored, sampled = _collect(loop, now)
+      if ahead and objective.filter_groups:  # which may have wanted more of the data
+        loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
       masked = _masked_source(loop, groups)
       packing = programs.pack(groups.mask)
-      programs.check_update(len(groups.examples), prompt.tokens.shape[1], *groups.mask.shape[1:])
       views = _score_views(loop, prompt, groups, scored, masked, packing)
       mask, rewards, logp, truncated, tokens = parallel.put_batch(
           run.mesh, (groups.mask, groups.rewards, groups.logp, groups.truncated, groups.tokens))
@@ -175,7 +177,8 @@ def _plan_memory(run: Run, index: int, programs: Programs) -> None:
   for length in sorted(run.config.prompt_buckets):
     try:
       groups[length] = programs.rollout.groups_at_once(stage.prompts_per_step, length)
-      programs.check_update(stage.prompts_per_step, length, stage.num_samples, stage.max_tokens)
+      programs.check_update(stage.prompts_per_step, length, min(run.config.patch_buckets),
+                            stage.num_samples, stage.max_tokens)
     except UserError:
       if not groups:
         raise
@@ -227,7 +230,11 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   with loop.reading():
     examples = next(loop.data)
     encoded = run.encode(examples)
-  prompt = _seen(loop, encoded)
+    prompt = _seen(loop, encoded)
+    stage, length = loop.stage, prompt.tokens.shape[1]
+    programs.rollout.groups_at_once(len(examples), length)
+    programs.check_update(
+        len(examples), length, prompt.patches.shape[1], stage.num_samples, stage.max_tokens)
   grading = loop.pool.begin(len(examples), loop.stage.num_samples)
   texts: list[list[str]] = [[] for _ in examples]
 

@@ -39,7 +39,8 @@ def train(run: Run, index: int) -> None:
         tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)
-      programs.check_update(len(examples), prompt.tokens.shape[1], *mask.shape[1:])
+      programs.check_update(
+          len(examples), prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:])
       packing = programs.pack(mask)
       prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
       loop.state, metrics = programs.update(

@@ -101,7 +101,7 @@ compiled["update_adapters"] = (
 result = {"kind": topology.devices[0].device_kind, "frozen": size(frozen),
           "planned": {
               "rollout": programs.rollout.need(P, P, LENGTH),
-              "update": programs.update_bytes(P, LENGTH, G, T)},
+              "update": programs.update_bytes(P, LENGTH, PATCHES, G, T)},
           "rollout": [list(map(int, (m.argument_size_in_bytes, m.temp_size_in_bytes))) for m in (
               program.compile().memory_analysis()
               for program in programs.rollout.lower(params, prompt).values())]}

@@ -23,6 +23,7 @@ def get_config(pipeline="one_step_off"):
   rl.optimizer.learning_rate = 1e-2
   config.stages = (rl,)
   config.pipeline = pipeline
+  config.rollout.chunk = 2
   config.checkpoint.every, config.checkpoint.keep = SAVED, 10
   config.rollouts_every, config.rollouts_kept = 1, 4
   return config
@@ -58,6 +59,12 @@ def test_the_policy_that_sampled_is_one_update_older(ahead):
   own = [True, False, False, True, False, False, True]  # the first, and those after a checkpoint
   for step, (value, same) in enumerate(zip(apart, own, strict=True)):
     assert value < 1e-4 if same else value > 1e-3, (step + 1, apart)
+
+
+def test_what_is_updated_is_the_policy_that_is_scored(ahead):
+  """Before its only update a policy is its own `old`, whoever sampled: features included."""
+  for record in records_of(ahead):
+    assert abs(record["objective/approx_kl_k1"]) < 1e-6, record
 
 
 def test_importance_correction_is_on_unless_it_is_set(ahead):
