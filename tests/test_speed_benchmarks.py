@@ -191,3 +191,12 @@ def test_gpu_on_a_very_small_model(config, tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["gpu.py", f"--out={tmp_path / 'gpu.json'}"])
   with pytest.raises(SystemExit, match="no GPU: jax finds 'cpu'"):
     gpu.main()
+
+
+def test_the_gpu_benchmark_asks_for_the_kernels_of_its_card():
+  class Card:
+    platform, device_kind, compute_capability = "gpu", "a card", "9.0"
+
+  config = gpu.large([Card()])
+  assert (config.attention, config.dtype, config.remat) == ("cudnn", "bfloat16", "dots")
+  assert gpu.large(jax.devices()).attention == "xla"

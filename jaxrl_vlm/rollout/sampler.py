@@ -283,8 +283,14 @@ class Sampler:
     left = np.full(p, g)
     first = np.arange(parts)[:, None] * (p // parts) * g
 
-    def whole(a):
-      return a[:, :sampling.max_tokens].reshape(p, g, -1)
+    def groups_of(a):
+      return a.reshape(p, g, -1)
+
+    def tell(rows):
+      if finished is not None and rows:
+        finished(rows, *(groups_of(a)[rows, :, :sampling.max_tokens] for a in (tokens, mask)))
+
+    ended_rows: list[int] = []
 
     flight = self._start(layout, prompt.tokens.shape[1])
     while schedule.waiting or schedule.alive.any():
@@ -294,6 +300,7 @@ class Sampler:
       while schedule.smaller():
         flight = self._move(flight, *schedule.move())
       flight, out = self._decode(params, flight, *schedule.places(), key)
+      tell(ended_rows)  # while the device works
       *out, done = jax.device_get(out)
 
       alive = schedule.alive
@@ -305,9 +312,8 @@ class Sampler:
       ended = (first + schedule.sample)[alive & done]
       schedule.retire(done)
       np.subtract.at(left, ended // g, 1)
-      rows = [int(row) for row in np.unique(ended // g) if not left[row]]
-      if finished is not None and rows:
-        finished(rows, whole(tokens)[rows], whole(mask)[rows])
+      ended_rows = [int(row) for row in np.unique(ended // g) if not left[row]]
+    tell(ended_rows)
 
     if prompt.tokens.shape not in self._compiled:
       # What later rollouts may want is compiled in the first: everybody has ended, nothing is done.
@@ -315,7 +321,7 @@ class Sampler:
       while schedule.smaller():
         flight = self._move(flight, *schedule.move())
         flight, _ = self._decode(params, flight, *schedule.places(), key)
-    return Rollout(tokens=whole(tokens), mask=whole(mask), logp=whole(logp))
+    return Rollout(*(groups_of(a)[..., :sampling.max_tokens] for a in (tokens, mask, logp)))
 
   def _plan(self, prompts: int, length: int) -> tuple[Layout, int]:
     """The layout to begin with, and how many prompts are admitted at once, for each part."""
