@@ -5,9 +5,10 @@
 Images of 1024 x 768 a second on one core, JPEG files and decoded ones, beside the processor of
 transformers that uses Pillow, to equal patches; responses graded a second in worker processes; and
 a small RL run: the seconds of each step in which its main thread reads, preprocesses and collates
-images or waits for rewards, and in how many of them the device had nothing to do. The last count a
-call whole as soon as the device is done before the call is. On a CPU the host's work takes
-processors away from the "device" even where nobody waits for it.
+images, turns tokens into text, hands them to the graders or waits for rewards, and in how many of
+them the device had nothing to do. The last count a call whole as soon as the device is done before
+the call is. On a CPU the host's work takes processors away from the "device" even where nobody
+waits for it.
 
 What is measured so far stands in `host.json` and is not measured again; --again throws it away.
 """
@@ -36,6 +37,7 @@ from jaxrl_vlm import scratch  # noqa: E402
 from jaxrl_vlm.data.images import ImageSettings, preprocess_image  # noqa: E402
 from jaxrl_vlm.example import Example  # noqa: E402
 from jaxrl_vlm.rewards.pool import Grading, RewardPool  # noqa: E402
+from jaxrl_vlm.stages import rl  # noqa: E402
 from jaxrl_vlm.stages.run import StageRun  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "host.json"
@@ -196,16 +198,28 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
       self.data = Watched(self.data, trace)
       run.encode = trace.watch("preprocess", run.encode)
       run.processor.collate = trace.watch("collate", run.processor.collate)
-      # Nothing but the last update: responses are on the host before anything else is waited for.
+      decode, decoding = self.programs.rollout._decode, []
+
+      def decoded(*args):
+        flight, out = decode(*args)
+        decoding[:] = out
+        return flight, out
+
+      self.programs.rollout._decode = decoded
+      # The last update or the last chunk; what else there is somebody waits for at once.
       trace.in_flight = lambda: not all(
-          leaf.is_ready() for leaf in jax.tree.leaves(self.state.params))
+          leaf.is_ready() for leaf in [*jax.tree.leaves(self.state.params), *decoding])
       for step in super().steps():
         trace.next_step()
         if len(trace.steps) == steps + warm_up:
           raise rl_step.Enough
         yield step
 
-  with mock.patch.object(Grading, "result", trace.watch("grade", Grading.result)):
+  with contextlib.ExitStack() as patches:
+    for name, owner, attribute in (("text", rl, "texts_of"), ("hand over", Grading, "add"),
+                                   ("rewards", Grading, "result")):
+      watched = trace.watch(name, getattr(owner, attribute))
+      patches.enter_context(mock.patch.object(owner, attribute, watched))
     rl_step.train(config, folder, Traced)
   return {"shares": trace.shares(warm_up), "step_seconds": statistics.median(trace.steps[warm_up:]),
           "steps": trace.steps, "inside": trace.inside, "idle": trace.idle}

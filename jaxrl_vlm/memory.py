@@ -8,6 +8,7 @@ logits, the widest layer. It is held to what XLA plans for a TPU within a factor
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,8 +73,8 @@ class Model:
     """Numbers of a token: attention's heads, key/value heads, hidden units of the MLP."""
     config = self.config
     hidden = config.intermediate_size
-    if config.moe is not None:
-      hidden = config.moe.intermediate_size * config.moe.experts_per_token
+    if config.moe is not None:  # and a row of the hidden size for each expert, before and after
+      hidden = config.moe.experts_per_token * (config.moe.intermediate_size + config.hidden_size)
     return (self._split(config.num_heads) * config.head_dim,
             self._split(config.num_kv_heads) * config.head_dim, self._split(hidden))
 
@@ -135,9 +136,9 @@ def rollout(model: Model, length: int, group: int, groups: int, slots: int, admi
 
 
 def update(model: Model, length: int, patches: int, prompts: int, group: int, tokens: int,
-           part_tokens: int, gradient: float, microbatches: int = 1, trains_vision: bool = True
-           ) -> float:
-  """Bytes that an update needs besides the state and the prompts; without masked views.
+           part_tokens: int, gradient: float, microbatches: int = 1, trains_vision: bool = True,
+           views: Sequence[int] = (1,)) -> float:
+  """Bytes that an update needs besides the state and the prompts.
 
   Args:
     model: on a device.
@@ -150,12 +151,22 @@ def update(model: Model, length: int, patches: int, prompts: int, group: int, to
     gradient: bytes of one gradient.
     microbatches: that gradients are summed over.
     trains_vision: whether the tower keeps something for a backward pass.
+    views: that have a gradient, how many rows of each stand for a prompt: 1, and for a masked view
+      of each sample G.
   """
   part = min(max(part_tokens, tokens), prompts * group * tokens)
+  rows = prompts * sum(views)
   # Of the microbatches so far, of this one's parts so far, of this part.
   gradients = (3 if microbatches > 1 else 2) * gradient
-  tower = prompts * (model.tower(patches) if trains_vision else 0.0)
+  tower = rows * (model.tower(patches) if trains_vision else 0.0)
   # Keys and values, and their gradient in float32.
-  prefixes = prompts * model.keys_and_values(length) * (1 + 4 / model.item)
-  return (gradients + prefixes + tower + model.kept(prompts * length + part) + model.layer(part)
-          + model.logits(512) + prompts * model.scores(length, length))
+  prefixes = rows * model.keys_and_values(length) * (1 + 4 / model.item)
+  return (gradients + prefixes + tower + model.kept(rows * length + len(views) * part)
+          + model.layer(part) + model.logits(512) + rows * model.scores(length, length))
+
+
+def score(model: Model, length: int, rows: int, part_tokens: int) -> float:
+  """Bytes that scores need besides weights and prompts: so many rows of prompts of a microbatch on
+  this device are read, and `part_tokens` of responses pass through the model."""
+  return (rows * (model.keys_and_values(length) + model.layer(length))
+          + rows * model.scores(length, length) + model.layer(part_tokens) + model.logits(512))

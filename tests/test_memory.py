@@ -1,8 +1,11 @@
 """What a device holds, by formula, and what a run does with it before anything is compiled."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl_vlm import memory, models, objectives, parallel, train
@@ -90,6 +93,33 @@ def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
     programs.check_update(*sizes)
 
 
+def test_views_need_memory_of_their_own(config):
+  model = memory.Model(config)
+  plain = dict(length=1024, patches=4096, prompts=2, group=8, tokens=512, part_tokens=4096,
+               gradient=0.0, trains_vision=False)
+  # A row more for each prompt: what its layers keep, keys and values, their gradient; and the part.
+  row = 2 * (model.kept(1024) + model.keys_and_values(1024) * 3 + model.scores(1024, 1024))
+  one, two, nine = (memory.update(model, **plain, views=v) for v in ((1,), (1, 1), (1, 8)))
+  assert np.isclose(two - one, row + model.kept(4096))
+  assert np.isclose(nine - two, 7 * row)
+
+  mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, jax.devices()[:1])
+  slim = dataclasses.replace(config, remat="full")
+
+  def need(name, **fields):
+    programs = Programs(
+        models.VLM(slim), mesh, objectives.create(name, **fields), optax.sgd(0.0),
+        models.abstract_params(slim), trainable=("!vision",), capacity=70e9,
+        black=np.zeros(1), white=np.ones(1))
+    return programs.update_bytes(32, 2048, 4096, 8, 64)
+
+  by_prompt = need("vppo", mask_per="prompt")
+  # Scores read 8 rows for each prompt; a masked view with gradient is all rows once more.
+  by_sample = need("vppo", mask_per="sample")
+  assert by_sample == memory.score(memory.Model(slim), 2048, 32 * 8, 4096) > 1.5 * by_prompt
+  assert need("papo", masked_gradient=True, mask_per="prompt", kl_coef=0.0) > 1.3 * by_prompt
+
+
 def test_a_run_says_what_it_plans_and_what_cannot_fit(tmp_path, one_device, capsys, monkeypatch):
   config = tiny_run.get_config()
   config.stages = (config.stages[1],)
@@ -102,4 +132,7 @@ def test_a_run_says_what_it_plans_and_what_cannot_fit(tmp_path, one_device, caps
   monkeypatch.setattr(Programs, "_update", lambda *_: compiled.append(1))
   with pytest.raises(UserError, match="num_samples=2: one group for a prompt of 64 tokens needs"):
     train.train(config, tmp_path / "does not fit")
+  config.stages = (tiny_run.get_config().stages[0],)  # supervised
+  with pytest.raises(UserError, match="microbatches=1: an update with prompts of 64 tokens"):
+    train.train(config, tmp_path / "does not fit either")
   assert not compiled

@@ -190,12 +190,20 @@ class Programs:
 
   def update_bytes(self, prompts: int, length: int, patches: int, group: int, tokens: int,
                    microbatches: int = 0) -> float:
-    """What an update of P prompts needs on each device beside weights and optimizer."""
-    count = microbatches or self.microbatches
+    """What scores and update of P prompts need on each device beside weights and optimizer."""
+    count, objective = microbatches or self.microbatches, self.objective
     here = prompts // (self.minibatches * count * self.mesh.shape["fsdp"])
-    return memory.update(
-        memory.Model(self.model.config, self.mesh.shape["tensor"]), length, patches, here, group,
-        tokens, self.part_tokens, self.gradient, count, self.trains_vision)
+    model = memory.Model(self.model.config, self.mesh.shape["tensor"])
+
+    def rows(view):
+      return group if view == "masked" and objective.mask_per == "sample" else 1
+
+    need = memory.update(
+        model, length, patches, here, group, tokens, self.part_tokens, self.gradient, count,
+        self.trains_vision, (1, *map(rows, objective.grad_views)))
+    scores = [memory.score(model, length, here * rows(view), self.part_tokens)
+              for view in objective.views]
+    return max(need, *scores) if scores else need
 
   def check_update(self, prompts: int, length: int, patches: int, group: int, tokens: int) -> None:
     """Before an update of these sizes is compiled.
@@ -213,7 +221,7 @@ class Programs:
               if most % n == 0 and self.update_bytes(*sizes, n) <= self.room]
       advice = (f"microbatches={fits[0]} fits" if fits else
                 "no number of microbatches fits: use more devices, config.model.remat='full', "
-                "smaller part_tokens or config.prompt_buckets, or train adapters "
+                "smaller config.prompt_buckets or part_tokens of an RL stage, or train adapters "
                 "(config.model.lora)")
       raise UserError(
           f"microbatches={self.microbatches}: an update with prompts of {length} tokens and "

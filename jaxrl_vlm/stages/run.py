@@ -2,6 +2,7 @@
 around a training step (metrics, checkpoints, evaluation, stopping)."""
 
 import contextlib
+import functools
 import pathlib
 import signal
 import sys
@@ -407,10 +408,18 @@ def _copy(tree: Params) -> Params:
 
 
 def _count_compilations() -> Callable[[], tuple[int, float]]:
-  """Starts watching XLA compile in this process; the result tells how often so far, and seconds.
+  """The result tells how often XLA has compiled in this process since now, and seconds.
 
   A program that comes from the cache on disk counts too, with the time it takes to read it.
   """
+  taken = _compile_seconds()
+  before = len(taken)
+  return lambda: (len(taken) - before, sum(taken[before:]))
+
+
+@functools.cache  # jax listens for as long as the process lives
+def _compile_seconds() -> list[float]:
+  """Of everything that is compiled from now on."""
   taken: list[float] = []
 
   def listen(event: str, duration_secs: float, **_) -> None:
@@ -418,4 +427,4 @@ def _count_compilations() -> Callable[[], tuple[int, float]]:
       taken.append(duration_secs)
 
   jax.monitoring.register_event_duration_secs_listener(listen)
-  return lambda: (len(taken), sum(taken))
+  return taken

@@ -25,6 +25,9 @@ def train(run: Run, index: int) -> None:
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
                       trainable=run.trainable, microbatches=stage.microbatches,
                       capacity=run.capacity)
+  # The shortest prompts must fit.
+  programs.check_update(stage.prompts_per_step, min(run.config.prompt_buckets),
+                        min(run.config.patch_buckets), 1, stage.max_tokens)
 
   grading: contextlib.AbstractContextManager[RewardPool | None] = contextlib.nullcontext()
   if stage.eval.examples:
