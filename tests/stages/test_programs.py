@@ -409,27 +409,33 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
 # -- Packed ----------------------------------------------------------------------------------------
 
 PACKED = (("grpo", {}, {}), ("gspo", {}, dict(microbatches=2)),
-          ("vppo", {}, dict(minibatches=2)),
+          ("vppo", {}, dict(microbatches=2, minibatches=2)),
           ("papo", dict(masked_gradient=True, mask_rate=0.8), dict(microbatches=2)),
           ("kl_cov", dict(cov_share=0.3), {}),
           ("papo", dict(masked_gradient=True, perception_kl="full", kl="full"), {}))
+
+
+def four_times(setup, experience):
+  """Longer responses of all lengths: tokens, mask, experience."""
+  _, _, _, tokens, mask, _ = setup
+  tokens, mask = (np.concatenate([a] * 4, axis=-1) for a in (tokens, mask))
+  lengths = np.random.default_rng(5).integers(0, mask.shape[-1] + 1, (P, G, 1))
+  mask = mask & (np.arange(mask.shape[-1]) < lengths)
+  longer = jax.tree.map(
+      lambda a: np.concatenate([np.asarray(a)] * 4, axis=-1) if np.ndim(a) == 3 else a, experience)
+  return tokens, mask, longer.replace(mask=mask)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields", "split"), PACKED)
 def test_packing_changes_nothing(name, fields, split, setup, make, experience):
   """Blocks of responses, several parts: the same scores, gradients and metrics as with padding."""
-  _, params, prompt, tokens, mask, _ = setup
-  tokens, mask = (np.concatenate([a] * 4, axis=-1) for a in (tokens, mask))
-  lengths = np.random.default_rng(5).integers(0, mask.shape[-1] + 1, (P, G, 1))
-  mask = mask & (np.arange(mask.shape[-1]) < lengths)
-  longer = jax.tree.map(
-      lambda a: np.concatenate([np.asarray(a)] * 4, axis=-1) if np.ndim(a) == 3 else a, experience)
-  longer = longer.replace(mask=mask)
+  _, params, prompt, *_ = setup
+  tokens, mask, longer = four_times(setup, experience)
   objective = objectives.create(name, **fields)
   program = make(objective, part_tokens=32, **split)
   packing = program.pack(mask)
-  assert packing.size == 16 and max(packing.used) > 1
+  assert packing.size == 16 and sum(packing.used) > 1
   key = jax.random.key(4)
   for score, more in ((program.score, ()), (program.score_masked, (key,))):
     plain, packed = (score(params, prompt, tokens, mask, *more, p) for p in (None, packing))
@@ -440,5 +446,28 @@ def test_packing_changes_nothing(name, fields, split, setup, make, experience):
           for p in (None, packing)]
   (plain, metrics), (packed, others) = outs
   assert_close_trees(packed.opt_state, plain.opt_state, share=2e-4)
+  for metric, value in metrics.items():
+    np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.slow
+def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
+  """Each device has blocks of its own prompts, and not all have equally many parts of them."""
+  model, params, prompt, *_, black = setup
+  tokens, mask, longer = four_times(setup, experience)
+  objective, key = objectives.create("vppo"), jax.random.key(4)
+  mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, devices=jax.devices()[:2])
+  both = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
+                  black=black, part_tokens=32)
+  packing = both.pack(mask)
+  assert packing.index.shape[2] == 2 and max(packing.used) > 1
+  single = make(objective)
+  plain = single.score_masked(params, prompt, tokens, mask, key)
+  packed = both.score_masked(params, prompt, tokens, mask, key, packing)
+  np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
+  state, metrics = single.update(fresh(single, params), {}, prompt, tokens, longer, key, None)
+  found, others = both.update(
+      fresh(both, params), {}, prompt, tokens, longer, key, None, packing)
+  assert_close_trees(jax.device_get(found.opt_state), jax.device_get(state.opt_state), share=2e-4)
   for metric, value in metrics.items():
     np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)
