@@ -264,9 +264,10 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
   return layers.merge((mean, lse), own)[0].reshape(q.shape)
 
 
-def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells):
-  """Attention of one query for each cell over its prompt, its chunks, this chunk. [R, C, H, D]."""
-  r, c = q.shape[:2]
+def _over_cells(config, q, k, v, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells):
+  """Attention of one query for each cell [R, C, H, D] over its prompt, the chunks before, what this
+  chunk has, and its own key and value [R, C, K, D]. [R, C, H, D]."""
+  r, c, h = q.shape[:3]
   scale = config.attention_scale
   age = cells.used + cells.step  # of the query, in tokens of the response
 
@@ -287,8 +288,12 @@ def _over_cells(config, q, sliding, prefix_kv, prefix_length, own_kv, chunk_kv, 
     mean, lse = (a[:, 0].reshape(r, c, *a.shape[2:]) for a in out)
     return mean, lse
 
+  def of_heads(a):  # [R, C, K, D] -> [R, C, H, D]
+    return jnp.repeat(a, h // a.shape[2], axis=2)
+
+  itself: Any = jnp.einsum("rchd,rchd->rch", q, of_heads(k), preferred_element_type=jnp.float32)
   zero = jnp.zeros_like(cells.used)
-  parts = [over_own(chunk_kv, cells.used, zero + cells.step + 1)]
+  parts = [(of_heads(v), itself * scale), over_own(chunk_kv, cells.used, zero + cells.step)]
 
   size = own_kv[0].shape[3]
   if size:
@@ -329,7 +334,7 @@ class DecoderLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, angles, prefix_length, images,
+  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, turns, prefix_length, images,
                deepstack, places, cells):
     """One layer.
 
@@ -339,8 +344,8 @@ class DecoderLayer(nn.Module):
       sliding: bool scalar; this layer sees `sliding_window` tokens back.
       prefix_kv: of this layer, or None.
       own_kv: of the cells, of this layer, or None.
-      angles: f32[P, G, T, head_dim / 2] of the layers that see everything, and of those that slide
-        (None where there are none).
+      turns: f32[P, G, T, 2, head_dim / 2] of the layers that see everything, and of those that
+        slide (None where there are none).
       prefix_length: i32[P] or None.
       images: i32[P, T]; number of the image that a prompt's token belongs to, 0 for text; None
         where images are seen like text.
@@ -370,7 +375,7 @@ class DecoderLayer(nn.Module):
     v = heads(config.num_kv_heads, "v")
     if config.qk_norm:
       q, k = norm("q_norm")(q), norm("k_norm")(k)
-    here = angles[0] if angles[1] is None else jnp.where(sliding, angles[1], angles[0])
+    here = turns[0] if turns[1] is None else jnp.where(sliding, turns[1], turns[0])
     q, k = layers.rotate(q, here), layers.rotate(k, here)
 
     out = None
@@ -380,13 +385,14 @@ class DecoderLayer(nn.Module):
       y = _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images)
       out = k.swapaxes(2, 3), v.swapaxes(2, 3)
     else:
+      # Read before it is written: else XLA for CPU copies the whole chunk.
+      chunk_kv = [jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in chunk]
+      y = _over_cells(config, q[:, :, 0], k[:, :, 0], v[:, :, 0], sliding, prefix_kv,
+                      prefix_length, own_kv, chunk_kv, cells)
       at = (layer, 0, 0, 0, cells.step, 0)
       chunk = tuple(
           jax.lax.dynamic_update_slice(into, new.swapaxes(2, 3)[None].astype(into.dtype), at)
           for into, new in zip(chunk, (k, v), strict=True))
-      chunk_kv = [jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in chunk]
-      y = _over_cells(
-          config, q[:, :, 0], sliding, prefix_kv, prefix_length, own_kv, chunk_kv, cells)
 
     y = layers.Dense(config.hidden_size, False, config.dtype, config.lora, name="o")(
         y.reshape(p, g, t, -1))
@@ -422,7 +428,7 @@ class Decoder(nn.Module):
   def __call__(
       self, x: Array, positions: Array, prefix: Prefix | None = None, cells: Cells | None = None,
       images: Array | None = None, deepstack: Array | None = None,
-      places: BlockPlaces | None = None) -> tuple[Array, Any, Any]:
+      places: BlockPlaces | None = None, finish: bool = True) -> tuple[Array, Any, Any]:
     """Runs a stream.
 
     Args:
@@ -433,20 +439,21 @@ class Decoder(nn.Module):
       images: i32[P, T]; of prompts: tokens with the same number above 0 see each other.
       deepstack: [n, P, T, D]; of prompts: added after the first n layers.
       places: of responses in blocks, x [R, N, B, D].
+      finish: whether the final norm follows.
 
     Returns:
-      hidden [P, G, T, D] after the final norm; the streams' keys and values
+      hidden [P, G, T, D]; the streams' keys and values
       ([L, P, G, K, T, D] each; None with places or cells); the cells, one token further.
     """
     config = self.config
 
-    def angles(theta, factor, axes):
+    def turns(theta, factor, axes):
       freq = layers.frequencies(config.head_dim, theta) / factor
-      return jnp.take(positions, axes, axis=-1).astype(jnp.float32) * freq
+      return layers.turns(jnp.take(positions, axes, axis=-1).astype(jnp.float32) * freq)
 
     axes = _rotary_axes(config)
-    every = angles(config.rope_theta, config.rope_factor, axes)
-    near = angles(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
+    every = turns(config.rope_theta, config.rope_factor, axes)
+    near = turns(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
     sliding = jnp.array(config.sliding_layers or (False,) * config.num_layers)
 
     layer = layers.rematted(DecoderLayer, config.remat)
@@ -468,4 +475,4 @@ class Decoder(nn.Module):
       cells = dataclasses.replace(
           cells, chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
     norm = layers.RMSNorm(config.rms_norm_eps, config.norm_offset, name="norm")
-    return norm(x), kv, cells
+    return norm(x) if finish else x, kv, cells

@@ -209,9 +209,16 @@ def frequencies(dim: int, theta: float) -> Array:
   return 1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
 
 
-def rotate(x: Array, angles: Array) -> Array:
-  """Rotary embedding, halves convention. x: [..., H, D]; angles: f32[..., D/2]; in float32."""
-  cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+def turns(angles: Array) -> Array:
+  """Cosines and sines f32[..., 2, D/2] of angles f32[..., D/2]: once for all layers and heads."""
+  both = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-2)
+  # Else XLA for CPU computes them again wherever they are used, for each head.
+  return jax.lax.optimization_barrier(both)
+
+
+def rotate(x: Array, turns: Array) -> Array:
+  """Rotary embedding, halves convention, in float32. x: [..., H, D]; turns: f32[..., 2, D/2]."""
+  cos, sin = turns[..., None, 0, :], turns[..., None, 1, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return rotated.astype(x.dtype)

@@ -114,10 +114,16 @@ class VLM(nn.Module):
     hidden, _, _ = self.decoder(self.embed(inputs), positions, prefix, places=places)
     return hidden if blocks is not None else hidden.reshape(p, g, t, -1)
 
-  def decode(self, token: Array, position: Array, prefix: Prefix, cells: Cells):
-    """One step: token i32[R, C] at position i32[R, C] -> hidden [R, C, D] and the cells."""
-    positions = jnp.broadcast_to(position[..., None, None], (*token.shape, 1, 3))
-    hidden, _, cells = self.decoder(self.embed(token)[:, :, None], positions, prefix, cells)
+  def decode(self, x: Array, position: Array, prefix: Prefix, cells: Cells, begin: bool = True,
+             finish: bool = True):
+    """One step: token i32[R, C] at position i32[R, C] -> hidden [R, C, D] and the cells.
+
+    Of a model that has only some of the layers, x and what is returned lie between layers: x is
+    tokens if it has the first (`begin`), hidden is normed if it has the last (`finish`).
+    """
+    positions = jnp.broadcast_to(position[..., None, None], (*position.shape, 1, 3))
+    x = self.embed(x) if begin else x
+    hidden, _, cells = self.decoder(x[:, :, None], positions, prefix, cells, finish=finish)
     return hidden[:, :, 0], cells
 
   def unembed(self, hidden: Array) -> Array:

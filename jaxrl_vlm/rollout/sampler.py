@@ -60,6 +60,11 @@ class Flight:
   sample: Array
 
 
+def _chunk(cells: Cells) -> dict[str, Array]:
+  """What a step of decoding changes."""
+  return {name: getattr(cells, name) for name in ("chunk_k", "chunk_v", "step")}
+
+
 class Sampler:
   """(params, prompt, key) -> Rollout, for one model, mesh and way of sampling.
 
@@ -74,10 +79,13 @@ class Sampler:
       for all of a batch, or as many as there is room for.
     room: bytes on each device for all this but the weights; 0 if that is not known.
     prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
+    layers: of the model that decoding takes as one loop; 0: all, but on a CPU 1: there a loop over
+      layers copies the weights, keys and values of each out of the stack, for every token.
   """
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
-               chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto", room: float = 0):
+               chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto", room: float = 0,
+               layers: int = 0):
     if prefix_dtype not in PREFIX_DTYPES:
       raise ValueError(f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of "
                        f"{', '.join(PREFIX_DTYPES)}")
@@ -88,6 +96,8 @@ class Sampler:
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
     self.room = room
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    self.layers = layers or (1 if on_cpu else model.config.num_layers)
     self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (NamedSharding(mesh, spec) for spec in (
@@ -177,7 +187,6 @@ class Sampler:
     """Takes every response a chunk further: the flight, and tokens, mask, logp [R, C, n], done."""
     model, sampling = self.model, self.sampling
     config, chunk = model.config, self.chunk
-    variables, apply = {"params": params}, cast(Any, model.apply)
     stops = jnp.array(config.stop_tokens, jnp.int32)
     # Greedy choice has no temperature; its log-probabilities are reported at 1.
     temperature = sampling.temperature or 1.0
@@ -185,22 +194,37 @@ class Sampler:
     def flat(a):  # [L, R, S, ...] -> [L, R·S, ...]
       return a.reshape(a.shape[0], -1, *a.shape[3:])
 
-    prefix_k, prefix_v = jax.tree.map(flat, (flight.prefix_k, flight.prefix_v))
-    prefix = Prefix(prefix_k, prefix_v, flight.length.reshape(-1))
     fold = jax.vmap(jax.vmap(jax.random.fold_in))
     keys = fold(jnp.broadcast_to(key, flight.sample.shape), flight.sample)
     live = jnp.where(flight.done, 0, flight.used)
     shape = (config.num_layers, *flight.used.shape, config.num_kv_heads, chunk, config.head_dim)
-    cells = Cells(
-        flight.k, flight.v, jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), live,
-        live.max(), jnp.zeros((), jnp.int32), place, cell)
+    empty = jnp.zeros(shape, config.dtype)
+    prefix_k, prefix_v = jax.tree.map(flat, (flight.prefix_k, flight.prefix_v))
+    parts: list[tuple[Callable, Prefix, Cells]] = []
+    for first in range(0, config.num_layers, self.layers):
+      def some(a, first=first):
+        return jax.tree.map(lambda a: a[first:first + self.layers], a)
+
+      parts.append((
+          self._part(params, first),
+          Prefix(some(prefix_k), some(prefix_v), flight.length.reshape(-1)),
+          Cells(some(flight.k), some(flight.v), some(empty), some(empty), live, live.max(),
+                jnp.zeros((), jnp.int32), place, cell)))
+
+    def forward(token, position, chunks):
+      """hidden [R, C, D] and keys and values of this chunk, one token further."""
+      x, after = token, []
+      for i, (apply, prefix, cells) in enumerate(parts):
+        here = dataclasses.replace(cells, **chunks[i])
+        x, here = apply(x, position, prefix, here, begin=not i, finish=i == len(parts) - 1)
+        after.append(_chunk(here))
+      return x, after
 
     def step(state):
-      token, done, (chunk_k, chunk_v, t), tokens, mask, logps = state
-      here = dataclasses.replace(cells, chunk_k=chunk_k, chunk_v=chunk_v, step=t)
-      hidden, here = apply(
-          variables, token, flight.position + t, prefix, here, method="decode")
-      logits = apply(variables, hidden, temperature, method="response_logits")
+      token, done, t, chunks, tokens, mask, logps = state
+      hidden, chunks = forward(token, flight.position + t, chunks)
+      logits: Any = self.model.apply(
+          {"params": params}, hidden, temperature, method="response_logits")
       age = flight.used + t
       token, logp = pick(fold(keys, age), logits, sampling)
       token = jnp.where(done, config.pad_token, token)
@@ -211,16 +235,18 @@ class Sampler:
       tokens, mask = write(tokens, token), write(mask, ~done)
       logps = write(logps, jnp.where(done, 0.0, logp))
       done = done | jnp.isin(token, stops) | (age + 1 >= flight.limit)
-      return token, done, (here.chunk_k, here.chunk_v, here.step), tokens, mask, logps
+      return token, done, t + 1, chunks, tokens, mask, logps
 
     def unfinished(state):
-      return (state[2][2] < chunk) & ~jnp.all(state[1])
+      return (state[2] < chunk) & ~jnp.all(state[1])
 
     out = (*flight.used.shape, chunk)
-    token, done, (chunk_k, chunk_v, _), tokens, mask, logp = jax.lax.while_loop(
+    token, done, _, chunks, tokens, mask, logp = jax.lax.while_loop(
         unfinished, step,
-        (flight.token, flight.done, (cells.chunk_k, cells.chunk_v, cells.step),
+        (flight.token, flight.done, jnp.zeros((), jnp.int32), [_chunk(part[2]) for part in parts],
          jnp.full(out, config.pad_token, jnp.int32), jnp.zeros(out, bool), jnp.zeros(out)))
+    chunk_k, chunk_v = (
+        jnp.concatenate([part[name] for part in chunks]) for name in ("chunk_k", "chunk_v"))
 
     def keep(into, new):  # behind what each cell has
       def one(into, new, used):  # [L, K, T', D], [L, K, n, D]
@@ -233,6 +259,20 @@ class Sampler:
         flight, k=keep(flight.k, chunk_k), v=keep(flight.v, chunk_v), used=flight.used + chunk,
         token=token, position=flight.position + chunk, done=done)
     return flight, (tokens, mask, logp, done)
+
+  def _part(self, params: Params, first: int) -> Callable:
+    """`VLM.decode` of `self.layers` layers from number `first` on."""
+    config, count = self.model.config, self.layers
+    if count >= config.num_layers:
+      model = self.model
+    else:
+      end = min(first + count, config.num_layers)
+      model = VLM(config.replace(
+          num_layers=end - first, sliding_layers=config.sliding_layers[first:end]))
+      decoder = params["decoder"]
+      some = jax.tree.map(lambda a: a[first:end], decoder["layers"])
+      params = {**params, "decoder": {**decoder, "layers": some}}
+    return functools.partial(cast(Any, model.apply), {"params": params}, method="decode")
 
   def _move_(self, flight: Flight, cells: Array, slots: Array) -> Flight:
     """The flight in another layout; see `Schedule.move`."""
