@@ -10,6 +10,8 @@ them the device had nothing to do. The last count a call whole as soon as the de
 the call is. On a CPU the host's work takes processors away from the "device" even where nobody
 waits for it.
 
+And where the seconds of a step go, once with every program waited for: docs/images/step.png.
+
 What is measured so far stands in `host.json` and is not measured again; --again throws it away.
 """
 
@@ -44,6 +46,10 @@ RESULTS = ROOT / "benchmarks" / "host.json"
 ASKED = 1.0  # images a second, over those of transformers
 # Name: side of the images in pixels, prompts of a step.
 RUNS = {"64 visual tokens": (224, 16), "1024 visual tokens": (896, 4)}
+PICTURE = ROOT / "docs" / "images" / "step.png"
+# The parts of a step, and the calls that are in them.
+PARTS = {"images on the host": ("read", "preprocess", "collate"), "vision tower": ("see",),
+         "rollout": ("rollout",), "rewards": ("rewards",), "update": ("pack", "update")}
 
 
 def picture(seed: int, size: tuple[int, int] = (1024, 768)) -> Image.Image:
@@ -150,12 +156,13 @@ class Trace:
       self.idle.append(dict(self._here[1]))
     self._begun, self._here = now, (collections.Counter(), collections.Counter())
 
-  def watch(self, name: str, function):
-    @functools.wraps(function)
+  def watch(self, name: str, function, wait: bool = False):
+    """The function, timed; with `wait` until its result is there."""
     def watched(*args, **kwargs):
       start = time.perf_counter()
       try:
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        return jax.block_until_ready(result) if wait else result
       finally:
         seconds = time.perf_counter() - start
         self._here[0][name] += seconds
@@ -175,40 +182,33 @@ class Trace:
 
 
 class Watched:
-  """An iterator whose `next` is watched."""
+  """An iterator or a callable of which that is watched."""
 
-  def __init__(self, inner, trace: Trace):
-    self._inner, self._next = inner, trace.watch("read", inner.__next__)
+  def __init__(self, inner, watched):
+    self._inner, self._watched = inner, watched
 
   def __next__(self):
-    return self._next()
+    return self._watched()
+
+  def __call__(self, *args, **kwargs):
+    return self._watched(*args, **kwargs)
 
   def __getattr__(self, name):
     return getattr(self._inner, name)
 
 
-def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2) -> dict:
-  """Of an RL run in `folder`: who waits for the host."""
+def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) -> Trace:
+  """An RL run in `folder`; `watch(trace, stage_run)` says what else of it is timed."""
   trace = Trace()
 
   class Traced(StageRun):
 
     def steps(self):
       run = self.run
-      self.data = Watched(self.data, trace)
+      self.data = Watched(self.data, trace.watch("read", self.data.__next__))
       run.encode = trace.watch("preprocess", run.encode)
       run.processor.collate = trace.watch("collate", run.processor.collate)
-      decode, decoding = self.programs.rollout._decode, []
-
-      def decoded(*args):
-        flight, out = decode(*args)
-        decoding[:] = out
-        return flight, out
-
-      self.programs.rollout._decode = decoded
-      # The last update or the last chunk; what else there is somebody waits for at once.
-      trace.in_flight = lambda: not all(
-          leaf.is_ready() for leaf in [*jax.tree.leaves(self.state.params), *decoding])
+      watch(trace, self)
       for step in super().steps():
         trace.next_step()
         if len(trace.steps) == steps + warm_up:
@@ -221,8 +221,70 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
       watched = trace.watch(name, getattr(owner, attribute))
       patches.enter_context(mock.patch.object(owner, attribute, watched))
     rl_step.train(config, folder, Traced)
+  return trace
+
+
+def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2) -> dict:
+  """Of an RL run in `folder`: who waits for the host."""
+  def watch(trace, loop):
+    decode, decoding = loop.programs.rollout._decode, []
+
+    def decoded(*args):
+      flight, out = decode(*args)
+      decoding[:] = out
+      return flight, out
+
+    loop.programs.rollout._decode = decoded
+    # The last update or the last chunk; what else there is somebody waits for at once.
+    trace.in_flight = lambda: not all(
+        leaf.is_ready() for leaf in [*jax.tree.leaves(loop.state.params), *decoding])
+
+  trace = traced_run(config, folder, watch, steps, warm_up)
   return {"shares": trace.shares(warm_up), "step_seconds": statistics.median(trace.steps[warm_up:]),
           "steps": trace.steps, "inside": trace.inside, "idle": trace.idle}
+
+
+def parts_of_step(config, folder: pathlib.Path, steps: int = 5, warm_up: int = 2) -> dict:
+  """Of an RL run in `folder`: seconds of the parts of a step, each waited for."""
+  def watch(trace, loop):
+    for name in ("see", "rollout", "pack", "update"):
+      program = getattr(loop.programs, name)
+      setattr(loop.programs, name, Watched(program, trace.watch(name, program, wait=True)))
+
+  trace = traced_run(config, folder, watch, steps, warm_up)
+  parts = {part: statistics.median(
+      sum(row.get(name, 0.0) for name in names) for row in trace.inside[warm_up:])
+      for part, names in PARTS.items()}
+  whole = statistics.median(trace.steps[warm_up:])
+  return {"parts": parts | {"everything else": max(0.0, whole - sum(parts.values()))},
+          "step_seconds": whole}
+
+
+def draw(values: dict, path: pathlib.Path) -> None:
+  """The parts of a step side by side, a bar for each run."""
+  from matplotlib.figure import Figure
+
+  runs = {name: values[f"parts, {name}"] for name in RUNS if f"parts, {name}" in values}
+  figure = Figure(figsize=(9, 0.9 + 0.7 * len(runs)), layout="constrained")
+  axes = figure.subplots()
+  colours = ("#94a3b8", "#16a34a", "#2563eb", "#dc2626", "#d97706", "#e2e8f0")
+  for row, r in enumerate(runs.values()):
+    left = 0.0
+    for (part, seconds), colour in zip(r["parts"].items(), colours, strict=True):
+      share = seconds / r["step_seconds"]
+      axes.barh(row, share, left=left, color=colour, label=part if not row else None)
+      if share > 0.04:
+        axes.text(left + share / 2, row, f"{seconds:.2f} s", ha="center", va="center", fontsize=9)
+      left += share
+  axes.set_yticks(range(len(runs)), [
+      f"{RUNS[name][1]} prompts of\n{name}" for name in runs])
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1)
+  axes.xaxis.set_major_formatter("{x:.0%}")
+  axes.set_xlabel("of a step's time")
+  figure.legend(loc="outside upper center", ncols=len(colours), fontsize=8, frameon=False)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=110)
 
 
 def run_config(folder: pathlib.Path, model: pathlib.Path, side: int, prompts: int):
@@ -258,11 +320,16 @@ def main() -> None:
     scratch.create(folder / "model", rl_step.ARCHITECTURE,
                    [rl_step.QUESTION, *(f"the word {i}" for i in range(4000))])
     for name, (side, prompts) in RUNS.items():
-      def measure(side=side, prompts=prompts):
-        config = run_config(folder, folder / "model", side, prompts)
-        return critical_path(config, folder / f"run{side}")
+      def measure(find, side=side, prompts=prompts):
+        here = folder / f"{find.__name__}{side}"
+        here.mkdir()
+        return find(run_config(here, folder / "model", side, prompts), here / "run")
 
-      print(describe(name, get(name, measure)), flush=True)
+      print(describe(name, get(name, lambda m=measure: m(critical_path))), flush=True)
+      r = get(f"parts, {name}", lambda m=measure: m(parts_of_step))
+      print(f"RL step, {name}, every program waited for: " + ", ".join(
+          f"{part} {seconds:.2f} s" for part, seconds in r["parts"].items()), flush=True)
+  draw(results.values, PICTURE)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jaxrl_vlm.models import ModelConfig
 from jaxrl_vlm.types import Params, Prompt
 
 THREADS = 2
+_PAUSE = 0.5  # seconds; until threads of the side before have stopped waiting for more work
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -71,6 +72,7 @@ def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: in
   seconds: dict[str, list[float]] = {name: [] for name in sides}
   for i in range(repeats + warm_up):
     for name, run in sides.items():
+      time.sleep(_PAUSE)
       start = time.perf_counter()
       jax.block_until_ready(run())
       if i >= warm_up:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import load, memory
+from benchmarks import load, memory, performance
 from benchmarks import objectives as comparison
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm import objectives, stages
@@ -38,6 +38,16 @@ def test_load_table_is_what_was_measured():
   for result in results.values():
     assert result["files"] > 6e9 / 2**30
     assert result["excess"] < 2 * result["largest_tensor"]
+
+
+def test_performance_tables_are_what_was_measured():
+  found = performance.tables()
+  assert set(found) == set(performance.TABLES)
+  page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+  for name, tables in found.items():
+    for table in tables:
+      assert table in page, f"{name}: python benchmarks/performance.py prints\n{table}"
+    assert f"benchmarks/{name}.py" in page
 
 
 # -- docs/objectives.md ---------------------------------------------------------------------------

@@ -138,6 +138,14 @@ def test_the_trace_of_a_step_tells_waiting_from_work():
   assert text.startswith("RL step, tiny, 1.00 s: grade ")
 
 
+def test_the_picture_of_a_step(tmp_path):
+  parts = {part: 0.5 + i for i, part in enumerate([*host.PARTS, "everything else"])}
+  values = {f"parts, {name}": {"parts": parts, "step_seconds": sum(parts.values())}
+            for name in host.RUNS}
+  host.draw(values, tmp_path / "step.png")
+  assert (tmp_path / "step.png").stat().st_size > 5_000
+
+
 def test_growth_of_one_point(config, monkeypatch):
   monkeypatch.setattr(growth, "ARCHITECTURE", tiny_run.ARCHITECTURE)
   point = growth.Point(prompts=2, group=2, prompt=16, response=8, vocabulary=320)
