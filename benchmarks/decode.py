@@ -74,10 +74,6 @@ def compare(model, params, prompt, theirs, lengths):
 
   sides = {"ours": ours, "dynamic": lambda: theirs(lengths, None),
            "static": lambda: theirs(lengths, "static")}
-  # The sampler compiles smaller layouts in its first four rollouts.
-  ours()
-  ours()
-  ours()
   seconds = speed.take_turns(sides, REPEATS)
   tokens, medians = int(lengths.sum()), speed.median(seconds)
   better = min(("dynamic", "static"), key=lambda name: medians[name])

@@ -232,7 +232,7 @@ def main() -> None:
           r = results.get(point.name(work), lambda w=work, p=point: apart(w, p),
                           threads=speed.THREADS)
           print(f"{point.name(work)}: {r['seconds']:.2f} s, {r['memory']:.0f} MiB", flush=True)
-    draw(results.values, PICTURE)
+    draw(results.values, results.picture(PICTURE))
   print(table(results.values))
 
 

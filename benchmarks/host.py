@@ -329,7 +329,7 @@ def main() -> None:
       r = get(f"parts, {name}", lambda m=measure: m(parts_of_step))
       print(f"RL step, {name}, every program waited for: " + ", ".join(
           f"{part} {seconds:.2f} s" for part, seconds in r["parts"].items()), flush=True)
-  draw(results.values, PICTURE)
+  draw(results.values, results.picture(PICTURE))
 
 
 if __name__ == "__main__":

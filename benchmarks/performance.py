@@ -89,9 +89,21 @@ def wait_table(values: dict) -> str:
       for r in steps.values())] for name in names])
 
 
+def gpu_table(values: dict) -> str:
+  rows = []
+  for card, r in cases(values).items():
+    rows += [[f"{card}, {r['date']}: update, MFU", f"{r['update_mfu']:.1%}",
+              f"{r['asked']['update_mfu']:.0%}"],
+             ["decoding, of the bandwidth's bound", f"{r['decode_bandwidth']:.1%}",
+              f"{r['asked']['decode_bandwidth']:.0%}"]]
+    rows += [[f"a step: {part}, s", f"{seconds:.2f}", ""] for part, seconds in r["parts"].items()]
+    rows.append(["a whole step, s", f"{r['step_seconds']:.2f}", ""])
+  return markdown(["on a GPU", "measured", "asked"], rows)
+
+
 TABLES = {"rl_step": (rl_step_table,), "decode": (decode_table,),
           "update": (update_table, padding_table), "host": (host_table, wait_table),
-          "growth": (growth.table,)}
+          "growth": (growth.table,), "gpu": (gpu_table,)}
 
 
 def tables() -> dict[str, list[str]]:

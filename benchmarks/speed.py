@@ -22,6 +22,7 @@ from jaxrl_vlm.data.layout import Visual, expand_visuals, lay_out_patches
 from jaxrl_vlm.models import ModelConfig
 from jaxrl_vlm.types import Params, Prompt
 
+FOLDER = pathlib.Path(__file__).parent
 THREADS = 2
 _PAUSE = 0.5  # seconds; until threads of the side before have stopped waiting for more work
 
@@ -64,6 +65,10 @@ class Results:
       self.values = values | {name: result, "about": about}
       config_lib.write_atomically(self.path, json.dumps(self.values, indent=1) + "\n")
     return self.values[name]
+
+  def picture(self, path: pathlib.Path) -> pathlib.Path:
+    """`path` for the results of the repository, a file beside them for others (--out)."""
+    return path if self.path.parent == FOLDER else self.path.with_suffix(".png")
 
 
 def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1

@@ -5,9 +5,11 @@ logits, the widest layer. It is held to what XLA plans for a TPU within a factor
 `tests/parallel/test_tpu.py`); `SHARE` of a device's memory is meant to be filled.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_vlm.models.config import ModelConfig
+from jaxrl_vlm.packing import TILE, block_size
 
 GIB = 2**30
 SHARE = 0.9
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _SCORES = 2**19  # of one head, which `layers.attend` holds at a time
 
 
@@ -28,8 +32,11 @@ def capacity(device: Any) -> int:
     return int(stats["bytes_limit"])
   if device.platform != "cpu":
     return 0
-  pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-  return pages // len(jax.local_devices(backend="cpu"))
+  most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+  for path in _LIMITS:  # of a container
+    with contextlib.suppress(OSError, ValueError):  # not there; "max"
+      most = min(most, int(pathlib.Path(path).read_text()))
+  return most // len(jax.local_devices(backend="cpu"))
 
 
 def held(tree: Any, shardings: Any) -> int:
@@ -83,12 +90,22 @@ class Model:
     heads, kv, hidden = self._wide()
     return tokens * self.item * (4 * self.config.hidden_size + max(2 * heads + 2 * kv, 3 * hidden))
 
-  def scores(self, queries: float, keys: float) -> float:
+  def scores(self, queries: float, keys: float, heads: int = 0) -> float:
     """Of one layer's attention by XLA, twice; kernels hold none."""
     if self.config.attention != "xla":
       return 0.0
+    return self._scores(queries, keys, heads)
+
+  def _scores(self, queries: float, keys: float, heads: int = 0) -> float:
     most = min(queries * keys, max(_SCORES, keys))
-    return 2 * 4 * self._split(self.config.num_heads) * most
+    return 2 * 4 * self._split(heads or self.config.num_heads) * most
+
+  def scores_of_blocks(self, tokens: float, length: int, max_tokens: int) -> float:
+    """Of so many tokens of packed responses over prompts; kernels hold none, but do not slide."""
+    if self.config.attention != "xla" and not self.config.sliding_window:
+      return 0.0
+    wide = TILE * block_size(max_tokens)
+    return -(-tokens // wide) * self._scores(wide, length + max(wide, 128))
 
   def kept(self, tokens: float) -> float:
     """What all layers keep of so many tokens for the backward pass (`ModelConfig.remat`)."""
@@ -98,6 +115,13 @@ class Model:
             "dots": 3 * config.hidden_size + 2 * heads + 2 * kv + 2 * hidden,
             "none": 7 * config.hidden_size + 4 * heads + 4 * kv + 5 * hidden}[config.remat]
     return config.num_layers * tokens * each * self.item
+
+  def tower_forward(self, patches: int) -> float:
+    """The widest moment of a prompt's pass through the vision tower, without gradient."""
+    vision = self.config.vision
+    hidden = (3 if vision.gated_mlp else 2) * vision.intermediate_size
+    return (patches * self.item * (2 * vision.hidden_size + max(4 * vision.hidden_size, hidden))
+            + self.scores(patches, patches, vision.num_heads))
 
   def tower(self, patches: int) -> float:
     """What the vision tower keeps of a prompt for the backward pass."""
@@ -161,12 +185,27 @@ def update(model: Model, length: int, patches: int, prompts: int, group: int, to
   tower = rows * (model.tower(patches) if trains_vision else 0.0)
   # Keys and values, and their gradient in float32.
   prefixes = rows * model.keys_and_values(length) * (1 + 4 / model.item)
+  scores = max(rows * model.scores(length, length), model.scores_of_blocks(part, length, tokens))
   return (gradients + prefixes + tower + model.kept(rows * length + len(views) * part)
-          + model.layer(part) + model.logits(512) + rows * model.scores(length, length))
+          + model.layer(part) + model.logits(512) + scores)
 
 
-def score(model: Model, length: int, rows: int, part_tokens: int) -> float:
-  """Bytes that scores need besides weights and prompts: so many rows of prompts of a microbatch on
-  this device are read, and `part_tokens` of responses pass through the model."""
-  return (rows * (model.keys_and_values(length) + model.layer(length))
-          + rows * model.scores(length, length) + model.layer(part_tokens) + model.logits(512))
+def score(model: Model, length: int, rows: int, tokens: int, part_tokens: int) -> float:
+  """Bytes that scores need besides weights and prompts.
+
+  Args:
+    model: on a device.
+    length: Lp of the prompts.
+    rows: of prompts of a microbatch that are read on this device.
+    tokens: T.
+    part_tokens: of responses that pass through the model together.
+  """
+  reading = rows * (model.layer(length) + model.scores(length, length))
+  responding = (model.layer(part_tokens) + model.logits(512)
+                + model.scores_of_blocks(part_tokens, length, tokens))
+  return rows * model.keys_and_values(length) + max(reading, responding)
+
+
+def see(model: Model, patches: int, prompts: int) -> float:
+  """Bytes that the vision tower needs for the prompts of a microbatch on this device."""
+  return prompts * model.tower_forward(patches)

@@ -7,6 +7,13 @@ import dataclasses
 
 import numpy as np
 
+TILE = 4  # blocks of a prompt whose queries read its keys together
+
+
+def block_size(max_tokens: int) -> int:
+  """Tokens of a block: short ones hold little padding, long ones make few steps of attention."""
+  return min(max_tokens, max(16, min(64, max_tokens // 16)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Packer:

@@ -21,7 +21,8 @@ LAYERS = (
 )
 # Within a layer, who else may import whom.
 NEIGHBOURS = {
-  ("evaluate", "rollout"), ("models", "data"), ("flops", "models"), ("memory", "models")}
+  ("evaluate", "rollout"), ("models", "data"), ("flops", "models"), ("memory", "models"),
+  ("memory", "packing")}
 # Stricter than the layers: these import nothing else of the package.
 ONLY = {
   "objectives": {"types"},

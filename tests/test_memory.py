@@ -59,8 +59,12 @@ def test_groups_at_once_are_the_most_that_fit(config):
   assert whole.groups_at_once(64, 4096) < whole.groups_at_once(64, 512)
   small = sampler(config, 4e9, prefix_dtype="int8")
   assert small.groups_at_once(64, 4096) > whole.groups_at_once(64, 4096)
-  # What the config says counts, whatever the room.
-  assert sampler(config, 1.0, groups=3).groups_at_once(64, 1024) == 4
+  # What the config says counts, in whole devices, if it fits.
+  assert sampler(config, 8e9, groups=3).groups_at_once(64, 1024) == 4
+  assert sampler(config, 0, groups=64).groups_at_once(64, 1024) == 64
+  most = whole.groups_at_once(64, 1024)
+  with pytest.raises(UserError, match=rf"rollout.groups=63: .* the most that fits is {most}$"):
+    sampler(config, 4e9, groups=63).groups_at_once(64, 1024)
 
 
 def test_no_room_for_a_group_names_the_samples_that_fit(config):
@@ -71,6 +75,8 @@ def test_no_room_for_a_group_names_the_samples_that_fit(config):
     draw.groups_at_once(64, 1024)
   with pytest.raises(UserError, match="not even one sample fits: use more devices"):
     sampler(config, 1e6).groups_at_once(64, 1024)
+  with pytest.raises(UserError, match=rf"^eval.samples=8: .* eval.samples={most}$"):
+    sampler(config, 0.55e9, samples_field="eval.samples").groups_at_once(64, 1024)
 
 
 def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
@@ -94,11 +100,11 @@ def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
 
 
 def test_views_need_memory_of_their_own(config):
-  model = memory.Model(config)
+  model = memory.Model(dataclasses.replace(config, attention="splash"))  # holds no scores
   plain = dict(length=1024, patches=4096, prompts=2, group=8, tokens=512, part_tokens=4096,
                gradient=0.0, trains_vision=False)
   # A row more for each prompt: what its layers keep, keys and values, their gradient; and the part.
-  row = 2 * (model.kept(1024) + model.keys_and_values(1024) * 3 + model.scores(1024, 1024))
+  row = 2 * (model.kept(1024) + model.keys_and_values(1024) * 3)
   one, two, nine = (memory.update(model, **plain, views=v) for v in ((1,), (1, 1), (1, 8)))
   assert np.isclose(two - one, row + model.kept(4096))
   assert np.isclose(nine - two, 7 * row)
@@ -116,7 +122,7 @@ def test_views_need_memory_of_their_own(config):
   by_prompt = need("vppo", mask_per="prompt")
   # Scores read 8 rows for each prompt; a masked view with gradient is all rows once more.
   by_sample = need("vppo", mask_per="sample")
-  assert by_sample == memory.score(memory.Model(slim), 2048, 32 * 8, 4096) > 1.5 * by_prompt
+  assert by_sample == memory.score(memory.Model(slim), 2048, 32 * 8, 64, 4096) > 1.5 * by_prompt
   assert need("papo", masked_gradient=True, mask_per="prompt", kl_coef=0.0) > 1.3 * by_prompt
 
 
@@ -132,7 +138,45 @@ def test_a_run_says_what_it_plans_and_what_cannot_fit(tmp_path, one_device, caps
   monkeypatch.setattr(Programs, "_update", lambda *_: compiled.append(1))
   with pytest.raises(UserError, match="num_samples=2: one group for a prompt of 64 tokens needs"):
     train.train(config, tmp_path / "does not fit")
+  # Room for the rollout is not room for the update: said before anything is read, too.
+  monkeypatch.setattr(Programs, "update_bytes", lambda *_: 2e9)
+  config.device_memory = 1.0
+  with pytest.raises(UserError, match="microbatches=1: an update with prompts of 64 tokens"):
+    train.train(config, tmp_path / "no update")
+  monkeypatch.undo()
+  monkeypatch.setattr(Programs, "_update", lambda *_: compiled.append(1))
+  config.device_memory = 0.001
   config.stages = (tiny_run.get_config().stages[0],)  # supervised
   with pytest.raises(UserError, match="microbatches=1: an update with prompts of 64 tokens"):
     train.train(config, tmp_path / "does not fit either")
   assert not compiled
+
+
+def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
+  whole = memory.capacity(jax.devices()[0])
+  limit = tmp_path / "memory.max"
+  limit.write_text(f"{whole}\n")  # of eight devices
+  monkeypatch.setattr(memory, "_LIMITS", (str(limit), str(tmp_path / "no such file")))
+  assert memory.capacity(jax.devices()[0]) == whole // len(jax.devices())
+  limit.write_text("max\n")
+  assert memory.capacity(jax.devices()[0]) >= whole
+
+
+def test_scores_of_packed_responses_by_hand(config):
+  # 4 blocks of 32 tokens see 1,024 of the prompt and 128 near them: 32 times for 4,096 tokens.
+  wanted = 32 * 2 * 4 * config.num_heads * 128 * (1024 + 128)
+  assert memory.Model(config).scores_of_blocks(4096, 1024, 512) == wanted
+  kernels = dataclasses.replace(config, attention="splash")
+  assert memory.Model(kernels).scores_of_blocks(4096, 1024, 512) == 0
+  slides = dataclasses.replace(kernels, sliding_window=512)  # kernels do not
+  assert memory.Model(slides).scores_of_blocks(4096, 1024, 512) == wanted
+
+
+def test_the_tower_by_hand(config):
+  vision = config.vision
+  pairs = 2 * 4 * vision.num_heads * 2**19  # more than are held at a time
+  assert memory.see(memory.Model(config), 4096, 3) == 3 * (
+      4096 * 2 * (2 * vision.hidden_size + 3 * vision.intermediate_size) + pairs)
+  kernels = dataclasses.replace(config, attention="splash")
+  assert memory.see(memory.Model(kernels), 4096, 3) == memory.see(
+      memory.Model(config), 4096, 3) - 3 * pairs

@@ -79,13 +79,14 @@ class Sampler:
       for all of a batch, or as many as there is room for.
     room: bytes on each device for all this but the weights; 0 if that is not known.
     prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
+    samples_field: what the config calls the number of samples, for messages.
     layers: of the model that decoding takes as one loop; 0: all, but on a CPU 1: there a loop over
       layers copies the weights, keys and values of each out of the stack, for every token.
   """
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
                chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto", room: float = 0,
-               layers: int = 0):
+               samples_field: str = "num_samples", layers: int = 0):
     if prefix_dtype not in PREFIX_DTYPES:
       raise ValueError(f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of "
                        f"{', '.join(PREFIX_DTYPES)}")
@@ -95,7 +96,7 @@ class Sampler:
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
-    self.room = room
+    self.room, self.samples_field = room, samples_field
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     self.layers = layers or (1 if on_cpu else model.config.num_layers)
     self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
@@ -396,26 +397,32 @@ class Sampler:
       length: Lp.
 
     Raises:
-      UserError: there is no room for a single one; names the most samples that there is room for.
+      UserError: there is no room for so many as the config says, or for a single one; names the
+        most groups, or else samples, that there is room for.
     """
-    parts = self.parts
+    parts, set_to = self.parts, 0
     if self.groups:
-      return min(prompts, -(-self.groups // parts) * parts)
+      set_to = min(prompts, -(-self.groups // parts) * parts)
     if not self.room:
-      return prompts
-    fits = [n for n in range(parts, prompts + 1, parts)
+      return set_to or prompts
+    fits = [n for n in range(parts, (set_to or prompts) + 1, parts)
             if self.need(n, prompts, length) <= self.room]
+    if fits and set_to > fits[-1]:
+      raise UserError(
+          f"config.rollout.groups={self.groups}: so many groups for prompts of {length} tokens "
+          f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside the "
+          f"weights, {self.room / memory.GIB:.1f} are free; the most that fits is {fits[-1]}")
     if fits:
       return fits[-1]
     most = [g for g in range(1, self.sampling.num_samples)
             if self.need(parts, prompts, length, g) <= self.room]
-    advice = (f"the most that fits is num_samples={most[-1]}" if most else
+    advice = (f"the most that fits is {self.samples_field}={most[-1]}" if most else
               "not even one sample fits: use more devices, smaller config.prompt_buckets or "
               "max_tokens, or config.rollout.prefix_dtype='int8'")
     raise UserError(
-        f"num_samples={self.sampling.num_samples}: one group for a prompt of {length} tokens needs "
-        f"{self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside the "
-        f"weights, {max(self.room, 0) / memory.GIB:.1f} are free; {advice}")
+        f"{self.samples_field}={self.sampling.num_samples}: one group for a prompt of {length} "
+        f"tokens needs {self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside "
+        f"the weights, {max(self.room, 0) / memory.GIB:.1f} are free; {advice}")
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
     """The programs of a rollout before they are compiled, by name; takes shapes."""

@@ -19,11 +19,10 @@ from jaxrl_vlm.models.decoder import Blocks, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
 from jaxrl_vlm.objectives.base import minibatch_weights
-from jaxrl_vlm.packing import Packer
+from jaxrl_vlm.packing import TILE, Packer, block_size
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
-_TILE = 4  # blocks
 _PARTS, _LEAST_PART = 16, 512  # of a full batch; tokens
 
 
@@ -201,9 +200,9 @@ class Programs:
     need = memory.update(
         model, length, patches, here, group, tokens, self.part_tokens, self.gradient, count,
         self.trains_vision, (1, *map(rows, objective.grad_views)))
-    scores = [memory.score(model, length, here * rows(view), self.part_tokens)
+    scores = [memory.score(model, length, here * rows(view), tokens, self.part_tokens)
               for view in objective.views]
-    return max(need, *scores) if scores else need
+    return max(need, memory.see(model, patches, here), *scores)
 
   def check_update(self, prompts: int, length: int, patches: int, group: int, tokens: int) -> None:
     """Before an update of these sizes is compiled.
@@ -241,12 +240,11 @@ class Programs:
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
     p, g, t = mask.shape
-    # Short blocks hold little padding, long ones make few steps of attention.
-    size = min(t, max(16, min(64, t // 16)))
+    size = block_size(t)
     splits, devices = self.minibatches * self.microbatches, self.mesh.shape["fsdp"]
     each = -(-t // size)
     # A tile reads its prompt's keys once; kernels do so anyway.
-    tile = _TILE if self.model.config.attention == "xla" else 1
+    tile = TILE if self.model.config.attention == "xla" else 1
     # Where a batch is small, so are its parts: the last one is half empty on average.
     here = p // splits // devices * g
     room = min(self.part_tokens, max(_LEAST_PART, here * t // _PARTS)) // size
@@ -261,8 +259,15 @@ class Programs:
                       self.objective.initial_state())
 
   def _see(self, params, prompt: Prompt) -> Prompt:
-    seen: Any = self.model.apply({"params": params}, prompt, method="see")
-    return seen
+    def piece(prompt):
+      seen: Any = self.model.apply({"params": params}, prompt, method="see")
+      return seen.features
+
+    count = self.minibatches * self.microbatches
+    if count == 1 or prompt.features is not None or not prompt.patches.shape[1]:
+      return dataclasses.replace(prompt, features=piece(prompt))
+    pieces = jax.lax.map(piece, _split(prompt, count, prompt.tokens.shape[0]))
+    return dataclasses.replace(prompt, features=_joined(pieces))
 
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
              packing: Packing | None = None) -> TokenStats:
@@ -296,7 +301,7 @@ class Programs:
     if packing is not None:
       parts = (*parts, packing.index, packing.used)
     stats = jax.lax.map(lambda part: piece(*part), parts)
-    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), stats)
+    return _joined(stats)
 
   def _read(self, params: Params, prompt: Prompt) -> Prefix:
     read: Any = self.model.apply({"params": params}, prompt, method="prefill")
@@ -529,6 +534,11 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
     return a.reshape(count, -1, *a.shape[3:])
 
   return jax.tree.map(one, tree)
+
+
+def _joined(tree: Any) -> Any:
+  """`_split` undone, where a prompt has one row."""
+  return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), tree)
 
 
 def _within(experience: Experience, where: Array) -> Experience:

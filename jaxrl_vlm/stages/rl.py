@@ -176,13 +176,14 @@ def _plan_memory(run: Run, index: int, programs: Programs) -> None:
   groups = {}
   for length in sorted(run.config.prompt_buckets):
     try:
-      groups[length] = programs.rollout.groups_at_once(stage.prompts_per_step, length)
+      count = programs.rollout.groups_at_once(stage.prompts_per_step, length)
       programs.check_update(stage.prompts_per_step, length, min(run.config.patch_buckets),
                             stage.num_samples, stage.max_tokens)
     except UserError:
       if not groups:
         raise
       break
+    groups[length] = count
   shown = ", ".join(f"{length}: {count}" for length, count in groups.items())
   if len(groups) < len(run.config.prompt_buckets):
     shown += "; longer prompts do not fit"
@@ -241,7 +242,7 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   def ended(rows, tokens, mask):
     for row, new in zip(rows, texts_of(tokens, mask, run.processor), strict=True):
       texts[row] = new
-    with validation():
+    with loop.reading(), validation():
       grading.add(rows, [examples[row] for row in rows], [texts[row] for row in rows])
 
   rollout = programs.rollout(loop.params, prompt, key, finished=ended)

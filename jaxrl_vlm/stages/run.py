@@ -68,7 +68,7 @@ class Run:
     self.config, self.workdir = config, workdir
     self.mesh = parallel.make_mesh(config.mesh)
     self.capacity = memory.SHARE * (
-        config.device_memory * memory.GIB or memory.capacity(self.mesh.devices.flat[0]))
+        config.device_memory * memory.GIB or memory.capacity(self.mesh.local_devices[0]))
     self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, unreadable)
     self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
     self.step: int = self.position["step"]
@@ -383,7 +383,7 @@ class StageRun:
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
       self._eval_rollout = make_sampler(
           run.model, run.mesh, self._eval_sampling, run.param_shardings,
-          **run.config.rollout.to_dict(), room=self.programs.room)
+          **run.config.rollout.to_dict(), room=self.programs.room, samples_field="eval.samples")
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,
