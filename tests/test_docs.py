@@ -42,7 +42,7 @@ def test_load_table_is_what_was_measured():
 
 def test_performance_tables_are_what_was_measured():
   found = performance.tables()
-  assert set(found) >= set(performance.TABLES) - {"gpu"}  # which not everybody has
+  assert {"rl_step", "decode", "host"} <= set(found)
   page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
   for name, tables in found.items():
     for table in tables:

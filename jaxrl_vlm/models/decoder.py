@@ -334,7 +334,7 @@ class DecoderLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, turns, prefix_length, images,
+  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, angles, prefix_length, images,
                deepstack, places, cells):
     """One layer.
 
@@ -344,8 +344,8 @@ class DecoderLayer(nn.Module):
       sliding: bool scalar; this layer sees `sliding_window` tokens back.
       prefix_kv: of this layer, or None.
       own_kv: of the cells, of this layer, or None.
-      turns: f32[P, G, T, 2, head_dim / 2] of the layers that see everything, and of those that
-        slide (None where there are none).
+      angles: f32[P, G, T, head_dim / 2] of the layers that see everything, and of those that slide
+        (None where there are none); while decoding their `layers.turns`.
       prefix_length: i32[P] or None.
       images: i32[P, T]; number of the image that a prompt's token belongs to, 0 for text; None
         where images are seen like text.
@@ -375,8 +375,9 @@ class DecoderLayer(nn.Module):
     v = heads(config.num_kv_heads, "v")
     if config.qk_norm:
       q, k = norm("q_norm")(q), norm("k_norm")(k)
-    here = turns[0] if turns[1] is None else jnp.where(sliding, turns[1], turns[0])
-    q, k = layers.rotate(q, here), layers.rotate(k, here)
+    here = angles[0] if angles[1] is None else jnp.where(sliding, angles[1], angles[0])
+    turns = layers.turns(here) if cells is None else here
+    q, k = layers.rotate(q, turns), layers.rotate(k, turns)
 
     out = None
     if places is not None:
@@ -447,13 +448,15 @@ class Decoder(nn.Module):
     """
     config = self.config
 
-    def turns(theta, factor, axes):
+    def angles(theta, factor, axes):
       freq = layers.frequencies(config.head_dim, theta) / factor
-      return layers.turns(jnp.take(positions, axes, axis=-1).astype(jnp.float32) * freq)
+      return jnp.take(positions, axes, axis=-1).astype(jnp.float32) * freq
 
     axes = _rotary_axes(config)
-    every = turns(config.rope_theta, config.rope_factor, axes)
-    near = turns(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
+    every = angles(config.rope_theta, config.rope_factor, axes)
+    near = angles(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
+    if cells is not None:  # else XLA for CPU computes them again for each layer and head
+      every, near = jax.lax.optimization_barrier(jax.tree.map(layers.turns, (every, near)))
     sliding = jnp.array(config.sliding_layers or (False,) * config.num_layers)
 
     layer = layers.rematted(DecoderLayer, config.remat)

@@ -210,10 +210,8 @@ def frequencies(dim: int, theta: float) -> Array:
 
 
 def turns(angles: Array) -> Array:
-  """Cosines and sines f32[..., 2, D/2] of angles f32[..., D/2]: once for all layers and heads."""
-  both = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-2)
-  # Else XLA for CPU computes them again wherever they are used, for each head.
-  return jax.lax.optimization_barrier(both)
+  """Cosines and sines f32[..., 2, D/2] of angles f32[..., D/2]."""
+  return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-2)
 
 
 def rotate(x: Array, turns: Array) -> Array:

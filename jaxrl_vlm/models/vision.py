@@ -31,7 +31,7 @@ class VisionBlock(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array, full: Array, watched: Array | None, turns: Array | None,
+  def __call__(self, x: Array, full: Array, watched: Array | None, angles: Array | None,
                segments: Array, windows: Array, share: Array | None
                ) -> tuple[Array, Array | None]:
     vision, dtype, lora = self.config.vision, self.config.dtype, self.config.lora
@@ -44,7 +44,8 @@ class VisionBlock(nn.Module):
     else:
       q, k, v = (layers.Dense(d, True, dtype, lora, name=part)(y).reshape(heads)
                  for part in "qkv")
-    if turns is not None:
+    if angles is not None:
+      turns = layers.turns(angles)
       q, k = layers.rotate(q, turns), layers.rotate(k, turns)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scale = heads[-1]**-0.5
@@ -232,8 +233,6 @@ class VisionTower(nn.Module):
       x, angles, segments, windows, share = (
           None if a is None else _sorted(a, order) for a in (x, angles, segments, windows, share))
 
-    turns = None if angles is None else layers.turns(angles)
-
     def back(a):  # in the order of the prompt
       return a if order is None else _sorted(a, jnp.argsort(order, axis=1))
 
@@ -247,7 +246,7 @@ class VisionTower(nn.Module):
       here = watched is not None and first <= watched < end
       x, by_layer = blocks(config, name=f"blocks{i}" if i else "blocks")(
           x, jnp.array(full[first:end]), jnp.arange(first, end) == watched if here else None,
-          turns, segments, windows, share)
+          angles, segments, windows, share)
       if watched is not None and by_layer is not None:
         saliency = back(by_layer[watched - first])
       if i < len(vision.deepstack_layers):

@@ -80,8 +80,8 @@ class Sampler:
     room: bytes on each device for all this but the weights; 0 if that is not known.
     prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
     samples_field: what the config calls the number of samples, for messages.
-    layers: of the model that decoding takes as one loop; 0: all, but on a CPU 1: there a loop over
-      layers copies the weights, keys and values of each out of the stack, for every token.
+    layers: of the model that decoding takes as one loop; 0: all, but on one CPU 1: there a loop
+      over layers copies the weights, keys and values of each out of the stack, for every token.
   """
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
@@ -97,8 +97,10 @@ class Sampler:
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
     self.room, self.samples_field = room, samples_field
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    self.layers = layers or (1 if on_cpu else model.config.num_layers)
+    # On several, XLA for CPU can wait for ever: for collectives of layers that need not wait for
+    # each other.
+    apart = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    self.layers = layers or (1 if apart else model.config.num_layers)
     self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (NamedSharding(mesh, spec) for spec in (
