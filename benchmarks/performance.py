@@ -10,10 +10,8 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import growth, rl_step  # noqa: E402
+from benchmarks import growth, rl_step, speed  # noqa: E402
 from jaxrl_vlm import flops, scratch  # noqa: E402
-
-FOLDER = ROOT / "benchmarks"
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -110,7 +108,7 @@ def tables() -> dict[str, list[str]]:
   """The tables of each benchmark that has results."""
   found = {}
   for name, makers in TABLES.items():
-    path = FOLDER / f"{name}.json"
+    path = speed.FOLDER / f"{name}.json"
     if path.exists():
       values = json.loads(path.read_text())
       found[name] = [make(values) for make in makers]

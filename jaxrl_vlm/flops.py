@@ -102,11 +102,6 @@ def responses(config: ModelConfig, lengths: Sequence[int], length: int) -> float
       stream(config, int(tokens), length - 1) for tokens in lengths)
 
 
-def decoding_step(config: ModelConfig, count: float, keys: float) -> float:
-  """The next token of `count` responses, which see so many keys in a layer, all together."""
-  return decoder(config, count, keys) + unembedding(config, count)
-
-
 def forward(config: ModelConfig, length: int, lengths: Sequence[int],
             frames: Sequence[Frame] = (), shared: bool = True) -> float:
   """Reads a prompt and scores responses to it: a prompt for all, or one for each if not `shared`.

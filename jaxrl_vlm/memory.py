@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_vlm.models.config import ModelConfig
+from jaxrl_vlm.models.decoder import NEAR
+from jaxrl_vlm.models.layers import SCORES
 from jaxrl_vlm.packing import TILE, block_size
 
 GIB = 2**30
 SHARE = 0.9
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-_SCORES = 2**19  # of one head, which `layers.attend` holds at a time
 
 
 def capacity(device: Any) -> int:
@@ -97,7 +98,7 @@ class Model:
     return self._scores(queries, keys, heads)
 
   def _scores(self, queries: float, keys: float, heads: int = 0) -> float:
-    most = min(queries * keys, max(_SCORES, keys))
+    most = min(queries * keys, max(SCORES, keys))
     return 2 * 4 * self._split(heads or self.config.num_heads) * most
 
   def scores_of_blocks(self, tokens: float, length: int, max_tokens: int) -> float:
@@ -105,7 +106,7 @@ class Model:
     if self.config.attention != "xla" and not self.config.sliding_window:
       return 0.0
     wide = TILE * block_size(max_tokens)
-    return -(-tokens // wide) * self._scores(wide, length + max(wide, 128))
+    return -(-tokens // wide) * self._scores(wide, length + max(wide, NEAR))
 
   def kept(self, tokens: float) -> float:
     """What all layers keep of so many tokens for the backward pass (`ModelConfig.remat`)."""

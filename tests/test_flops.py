@@ -142,6 +142,3 @@ def test_sharing_by_hand(tmp_path):
   assert both == 3 * (flops.forward(config, 5, [3, 1]) + tower)
   frozen = flops.forward_backward(config, 5, [3, 1], [(4, 4)], trains_vision=False)
   assert frozen == both - 2 * tower
-  # A step of decoding in which 4 responses to 2 prompts, of 3 tokens on average, are cells.
-  step = 2 * (4 * token + 4 * (5 + 3) * key) + 4 * 2 * 4 * 10
-  assert flops.decoding_step(config, 4, 4 * (5 + 3)) == step

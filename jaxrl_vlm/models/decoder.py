@@ -17,7 +17,7 @@ from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
 
-_NEAR = 128  # keys of responses that a packed query sees at a time, at least
+NEAR = 128  # keys of responses that a packed query sees at a time, at least
 
 
 @struct.dataclass
@@ -164,7 +164,7 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
   scale, tile = config.attention_scale, places.tile
   wide, tiles = tile * size, n // tile  # tokens of a tile, tiles of a part
   far = -(-places.reach // tile)  # tiles before its own in which a block may see its response
-  near = min(far + 1, max(1, _NEAR // wide))  # tiles that are seen at a time
+  near = min(far + 1, max(1, NEAR // wide))  # tiles that are seen at a time
 
   def in_window(distance):
     return ~sliding | (distance < config.sliding_window)
@@ -386,7 +386,7 @@ class DecoderLayer(nn.Module):
       y = _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images)
       out = k.swapaxes(2, 3), v.swapaxes(2, 3)
     else:
-      # Read before it is written: else XLA for CPU copies the whole chunk.
+      # Read before it is written: XLA for CPU copies the chunk half as often.
       chunk_kv = [jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in chunk]
       y = _over_cells(config, q[:, :, 0], k[:, :, 0], v[:, :, 0], sliding, prefix_kv,
                       prefix_length, own_kv, chunk_kv, cells)
@@ -455,7 +455,10 @@ class Decoder(nn.Module):
     axes = _rotary_axes(config)
     every = angles(config.rope_theta, config.rope_factor, axes)
     near = angles(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
-    if cells is not None:  # else XLA for CPU computes them again for each layer and head
+    # Else XLA for CPU computes them again for each layer and head. Only then: without a loop over
+    # layers that waits for them, prompts of two views become independent loops, and with
+    # collectives in both XLA for several CPU devices can wait for ever.
+    if cells is not None:
       every, near = jax.lax.optimization_barrier(jax.tree.map(layers.turns, (every, near)))
     sliding = jnp.array(config.sliding_layers or (False,) * config.num_layers)
 

@@ -15,7 +15,7 @@ from jaxrl_vlm.types import Array
 
 MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
 KEPT = "kept"  # the name of what remat "dots" keeps
-_SCORES = 2**19  # of queries and keys of one head, that attention holds at a time
+SCORES = 2**19  # of queries and keys of one head, that attention holds at a time
 
 # Under their names in `config.json`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -242,7 +242,7 @@ def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: 
     attentions of the same queries over different keys merge exactly (`merge`).
   """
   n, s = q.shape[1], k.shape[2]
-  size = max(1, _SCORES // s)
+  size = max(1, SCORES // s)
   if n <= size:
     return _attend(q, k, v, sees(jnp.arange(n)), scale)
   count = -(-n // size)

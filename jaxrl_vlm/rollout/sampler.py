@@ -203,23 +203,17 @@ class Sampler:
     shape = (config.num_layers, *flight.used.shape, config.num_kv_heads, chunk, config.head_dim)
     empty = jnp.zeros(shape, config.dtype)
     prefix_k, prefix_v = jax.tree.map(flat, (flight.prefix_k, flight.prefix_v))
-    parts: list[tuple[Callable, Prefix, Cells]] = []
-    for first in range(0, config.num_layers, self.layers):
-      def some(a, first=first):
-        return jax.tree.map(lambda a: a[first:first + self.layers], a)
-
-      parts.append((
-          self._part(params, first),
-          Prefix(some(prefix_k), some(prefix_v), flight.length.reshape(-1)),
-          Cells(some(flight.k), some(flight.v), some(empty), some(empty), live, live.max(),
-                jnp.zeros((), jnp.int32), place, cell)))
+    stacks = self._stacks(
+        params, Prefix(prefix_k, prefix_v, flight.length.reshape(-1)),
+        Cells(flight.k, flight.v, empty, empty, live, live.max(), jnp.zeros((), jnp.int32), place,
+              cell))
 
     def forward(token, position, chunks):
       """hidden [R, C, D] and keys and values of this chunk, one token further."""
       x, after = token, []
-      for i, (apply, prefix, cells) in enumerate(parts):
+      for i, (apply, prefix, cells) in enumerate(stacks):
         here = dataclasses.replace(cells, **chunks[i])
-        x, here = apply(x, position, prefix, here, begin=not i, finish=i == len(parts) - 1)
+        x, here = apply(x, position, prefix, here, begin=not i, finish=i == len(stacks) - 1)
         after.append(_chunk(here))
       return x, after
 
@@ -246,10 +240,10 @@ class Sampler:
     out = (*flight.used.shape, chunk)
     token, done, _, chunks, tokens, mask, logp = jax.lax.while_loop(
         unfinished, step,
-        (flight.token, flight.done, jnp.zeros((), jnp.int32), [_chunk(part[2]) for part in parts],
+        (flight.token, flight.done, jnp.zeros((), jnp.int32), [_chunk(s[2]) for s in stacks],
          jnp.full(out, config.pad_token, jnp.int32), jnp.zeros(out, bool), jnp.zeros(out)))
     chunk_k, chunk_v = (
-        jnp.concatenate([part[name] for part in chunks]) for name in ("chunk_k", "chunk_v"))
+        jnp.concatenate([stack[name] for stack in chunks]) for name in ("chunk_k", "chunk_v"))
 
     def keep(into, new):  # behind what each cell has
       def one(into, new, used):  # [L, K, T', D], [L, K, n, D]
@@ -263,19 +257,25 @@ class Sampler:
         token=token, position=flight.position + chunk, done=done)
     return flight, (tokens, mask, logp, done)
 
-  def _part(self, params: Params, first: int) -> Callable:
-    """`VLM.decode` of `self.layers` layers from number `first` on."""
-    config, count = self.model.config, self.layers
-    if count >= config.num_layers:
-      model = self.model
-    else:
-      end = min(first + count, config.num_layers)
+  def _stacks(self, params: Params, prefix: Prefix, cells: Cells
+              ) -> list[tuple[Callable, Prefix, Cells]]:
+    """`self.layers` layers at a time: their `VLM.decode`, and their share of prefix and cells."""
+    config, decoder, stacks = self.model.config, params["decoder"], []
+    for first in range(0, config.num_layers, self.layers):
+      end = min(first + self.layers, config.num_layers)
+
+      def some(tree, first=first, end=end):
+        return jax.tree.map(lambda a: a[first:end], tree)
+
       model = VLM(config.replace(
           num_layers=end - first, sliding_layers=config.sliding_layers[first:end]))
-      decoder = params["decoder"]
-      some = jax.tree.map(lambda a: a[first:end], decoder["layers"])
-      params = {**params, "decoder": {**decoder, "layers": some}}
-    return functools.partial(cast(Any, model.apply), {"params": params}, method="decode")
+      theirs = {**params, "decoder": {**decoder, "layers": some(decoder["layers"])}}
+      stacks.append((
+          functools.partial(cast(Any, model.apply), {"params": theirs}, method="decode"),
+          dataclasses.replace(prefix, k=some(prefix.k), v=some(prefix.v)),
+          dataclasses.replace(cells, **{
+              name: some(getattr(cells, name)) for name in ("k", "v", "chunk_k", "chunk_v")})))
+    return stacks
 
   def _move_(self, flight: Flight, cells: Array, slots: Array) -> Flight:
     """The flight in another layout; see `Schedule.move`."""

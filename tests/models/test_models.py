@@ -345,7 +345,7 @@ def test_attention_in_blocks(scores, monkeypatch):
     return out, back(cotangent)
 
   whole = run()
-  monkeypatch.setattr(layers, "_SCORES", scores)
+  monkeypatch.setattr(layers, "SCORES", scores)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run(), whole)
 
 

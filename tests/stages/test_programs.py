@@ -409,6 +409,7 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
 # -- Packed ----------------------------------------------------------------------------------------
 
 PACKED = (("grpo", {}, {}), ("gspo", {}, dict(microbatches=2)),
+          ("vppo", {}, dict(minibatches=2)),
           ("vppo", {}, dict(microbatches=2, minibatches=2)),
           ("papo", dict(masked_gradient=True, mask_rate=0.8), dict(microbatches=2)),
           ("kl_cov", dict(cov_share=0.3), {}),
@@ -435,7 +436,9 @@ def test_packing_changes_nothing(name, fields, split, setup, make, experience):
   objective = objectives.create(name, **fields)
   program = make(objective, part_tokens=32, **split)
   packing = program.pack(mask)
-  assert packing.size == 16 and sum(packing.used) > 1
+  assert packing.size == 16
+  # Several parts; but the responses of one prompt fill no more than one.
+  assert max(packing.used) > 1 or len(packing.used) == P
   key = jax.random.key(4)
   for score, more in ((program.score, ()), (program.score_masked, (key,))):
     plain, packed = (score(params, prompt, tokens, mask, *more, p) for p in (None, packing))
