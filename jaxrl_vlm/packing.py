@@ -82,3 +82,27 @@ class Packer:
         taken[part] = start + count
         begun.add(part)
     return len(taken)
+
+
+def balanced(loads: np.ndarray, devices: int, microbatches: int, minibatches: int = 1
+             ) -> np.ndarray:
+  """An order of prompts in which devices have about as much to do in each piece. i32[P].
+
+  A piece takes as long as its fullest device, so prompts of similar load share one, and are dealt
+  to devices back and forth. Nobody leaves its minibatch, the prompts i · minibatches + j.
+
+  Args:
+    loads: [P]; tokens of each prompt's responses.
+    devices: R.
+    microbatches: pieces of a minibatch, strided over prompts as in `Packer`.
+    minibatches: of the batch.
+  """
+  here = len(loads) // (devices * microbatches * minibatches)
+  order = np.zeros((devices, here, microbatches, minibatches), np.int32)
+  for j in range(minibatches):
+    members = np.arange(j, len(loads), minibatches)
+    members = members[np.argsort(-loads[members], kind="stable")]
+    dealt = members.reshape(microbatches, here, devices)
+    dealt[:, 1::2] = dealt[:, 1::2, ::-1].copy()
+    order[..., j] = dealt.transpose(2, 1, 0)
+  return order.reshape(-1)

@@ -5,9 +5,10 @@ from jaxrl_vlm.parallel.mesh import (
     make_mesh,
     param_shardings,
     put_batch,
+    reordered,
     replicated,
 )
 from jaxrl_vlm.parallel.platform import cache_compilations, choose_platform
 
 __all__ = ["batch_sharding", "cache_compilations", "choose_platform", "make_mesh",
-           "param_shardings", "put_batch", "replicated"]
+           "param_shardings", "put_batch", "reordered", "replicated"]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
@@ -83,3 +84,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, tree: Any) -> Any:
   """Moves a pytree of host arrays with leading axis P onto the mesh."""
   return jax.device_put(tree, batch_sharding(mesh))
+
+
+def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
+  """Rows [P, ...] of arrays that are split over `fsdp`, in another order i32[P].
+
+  Shards go round in a ring: no device ever holds more than its own, the new one and one in passing.
+  """
+  size = mesh.shape["fsdp"]
+  if size == 1:
+    return jax.tree.map(lambda a: jnp.take(a, order, axis=0), tree)
+
+  def local(order, tree):
+    here = len(order) // size
+    me = jax.lax.axis_index("fsdp")
+    mine = jax.lax.dynamic_slice_in_dim(order, me * here, here)
+
+    def step(i, state):
+      taken, passing = state
+      at = mine - (me + i) % size * here  # rows of whose shard is passing
+      found = (at >= 0) & (at < here)
+
+      def take(into, shard):
+        rows = jnp.take(shard, jnp.clip(at, 0, here - 1), axis=0)
+        return jnp.where(found.reshape(-1, *[1] * (rows.ndim - 1)), rows, into)
+
+      taken = jax.tree.map(take, taken, passing)
+      return taken, jax.lax.ppermute(
+          passing, "fsdp", [(source, (source - 1) % size) for source in range(size)])
+
+    return jax.lax.fori_loop(0, size, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
+
+  rows = Spec("fsdp")
+  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(), rows), out_specs=rows,
+                       check_vma=False)(order, tree)

@@ -19,7 +19,7 @@ from jaxrl_vlm.models.decoder import Blocks, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
 from jaxrl_vlm.objectives.base import minibatch_weights
-from jaxrl_vlm.packing import TILE, Packer, block_size
+from jaxrl_vlm.packing import TILE, Packer, balanced, block_size
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
@@ -52,12 +52,14 @@ class Packing:
     used: i32[pieces].
     size: tokens of a block.
     tile: blocks of one prompt that stand together.
+    order: i32[P]; of the prompts among devices and pieces (`packing.balanced`); None: as they come.
   """
 
   index: Array
   used: Array
   size: int = struct.field(pytree_node=False)
   tile: int = struct.field(pytree_node=False, default=1)
+  order: Array | None = None
 
   def blocks(self, index: Array) -> Blocks:
     return Blocks(index, self.size, self.tile)
@@ -233,9 +235,9 @@ class Programs:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
     packing = self.packed(mask)
     by_device = NamedSharding(self.mesh, Spec(None, None, "fsdp"))
-    return dataclasses.replace(
-        packing, index=jax.device_put(packing.index, by_device),
-        used=jax.device_put(packing.used, parallel.replicated(self.mesh)))
+    index = jax.device_put(packing.index, by_device)
+    return dataclasses.replace(jax.device_put(
+        dataclasses.replace(packing, index=None), parallel.replicated(self.mesh)), index=index)
 
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
@@ -252,7 +254,18 @@ class Programs:
     packer = Packer(splits, devices, size, min(room, here * -(-each // tile) * tile), tile)
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
-    return Packing(*packer(lengths, t), size, tile)
+    order = None
+    if devices * self.microbatches > 1:
+      order = balanced(lengths.sum(axis=1), devices, self.microbatches, self.minibatches)
+      lengths = lengths[order]
+    return Packing(*packer(lengths, t), size, tile, order)
+
+  def _ordered(self, packing: Packing | None, tree: Any, back: bool = False) -> Any:
+    """Rows of P prompts in the packing's order, or back in that of the batch."""
+    if packing is None or packing.order is None:
+      return tree
+    return parallel.reordered(
+        self.mesh, tree, jnp.argsort(packing.order) if back else packing.order)
 
   def _init_state(self, params: Params) -> TrainState:
     return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
@@ -271,7 +284,9 @@ class Programs:
 
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
              packing: Packing | None = None) -> TokenStats:
-    return self._scored("", {"": (params, prompt)}, tokens, mask, packing)
+    prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
+    stats = self._scored("", {"": (params, prompt)}, tokens, mask, packing)
+    return self._ordered(packing, stats, back=True)
 
   def _scored(self, name: str, sides: Mapping[str, tuple[Params, Prompt]], tokens: Array,
               mask: Array, packing: Packing | None, pieces: int = 1) -> TokenStats:
@@ -366,23 +381,30 @@ class Programs:
     assert kind == "blur", kind
     return views.blur(prompt, objective.mask_blur, shape, vision.spatial_merge_size)
 
-  def _row_sources(self, source: Array | Prompt, prompts: int, group: int) -> Array | Prompt:
-    """Of a key: keys [P] or [P, G], for every row of the masked view."""
+  def _row_sources(self, source: Array | Prompt, prompts: int, group: int,
+                   packing: Packing | None) -> Array | Prompt:
+    """Of a key: keys [P] or [P, G], for every row of the masked view; in the packing's order."""
     if isinstance(source, Prompt):
-      return source
+      by_prompt = jax.tree.map(lambda a: a.reshape(prompts, -1, *a.shape[1:]), source)
+      return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), self._ordered(packing, by_prompt))
     each = self.objective.mask_per == "sample"
-    return jax.random.split(source, (prompts, group) if each else prompts)
+    keys = jax.random.split(source, (prompts, group) if each else prompts)
+    return keys if packing is None or packing.order is None else keys[packing.order]
 
   def _score_masked(self, params, prompt, tokens, mask, source, packing=None) -> TokenStats:
-    source = self._row_sources(source, *tokens.shape[:2])
+    source = self._row_sources(source, *tokens.shape[:2], packing)
+    prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
     sides = {"masked": (params, self._corrupted(source, params, prompt, tokens.shape[1]))}
     if "masked" in self.objective.full_kl:
       sides[""] = params, prompt
-    return self._scored("masked", sides, tokens, mask, packing)
+    stats = self._scored("masked", sides, tokens, mask, packing)
+    return self._ordered(packing, stats, back=True)
 
   def _score_reference(self, params, reference, prompt, tokens, mask, packing=None) -> TokenStats:
+    prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
     sides = {"": (params, prompt), "ref": (reference, prompt)}
-    return self._scored("ref", sides, tokens, mask, packing)
+    stats = self._scored("ref", sides, tokens, mask, packing)
+    return self._ordered(packing, stats, back=True)
 
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
     """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""
@@ -510,7 +532,10 @@ class Programs:
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
-    batch = (prompt, tokens, experience, self._row_sources(source, *tokens.shape[:2]))
+    source = self._row_sources(source, *tokens.shape[:2], packing)
+    batch = (*self._ordered(packing, (prompt, tokens, experience)), source)
+    if packing is not None:
+      packing = dataclasses.replace(packing, order=None)
     if self.minibatches == 1:
       return self._minibatch(state, frozen, (*batch, packing), reference)
     # Piece k · minibatches + j is microbatch k of minibatch j.

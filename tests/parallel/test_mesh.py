@@ -155,3 +155,18 @@ def test_axes_that_do_not_fit_name_themselves_and_the_devices(axes, complaint):
   with pytest.raises(ValueError) as error:
     parallel.make_mesh(axes)
   assert str(error.value) == f"config.mesh={axes}: {complaint}"
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+def test_rows_in_another_order(axes):
+  devices = jax.devices()[:1] if axes["fsdp"] == 1 else jax.devices()
+  mesh = parallel.make_mesh(axes, devices)
+  rng = np.random.default_rng(0)
+  tree = {"a": rng.normal(size=(16, 3)).astype("f4"), "b": [rng.random(16) < 0.5, None]}
+  order = rng.permutation(16).astype(np.int32)
+  placed = parallel.put_batch(mesh, tree)
+  found = jax.jit(lambda tree, order: parallel.reordered(mesh, tree, order))(placed, order)
+  np.testing.assert_array_equal(found["a"], tree["a"][order])
+  np.testing.assert_array_equal(found["b"][0], tree["b"][0][order])
+  if len(devices) > 1:
+    assert found["a"].sharding.spec[0] == "fsdp"

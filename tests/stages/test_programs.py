@@ -464,6 +464,7 @@ def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
                   black=black, part_tokens=32)
   packing = both.pack(mask)
   assert packing.index.shape[2] == 2 and max(packing.used) > 1
+  assert not np.array_equal(packing.order, np.arange(P))
   single = make(objective)
   plain = single.score_masked(params, prompt, tokens, mask, key)
   packed = both.score_masked(params, prompt, tokens, mask, key, packing)
