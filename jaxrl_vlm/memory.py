@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl_vlm.models import attention
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.models.decoder import NEAR
 from jaxrl_vlm.models.layers import SCORES
-from jaxrl_vlm.packing import TILE, block_size
+from jaxrl_vlm.packing import block_shape
 
 GIB = 2**30
 SHARE = 0.9
@@ -102,10 +103,10 @@ class Model:
     return 2 * 4 * self._split(heads or self.config.num_heads) * most
 
   def scores_of_blocks(self, tokens: float, length: int, max_tokens: int) -> float:
-    """Of so many tokens of packed responses over prompts; kernels hold none, but do not slide."""
-    if self.config.attention != "xla" and not self.config.sliding_window:
+    """Of so many tokens of packed responses over prompts; kernels hold none."""
+    if attention.answers(self.config, int(tokens)):
       return 0.0
-    wide = TILE * block_size(max_tokens)
+    wide = math.prod(block_shape(max_tokens, kernel=False))
     return -(-tokens // wide) * self._scores(wide, length + max(wide, NEAR))
 
   def kept(self, tokens: float) -> float:

@@ -7,12 +7,16 @@ import dataclasses
 
 import numpy as np
 
-TILE = 4  # blocks of a prompt whose queries read its keys together
 
+def block_shape(max_tokens: int, kernel: bool) -> tuple[int, int]:
+  """(B, W): tokens of a block, and blocks of one prompt whose queries read its keys together.
 
-def block_size(max_tokens: int) -> int:
-  """Tokens of a block: short ones hold little padding, long ones make few steps of attention."""
-  return min(max_tokens, max(16, min(64, max_tokens // 16)))
+  Small blocks hold little padding. Where no `kernel` computes attention, larger ones and tiles of
+  some make fewer steps of it.
+  """
+  if kernel:
+    return min(max_tokens, 16), 1
+  return min(max_tokens, max(16, min(32, max_tokens // 16))), 4
 
 
 @dataclasses.dataclass(frozen=True)

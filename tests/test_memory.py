@@ -163,8 +163,8 @@ def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
 
 
 def test_scores_of_packed_responses_by_hand(config):
-  # 4 blocks of 32 tokens see 1,024 of the prompt and 128 near them: 32 times for 4,096 tokens.
-  wanted = 32 * 2 * 4 * config.num_heads * 128 * (1024 + 128)
+  # 4 blocks of 32 tokens see 1,024 of the prompt and 256 near them: 32 times for 4,096 tokens.
+  wanted = 32 * 2 * 4 * config.num_heads * 128 * (1024 + 256)
   assert memory.Model(config).scores_of_blocks(4096, 1024, 512) == wanted
   kernels = dataclasses.replace(config, attention="splash")
   assert memory.Model(kernels).scores_of_blocks(4096, 1024, 512) == 0

@@ -17,7 +17,7 @@ from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
 
-NEAR = 128  # keys of responses that a packed query sees at a time, at least
+NEAR = 256  # keys of responses that a packed query sees at a time, at least
 
 
 @struct.dataclass

@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import memory, parallel, scoring, views
 from jaxrl_vlm.errors import UserError
-from jaxrl_vlm.models import lora
+from jaxrl_vlm.models import attention, lora
 from jaxrl_vlm.models.decoder import Blocks, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.objectives import Objective
 from jaxrl_vlm.objectives.base import minibatch_weights
-from jaxrl_vlm.packing import TILE, Packer, balanced, block_size
+from jaxrl_vlm.packing import Packer, balanced, block_shape
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
@@ -242,15 +242,13 @@ class Programs:
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
     p, g, t = mask.shape
-    size = block_size(t)
     splits, devices = self.minibatches * self.microbatches, self.mesh.shape["fsdp"]
-    each = -(-t // size)
-    # A tile reads its prompt's keys once; kernels do so anyway.
-    tile = TILE if self.model.config.attention == "xla" else 1
     # Where a batch is small, so are its parts: the last one is half empty on average.
     here = p // splits // devices * g
-    room = min(self.part_tokens, max(_LEAST_PART, here * t // _PARTS)) // size
-    room = -(-max(room, each) // tile) * tile
+    room = max(t, min(self.part_tokens, max(_LEAST_PART, here * t // _PARTS)))
+    size, tile = block_shape(t, attention.answers(self.model.config, room))
+    each = -(-t // size)
+    room = -(-max(room // size, each) // tile) * tile
     packer = Packer(splits, devices, size, min(room, here * -(-each // tile) * tile), tile)
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
@@ -381,19 +379,25 @@ class Programs:
     assert kind == "blur", kind
     return views.blur(prompt, objective.mask_blur, shape, vision.spatial_merge_size)
 
-  def _row_sources(self, source: Array | Prompt, prompts: int, group: int,
-                   packing: Packing | None) -> Array | Prompt:
-    """Of a key: keys [P] or [P, G], for every row of the masked view; in the packing's order."""
+  def _with_source(self, packing: Packing | None, batch: tuple, source: Array | Prompt) -> tuple:
+    """A batch (prompt, tokens, ...) in the packing's order, and what masks each of its rows.
+
+    Of a key that is keys [P] or [P, G]. A source that is a prompt goes along in one ring: two that
+    need not wait for each other can make XLA for several CPU devices wait for ever.
+    """
+    prompts, group = batch[1].shape[:2]
     if isinstance(source, Prompt):
-      by_prompt = jax.tree.map(lambda a: a.reshape(prompts, -1, *a.shape[1:]), source)
-      return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), self._ordered(packing, by_prompt))
+      rows = jax.tree.map(lambda a: a.reshape(prompts, -1, *a.shape[1:]), source)
+      *ordered, rows = self._ordered(packing, (*batch, rows))
+      return *ordered, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), rows)
     each = self.objective.mask_per == "sample"
-    keys = jax.random.split(source, (prompts, group) if each else prompts)
-    return keys if packing is None or packing.order is None else keys[packing.order]
+    keys = jax.random.split(source, (prompts, group) if each else (prompts,))
+    if packing is not None and packing.order is not None:
+      keys = keys[packing.order]
+    return *self._ordered(packing, batch), keys
 
   def _score_masked(self, params, prompt, tokens, mask, source, packing=None) -> TokenStats:
-    source = self._row_sources(source, *tokens.shape[:2], packing)
-    prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
+    prompt, tokens, mask, source = self._with_source(packing, (prompt, tokens, mask), source)
     sides = {"masked": (params, self._corrupted(source, params, prompt, tokens.shape[1]))}
     if "masked" in self.objective.full_kl:
       sides[""] = params, prompt
@@ -532,8 +536,7 @@ class Programs:
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
-    source = self._row_sources(source, *tokens.shape[:2], packing)
-    batch = (*self._ordered(packing, (prompt, tokens, experience)), source)
+    batch = self._with_source(packing, (prompt, tokens, experience), source)
     if packing is not None:
       packing = dataclasses.replace(packing, order=None)
     if self.minibatches == 1:

@@ -25,3 +25,19 @@ def test_platforms_are_those_that_are_there(monkeypatch, devices, installed, exp
   monkeypatch.setattr(jax.config, "update", lambda key, value: chosen.append(value))
   platform.choose_platform()
   assert chosen == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, "/home/me/.cache/jaxrl_vlm/xla"),
+    ({"JAXRL_VLM_CACHE": "/fast"}, "/fast/xla"),
+    ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
+])
+def test_compiled_programs_are_kept(monkeypatch, variables, expected):
+  for name in ("JAXRL_VLM_CACHE", "JAX_COMPILATION_CACHE_DIR"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in {"HOME": "/home/me", **variables}.items():
+    monkeypatch.setenv(name, value)
+  chosen = {}
+  monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+  platform.cache_compilations()
+  assert chosen.get("jax_compilation_cache_dir") == expected

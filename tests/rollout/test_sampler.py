@@ -10,6 +10,7 @@ import jaxrl_vlm as jv
 from jaxrl_vlm import parallel
 from jaxrl_vlm.rollout import Sampler, sampler
 from jaxrl_vlm.rollout.sampling import draw, pick, truncate
+from jaxrl_vlm.stages import run
 from tests import tiny
 
 
@@ -189,6 +190,30 @@ def test_scheduling_changes_nothing(family, tmp_path):
       for p, (tokens, mask) in ended.items():
         np.testing.assert_array_equal(tokens, plain.tokens[p])
         np.testing.assert_array_equal(mask, plain.mask[p])
+
+
+def test_two_devices_decode_as_one_and_compile_once(setup):
+  """Whatever the lengths: all layouts that can come up are compiled with the first prompts."""
+  model, params, processor, _ = setup
+  messages, images = tiny.conversations()
+  prompt = processor((messages * 2)[:4], (images * 2)[:4])
+  greedy = jv.Sampling(2, 20, temperature=0)
+  plain = one_device_sampler(model, params, greedy)(params, prompt, jax.random.key(0))
+  mesh = parallel.make_mesh({"fsdp": 2}, jax.devices()[:2])
+  shardings = parallel.param_shardings(mesh, params)
+  params, prompt = jax.device_put(params, shardings), parallel.put_batch(mesh, prompt)
+  drawn = Sampler(model, mesh, greedy, shardings, chunk=3, groups=2)(
+      params, prompt, jax.random.key(0))
+  np.testing.assert_array_equal(drawn.tokens, plain.tokens)
+
+  draw = Sampler(model, mesh, jv.Sampling(2, 20, temperature=3.0), shardings, chunk=3, groups=2)
+  compilations, lengths = run._count_compilations(), set()
+  draw(params, prompt, jax.random.key(0))
+  first, _ = compilations()
+  for seed in range(1, 5):
+    limits = np.random.default_rng(seed).integers(1, 20, (4, 2))
+    lengths.add(tuple(draw(params, prompt, jax.random.key(seed), limits).mask.sum(-1).flat))
+  assert compilations()[0] == first > 0 and len(lengths) > 1
 
 
 def test_limits(setup):

@@ -10,6 +10,8 @@ import pytest
 
 from jaxrl_vlm import models, objectives, parallel, scoring, scratch, views
 from jaxrl_vlm.data import digit_boards
+from jaxrl_vlm.models import lora
+from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.programs import Programs, TrainState
 from jaxrl_vlm.types import Experience, TokenStats
 from tests import tiny_run
@@ -404,6 +406,25 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
   after, metrics = step(second)
   assert after.bad_steps == 0 and np.isfinite(metrics["loss"])
   assert not np.array_equal(after.params["head"], start.params["head"])
+
+
+def test_a_frozen_tower_sees_each_prompt_once(setup, make, experience):
+  """What is seen needs no pictures any more, in no program."""
+  _, params, prompt, tokens, mask, _ = setup
+  programs = make(objectives.create("grpo"), trainable=("!vision",), sampling=Sampling(G, T))
+  trained, frozen = lora.split(params, ("!vision",))
+  seen = programs.see(params, prompt)
+  blind = seen.replace(patches=jnp.full_like(seen.patches, jnp.nan))
+  plain = programs.score(params, prompt, tokens, mask)
+  np.testing.assert_allclose(programs.score(params, blind, tokens, mask).logp, plain.logp,
+                             atol=1e-5)
+  drawn = programs.rollout(params, blind, jax.random.key(0))
+  np.testing.assert_array_equal(
+      drawn.tokens, programs.rollout(params, prompt, jax.random.key(0)).tokens)
+  (_, wanted), (_, found) = (programs.update(
+      fresh(programs, trained), frozen, given, tokens, experience, jax.random.key(0), None)
+      for given in (prompt, blind))
+  np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-5)
 
 
 # -- Packed ----------------------------------------------------------------------------------------
