@@ -235,6 +235,7 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
       return flight, out
 
     loop.programs.rollout._decode = decoded
+    loop.programs.pack = trace.watch("pack", loop.programs.pack)
     # The last update or the last chunk; what else there is somebody waits for at once.
     trace.in_flight = lambda: not all(
         leaf.is_ready() for leaf in [*jax.tree.leaves(loop.state.params), *decoding])

@@ -54,17 +54,19 @@ def decode_table(values: dict) -> str:
 
 def update_table(values: dict) -> str:
   head = ["gradient of", "shared, s", "separate, s", "torch, s", "times faster",
-          "times fewer FLOPs", "share of that", "padding", "MFU"]
+          "times fewer FLOPs", "share of that", "asked", "MFU", "asked", "torch's MFU", "padding"]
   return markdown(head, [
       [name, *(f"{r['medians'][side]:.2f}" for side in ("shared", "separate", "torch")),
-       f"{r['faster']:.2f}", f"{r['fewer_flops']:.2f}", f"{r['share']:.0%}", f"{r['padding']:.0%}",
-       f"{r['mfu']['shared']:.0%}"] for name, r in cases(values).items() if "medians" in r])
+       f"{r['faster']:.2f}", f"{r['fewer_flops']:.2f}", f"{r['share']:.0%}",
+       f"{r['asked']['share']:.0%}", f"{r['mfu']['shared']:.0%}", f"{r['asked']['mfu']:.0%}",
+       f"{r['mfu']['torch']:.0%}", f"{r['padding']:.0%}"]
+      for name, r in cases(values).items() if "medians" in r])
 
 
 def padding_table(values: dict) -> str:
   found = values["padding of runs"]
-  return markdown(["batch", "padding"], [
-      [name, f"{share:.0%}"] for name, share in found.items() if name != "date"])
+  return markdown(["64 prompts of 8 responses", "padding", "asked: under"], [
+      [name, f"{share:.0%}", "15%"] for name, share in found.items() if name != "date"])
 
 
 def host_table(values: dict) -> str:

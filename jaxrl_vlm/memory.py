@@ -93,19 +93,22 @@ class Model:
     return tokens * self.item * (4 * self.config.hidden_size + max(2 * heads + 2 * kv, 3 * hidden))
 
   def scores(self, queries: float, keys: float, heads: int = 0) -> float:
-    """Of one layer's attention by XLA, twice; kernels hold none."""
+    """Of one layer's attention by XLA, twice; kernels hold none, but cuDNN's has a mask."""
     if self.config.attention != "xla":
-      return 0.0
+      return self._mask(queries, keys)
     return self._scores(queries, keys, heads)
+
+  def _mask(self, queries: float, keys: float) -> float:
+    return 2 * queries * keys if self.config.attention == "cudnn" else 0.0
 
   def _scores(self, queries: float, keys: float, heads: int = 0) -> float:
     most = min(queries * keys, max(SCORES, keys))
     return 2 * 4 * self._split(heads or self.config.num_heads) * most
 
-  def scores_of_blocks(self, tokens: float, length: int, max_tokens: int) -> float:
-    """Of so many tokens of packed responses over prompts; kernels hold none."""
+  def scores_of_blocks(self, tokens: float, length: int, max_tokens: int, rows: int) -> float:
+    """`scores` of so many tokens of packed responses; `rows`: of prompts that are there."""
     if attention.answers(self.config, int(tokens)):
-      return 0.0
+      return self._mask(tokens, rows * length + tokens)  # of all prompts
     wide = math.prod(block_shape(max_tokens, kernel=False))
     return -(-tokens // wide) * self._scores(wide, length + max(wide, NEAR))
 
@@ -187,7 +190,8 @@ def update(model: Model, length: int, patches: int, prompts: int, group: int, to
   tower = rows * (model.tower(patches) if trains_vision else 0.0)
   # Keys and values, and their gradient in float32.
   prefixes = rows * model.keys_and_values(length) * (1 + 4 / model.item)
-  scores = max(rows * model.scores(length, length), model.scores_of_blocks(part, length, tokens))
+  scores = max(rows * model.scores(length, length),
+               model.scores_of_blocks(part, length, tokens, prompts * max(views)))
   return (gradients + prefixes + tower + model.kept(rows * length + len(views) * part)
           + model.layer(part) + model.logits(512) + scores)
 
@@ -204,8 +208,16 @@ def score(model: Model, length: int, rows: int, tokens: int, part_tokens: int) -
   """
   reading = rows * (model.layer(length) + model.scores(length, length))
   responding = (model.layer(part_tokens) + model.logits(512)
-                + model.scores_of_blocks(part_tokens, length, tokens))
+                + model.scores_of_blocks(part_tokens, length, tokens, rows))
   return rows * model.keys_and_values(length) + max(reading, responding)
+
+
+def prompts(model: Model, patches: int, count: int) -> float:
+  """Bytes of so many prompts with visual tokens; all else of them is little."""
+  vision = model.config.vision
+  tokens = patches // vision.spatial_merge_size**2
+  features = tokens * model.config.hidden_size * model.item * (1 + len(vision.deepstack_layers))
+  return count * (4 * patches * vision.patch_dim + features)
 
 
 def see(model: Model, patches: int, prompts: int) -> float:

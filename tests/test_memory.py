@@ -122,7 +122,9 @@ def test_views_need_memory_of_their_own(config):
   by_prompt = need("vppo", mask_per="prompt")
   # Scores read 8 rows for each prompt; a masked view with gradient is all rows once more.
   by_sample = need("vppo", mask_per="sample")
-  assert by_sample == memory.score(memory.Model(slim), 2048, 32 * 8, 64, 4096) > 1.5 * by_prompt
+  model = memory.Model(slim)
+  assert by_sample == (memory.score(model, 2048, 32 * 8, 64, 4096)
+                       + memory.prompts(model, 4096, 32)) > 1.5 * by_prompt
   assert need("papo", masked_gradient=True, mask_per="prompt", kl_coef=0.0) > 1.3 * by_prompt
 
 
@@ -136,12 +138,12 @@ def test_a_run_says_what_it_plans_and_what_cannot_fit(tmp_path, one_device, caps
   config.device_memory = 0.001
   compiled = []
   monkeypatch.setattr(Programs, "_update", lambda *_: compiled.append(1))
-  with pytest.raises(UserError, match="num_samples=2: one group for a prompt of 64 tokens needs"):
+  with pytest.raises(UserError, match=r"^config.stages\[0\].num_samples=2: one group for a pr"):
     train.train(config, tmp_path / "does not fit")
   # Room for the rollout is not room for the update: said before anything is read, too.
   monkeypatch.setattr(Programs, "update_bytes", lambda *_: 2e9)
   config.device_memory = 1.0
-  with pytest.raises(UserError, match="microbatches=1: an update with prompts of 64 tokens"):
+  with pytest.raises(UserError, match=r"^config.stages\[0\].microbatches=1: an update"):
     train.train(config, tmp_path / "no update")
   monkeypatch.undo()
   monkeypatch.setattr(Programs, "_update", lambda *_: compiled.append(1))
@@ -150,6 +152,19 @@ def test_a_run_says_what_it_plans_and_what_cannot_fit(tmp_path, one_device, caps
   with pytest.raises(UserError, match="microbatches=1: an update with prompts of 64 tokens"):
     train.train(config, tmp_path / "does not fit either")
   assert not compiled
+
+
+def test_what_only_short_prompts_have_room_for_is_said(tmp_path, one_device, capsys, monkeypatch):
+  config = tiny_run.get_config()
+  config.stages = (config.stages[1],)
+  config.stages[0].steps = 1
+  config.stages[0].eval.examples = 0
+  config.prompt_buckets, config.patch_buckets, config.device_memory = (64, 128), (36, 144), 2.0
+  monkeypatch.setattr(Programs, "update_bytes", lambda self, _, length, *more: 2e7 * length)
+  train.train(config, tmp_path / "run")
+  out = " ".join(capsys.readouterr().out.split())
+  assert ("tokens: 64: 4; not every prompt will fit: config.stages[0].microbatches=1: an update "
+          "with prompts of 128 tokens and 144 patches needs 2.4 GiB") in out
 
 
 def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
@@ -165,11 +180,34 @@ def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
 def test_scores_of_packed_responses_by_hand(config):
   # 4 blocks of 32 tokens see 1,024 of the prompt and 256 near them: 32 times for 4,096 tokens.
   wanted = 32 * 2 * 4 * config.num_heads * 128 * (1024 + 256)
-  assert memory.Model(config).scores_of_blocks(4096, 1024, 512) == wanted
+  assert memory.Model(config).scores_of_blocks(4096, 1024, 512, 3) == wanted
   kernels = dataclasses.replace(config, attention="splash")
-  assert memory.Model(kernels).scores_of_blocks(4096, 1024, 512) == 0
+  assert memory.Model(kernels).scores_of_blocks(4096, 1024, 512, 3) == 0
   slides = dataclasses.replace(kernels, sliding_window=512)  # kernels do not
-  assert memory.Model(slides).scores_of_blocks(4096, 1024, 512) == wanted
+  assert memory.Model(slides).scores_of_blocks(4096, 1024, 512, 3) == wanted
+  # cuDNN's have a mask of two bytes, over all prompts.
+  masked = memory.Model(dataclasses.replace(config, attention="cudnn"))
+  assert masked.scores_of_blocks(4096, 1024, 512, 3) == 2 * 4096 * (3 * 1024 + 4096)
+  assert masked.scores(64, 64) == 2 * 64 * 64
+
+
+def test_prompts_by_hand(config):
+  # 1,176 numbers of 4 bytes for a patch; 2,048 of 2 bytes for 4 of them.
+  assert memory.prompts(memory.Model(config), 4096, 3) == 3 * (4096 * 1176 * 4 + 1024 * 2048 * 2)
+
+  def need(devices, **fields):
+    mesh = parallel.make_mesh({"fsdp": devices, "tensor": 1}, jax.devices()[:devices])
+    programs = Programs(
+        models.VLM(config), mesh, objectives.create("papo", **fields), optax.sgd(0.0),
+        models.abstract_params(config), capacity=70e9, black=np.zeros(1), white=np.ones(1))
+    return programs.update_bytes(32 * devices, 2048, 4096, 8, 64) + programs.held
+
+  # What is dealt to devices is there, is taken and passes; the host's images of each sample too.
+  given = memory.prompts(memory.Model(config), 4096, 32)
+  by_host = need(1, mask_per="sample") - need(1, mask_per="sample", mask_on="processed")
+  assert np.isclose(by_host, 8 * given)
+  two = need(2, mask_per="sample") - need(2, mask_per="sample", mask_on="processed")
+  assert np.isclose(two, 4 * 8 * given)
 
 
 def test_the_tower_by_hand(config):

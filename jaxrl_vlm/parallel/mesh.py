@@ -89,7 +89,7 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
   """Rows [P, ...] of arrays that are split over `fsdp`, in another order i32[P].
 
-  Shards go round in a ring: no device ever holds more than its own, the new one and one in passing.
+  Shards go round in a ring: no device ever holds all of them.
   """
   size = mesh.shape["fsdp"]
   if size == 1:
@@ -100,20 +100,23 @@ def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
     me = jax.lax.axis_index("fsdp")
     mine = jax.lax.dynamic_slice_in_dim(order, me * here, here)
 
-    def step(i, state):
-      taken, passing = state
-      at = mine - (me + i) % size * here  # rows of whose shard is passing
+    def take(into, shards, i):  # `shards` of the device i places further
+      at = mine - (me + i) % size * here
       found = (at >= 0) & (at < here)
 
-      def take(into, shard):
+      def rows(into, shard):
         rows = jnp.take(shard, jnp.clip(at, 0, here - 1), axis=0)
         return jnp.where(found.reshape(-1, *[1] * (rows.ndim - 1)), rows, into)
 
-      taken = jax.tree.map(take, taken, passing)
-      return taken, jax.lax.ppermute(
-          passing, "fsdp", [(source, (source - 1) % size) for source in range(size)])
+      return jax.tree.map(rows, into, shards)
 
-    return jax.lax.fori_loop(0, size, step, (jax.tree.map(jnp.zeros_like, tree), tree))[0]
+    def step(i, state):
+      taken, passing = state
+      passing = jax.lax.ppermute(
+          passing, "fsdp", [(source, (source - 1) % size) for source in range(size)])
+      return take(taken, passing, i), passing
+
+    return jax.lax.fori_loop(1, size, step, (take(tree, tree, 0), tree))[0]
 
   rows = Spec("fsdp")
   return jax.shard_map(local, mesh=mesh, in_specs=(Spec(), rows), out_specs=rows,

@@ -52,7 +52,8 @@ class Packing:
     used: i32[pieces].
     size: tokens of a block.
     tile: blocks of one prompt that stand together.
-    order: i32[P]; of the prompts among devices and pieces (`packing.balanced`); None: as they come.
+    order: i32[P]; how prompts are dealt to devices and pieces (`packing.balanced`); None: they are
+      not.
   """
 
   index: Array
@@ -126,6 +127,8 @@ class Programs:
   `rollout`: further arguments of the `Sampler`. `capacity`: bytes of a device that may be used, 0
   if that is not known; `room` is what weights and optimizer leave of it.
 
+  `fields` is what stands before the names of the stage's fields in errors.
+
   `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
   masked view is made of.
   """
@@ -135,11 +138,11 @@ class Programs:
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
       rollout: Mapping[str, Any] | None = None, part_tokens: int = 4096, capacity: float = 0,
-      black: Array | None = None, white: Array | None = None):
+      fields: str = "", black: Array | None = None, white: Array | None = None):
     self.model, self.mesh = model.on(mesh), mesh
     self.objective, self.optimizer = objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
-    self.part_tokens = part_tokens
+    self.part_tokens, self.fields = part_tokens, fields
     self.black, self.white = black, white
     kind = objective.mask_kind
     if kind in ("solid", "noise") and white is None:
@@ -183,7 +186,7 @@ class Programs:
         self._update, (self.state_shardings, frozen, batch, batch, batch, None, None, None),
         (self.state_shardings, whole), donate_argnums=0)
     if sampling is not None:
-      rollout = {**(rollout or {}), "room": self.room}
+      rollout = {**(rollout or {}), "room": self.room, "samples_field": f"{fields}num_samples"}
       self.rollout = make_sampler(model, mesh, sampling, params, **rollout)
       if "baseline" in objective.advantage_needs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
@@ -193,7 +196,8 @@ class Programs:
                    microbatches: int = 0) -> float:
     """What scores and update of P prompts need on each device beside weights and optimizer."""
     count, objective = microbatches or self.microbatches, self.objective
-    here = prompts // (self.minibatches * count * self.mesh.shape["fsdp"])
+    devices = self.mesh.shape["fsdp"]
+    here = prompts // (self.minibatches * count * devices)
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
 
     def rows(view):
@@ -204,7 +208,12 @@ class Programs:
         self.trains_vision, (1, *map(rows, objective.grad_views)))
     scores = [memory.score(model, length, here * rows(view), tokens, self.part_tokens)
               for view in objective.views]
-    return max(need, memory.see(model, patches, here), *scores)
+    given = memory.prompts(model, patches, prompts // devices)
+    if objective.mask_on == "original":  # the host's
+      given *= 1 + sum(map(rows, {"masked"} & {*objective.views, *objective.grad_views}))
+    # What is dealt is there, is taken and passes: in two buffers (`parallel.reordered`).
+    given *= 4 if devices > 1 else 1
+    return given + max(need, memory.see(model, patches, here), *scores)
 
   def check_update(self, prompts: int, length: int, patches: int, group: int, tokens: int) -> None:
     """Before an update of these sizes is compiled.
@@ -222,22 +231,21 @@ class Programs:
               if most % n == 0 and self.update_bytes(*sizes, n) <= self.room]
       advice = (f"microbatches={fits[0]} fits" if fits else
                 "no number of microbatches fits: use more devices, config.model.remat='full', "
-                "smaller config.prompt_buckets or part_tokens of an RL stage, or train adapters "
+                f"smaller config.prompt_buckets or {self.fields}part_tokens, or train adapters "
                 "(config.model.lora)")
       raise UserError(
-          f"microbatches={self.microbatches}: an update with prompts of {length} tokens and "
-          f"{patches} patches needs "
-          f"{need / memory.GIB:.1f} GiB on a device beside weights and optimizer "
-          f"({self.held / memory.GIB:.1f}), {self.room / memory.GIB:.1f} are free; {advice}")
+          f"{self.fields}microbatches={self.microbatches}: an update with prompts of "
+          f"{length} tokens and {patches} patches needs {need / memory.GIB:.1f} GiB on a device "
+          f"beside weights and optimizer ({self.held / memory.GIB:.1f}), "
+          f"{self.room / memory.GIB:.1f} are free; {advice}")
     self._checked.add(sizes)
 
   def pack(self, mask: np.ndarray) -> Packing:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
-    packing = self.packed(mask)
+    packing, whole = self.packed(mask), parallel.replicated(self.mesh)
     by_device = NamedSharding(self.mesh, Spec(None, None, "fsdp"))
-    index = jax.device_put(packing.index, by_device)
-    return dataclasses.replace(jax.device_put(
-        dataclasses.replace(packing, index=None), parallel.replicated(self.mesh)), index=index)
+    return jax.device_put(packing, dataclasses.replace(
+        packing, index=by_device, used=whole, order=None if packing.order is None else whole))
 
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
@@ -253,7 +261,7 @@ class Programs:
     # Behind the last token that counts nothing does.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
     order = None
-    if devices * self.microbatches > 1:
+    if devices > 1:
       order = balanced(lengths.sum(axis=1), devices, self.microbatches, self.minibatches)
       lengths = lengths[order]
     return Packing(*packer(lengths, t), size, tile, order)

@@ -106,6 +106,25 @@ class Drawn:
   greedy_grading: Grading | None = None
 
 
+@dataclasses.dataclass
+class Scored:
+  """Responses on the device, and what is known of them before they are graded.
+
+  Attributes:
+    tokens, mask: [P, G, T].
+    packing: of the mask.
+    masked: prompts under images that the host has corrupted; None if the device does that.
+    views: TokenStats by name: `old` (current parameters, clean image), where it is scored, and the
+      objective's views.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  packing: Packing
+  masked: Prompt | None
+  views: dict[str, Any]
+
+
 def train(run: Run, index: int) -> None:
   """Runs stage `index` to its end, or from where a checkpoint left it.
 
@@ -126,7 +145,7 @@ def train(run: Run, index: int) -> None:
       trainable=run.trainable, temperature=stage.temperature or 1.0,
       microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
       rollout=run.config.rollout.to_dict(),
-      part_tokens=stage.part_tokens, capacity=run.capacity,
+      part_tokens=stage.part_tokens, capacity=run.capacity, fields=f"config.stages[{index}].",
       black=run.processor.black_patch, white=white)
 
   _plan_memory(run, index, programs)
@@ -146,11 +165,9 @@ def train(run: Run, index: int) -> None:
       groups, prompt, scored, sampled = _collect(loop, now)
       if ahead and objective.filter_groups:  # which may have wanted more of the data
         loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
-      masked = _masked_source(loop, groups)
-      packing = programs.pack(groups.mask)
-      views = _score_views(loop, prompt, groups, scored, masked, packing)
-      mask, rewards, logp, truncated, tokens = parallel.put_batch(
-          run.mesh, (groups.mask, groups.rewards, groups.logp, groups.truncated, groups.tokens))
+      views, mask = scored.views, scored.mask
+      rewards, logp, truncated = parallel.put_batch(
+          run.mesh, (groups.rewards, groups.logp, groups.truncated))
       advantages = programs.advantages(
           rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective)
       experience = Experience(
@@ -161,8 +178,9 @@ def train(run: Run, index: int) -> None:
         metrics = programs.compare(experience.old.logp, logp, mask)
       reference = loop.reference_params if "ref" in objective.grad_views else None
       loop.state, updated = programs.update(
-          loop.state, run.frozen, _to_train_on(programs, prompt), tokens, experience,
-          run.random_key(_UPDATE) if masked is None else masked, reference, packing)
+          loop.state, run.frozen, _to_train_on(programs, prompt), scored.tokens, experience,
+          run.random_key(_UPDATE) if scored.masked is None else scored.masked, reference,
+          scored.packing)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
         _keep_rollouts(loop, groups, np.asarray(advantages))
@@ -170,27 +188,33 @@ def train(run: Run, index: int) -> None:
 
 def _plan_memory(run: Run, index: int, programs: Programs) -> None:
   """Says how many groups are decoded at once; the shortest prompts must fit."""
-  stage = run.config.stages[index]
+  stage, lengths = run.config.stages[index], sorted(run.config.prompt_buckets)
   if not programs.room:
     return
-  groups = {}
-  for length in sorted(run.config.prompt_buckets):
+  least, groups, warning = min(run.config.patch_buckets), {}, ""
+  _check_room(programs, stage, stage.prompts_per_step, lengths[0], least)
+  for length in lengths:
+    # As many as a prompt of that length can have.
+    most = length * run.model.config.vision.spatial_merge_size**2
+    patches = max((n for n in run.config.patch_buckets if n <= most), default=least)
     try:
-      count = programs.rollout.groups_at_once(stage.prompts_per_step, length)
-      programs.check_update(stage.prompts_per_step, length, min(run.config.patch_buckets),
-                            stage.num_samples, stage.max_tokens)
-    except UserError:
-      if not groups:
-        raise
+      groups[length] = _check_room(programs, stage, stage.prompts_per_step, length, patches)
+    except UserError as error:
+      warning = f"; not every prompt will fit: {error}"
       break
-    groups[length] = count
   shown = ", ".join(f"{length}: {count}" for length, count in groups.items())
-  if len(groups) < len(run.config.prompt_buckets):
-    shown += "; longer prompts do not fit"
   room, held = run.capacity / memory.GIB, programs.held / memory.GIB
   run.progress.log(
       f"rl  a device has {room:.1f} GiB to fill, {held:.1f} with weights and optimizer; "
-      f"groups decoded at once, by prompt tokens: {shown}")
+      f"groups decoded at once, by prompt tokens: {shown}{warning}")
+
+
+def _check_room(programs: Programs, stage: ConfigDict, prompts: int, length: int, patches: int
+                ) -> int:
+  """Groups of such prompts that are decoded at once; UserError if there is no room for them."""
+  groups = programs.rollout.groups_at_once(prompts, length)
+  programs.check_update(prompts, length, patches, stage.num_samples, stage.max_tokens)
+  return groups
 
 
 def check_objective(stage: ConfigDict) -> None:
@@ -232,10 +256,6 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
     examples = next(loop.data)
     encoded = run.encode(examples)
     prompt = _seen(loop, encoded)
-    stage, length = loop.stage, prompt.tokens.shape[1]
-    programs.rollout.groups_at_once(len(examples), length)
-    programs.check_update(
-        len(examples), length, prompt.patches.shape[1], stage.num_samples, stage.max_tokens)
   grading = loop.pool.begin(len(examples), loop.stage.num_samples)
   texts: list[list[str]] = [[] for _ in examples]
 
@@ -254,13 +274,13 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   return drawn
 
 
-def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Any, dict[str, float]]:
+def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict[str, float]]:
   """Grades, and samples more until there are P groups that the objective keeps.
 
-  Returns the groups, their prompts on the device, their scores if those were computed while the
-  host graded (else None), and metrics of everything that was sampled.
+  Returns the groups, their prompts on the device, their scores, and metrics of everything that was
+  sampled.
   """
-  run, programs, objective = loop.run, loop.programs, loop.programs.objective
+  run, objective = loop.run, loop.programs.objective
   want = loop.stage.prompts_per_step
   kept: Groups | None = None
   spare: Groups | None = None
@@ -271,10 +291,8 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Any, dict[st
     if drawn.greedy is not None:
       loop.generated(int(drawn.greedy.mask.sum()))
     scored = None
-    # The device scores while the host grades.
-    if programs.scores_old and not objective.filter_groups:
-      scored = programs.score(loop.params, prompt, rollout.tokens, rollout.mask,
-                              programs.pack(np.asarray(rollout.mask)))
+    if not objective.filter_groups:  # the device scores while the host grades
+      scored = _score(loop, prompt, drawn.examples, rollout.tokens, rollout.mask)
     graded = drawn.grading.result()
     failures, baseline = collections.Counter(graded.failures), None
     messages = dict(graded.messages)
@@ -290,7 +308,7 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Any, dict[st
         np.asarray(rollout.mask), np.asarray(rollout.logp), graded.total, graded.components,
         dict(failures), _truncated(loop, rollout), baseline)
     batches.append(groups)
-    if not objective.filter_groups:
+    if scored is not None:
       return groups, prompt, scored, _summary(loop, batches)
 
     with validation():
@@ -311,14 +329,17 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Any, dict[st
     filler.mask = np.zeros_like(filler.mask)
     kept = kept + filler
   kept = kept.rows(range(want))
-  return kept, _seen(loop, kept.encoded), None, summary
+  with loop.reading():
+    prompt = _seen(loop, kept.encoded)
+  return kept, prompt, _score(loop, prompt, kept.examples, kept.tokens, kept.mask), summary
 
 
 def _seen(loop: StageRun, encoded: list[EncodedPrompt]) -> Prompt:
-  """Prompts on the device, with their visual tokens."""
-  run = loop.run
-  prompt = parallel.put_batch(run.mesh, run.processor.collate(encoded))
-  return loop.programs.see(loop.params, prompt)
+  """Prompts on the device, with their visual tokens; UserError if a step has no room for them."""
+  prompt = loop.run.processor.collate(encoded)
+  prompts, length = prompt.tokens.shape
+  _check_room(loop.programs, loop.stage, prompts, length, prompt.patches.shape[1])
+  return loop.programs.see(loop.params, parallel.put_batch(loop.run.mesh, prompt))
 
 
 def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:
@@ -332,38 +353,36 @@ def _truncated(loop: StageRun, rollout: Rollout) -> np.ndarray:
   return np.asarray(rollout.mask).all(axis=-1) & ~ended
 
 
-def _masked_source(loop: StageRun, groups: Groups) -> Prompt | None:
+def _masked_source(loop: StageRun, examples: Sequence[Example], group: int) -> Prompt | None:
   """Prompts whose images the host has corrupted, on the device; None if the device does that.
 
-  A row for each prompt, or for each sample of each prompt. The draws depend on the seed, the step
-  and the row.
+  A row for each prompt, or for each of the G samples of each prompt. The draws depend on the seed,
+  the step and the row.
   """
   run, objective = loop.run, loop.programs.objective
   views = (*objective.views, *objective.grad_views)
   if "masked" not in views or objective.mask_on != "original":
     return None
   random = objective.mask_kind in ("patches", "noise")
-  rows = groups.rewards.shape[1] if random and objective.mask_per == "sample" else 1
+  rows = group if random and objective.mask_per == "sample" else 1
   corrupted = [
       corrupt_images(
           example, kind=objective.mask_kind, seed=(run.config.seed, run.step, p, g),
           rate=objective.mask_rate, patch=objective.mask_pixels, level=objective.mask_level,
           noise=objective.mask_noise, blur=objective.mask_blur)
-      for p, example in enumerate(groups.examples) for g in range(rows)]
+      for p, example in enumerate(examples) for g in range(rows)]
   return parallel.put_batch(run.mesh, run.processor.collate(run.encode(corrupted)))
 
 
-def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any,
-                 masked: Prompt | None, packing: Packing) -> dict[str, Any]:
-  """TokenStats by name: `old` (current parameters, clean image), where it is scored, and the
-  objective's views."""
+def _score(loop: StageRun, prompt: Prompt, examples: Sequence[Example], tokens: Any, mask: Any
+           ) -> Scored:
+  """What the update needs of responses [P, G, T] besides their rewards."""
   run, programs, params = loop.run, loop.programs, loop.params
-  tokens, mask = parallel.put_batch(run.mesh, (groups.tokens, groups.mask))
-  views = {}
+  packing, views = programs.pack(np.asarray(mask)), {}
+  tokens, mask = parallel.put_batch(run.mesh, (np.asarray(tokens), np.asarray(mask)))
   if programs.scores_old:
-    if scored is None:
-      scored = programs.score(params, prompt, tokens, mask, packing)
-    views["old"] = scored
+    views["old"] = programs.score(params, prompt, tokens, mask, packing)
+  masked = _masked_source(loop, examples, tokens.shape[1])
   for name in programs.objective.views:
     unseen = _to_train_on(programs, prompt)  # the reference may have another vision tower
     if name == "ref" and name in programs.objective.full_kl:
@@ -377,7 +396,7 @@ def _score_views(loop: StageRun, prompt: Prompt, groups: Groups, scored: Any,
       views[name] = programs.score_masked(params, prompt, tokens, mask, source, packing)
     else:
       raise ValueError(f"objective.views: no such view {name!r}; known: 'ref', 'masked'")
-  return views
+  return Scored(tokens, mask, packing, masked, views)
 
 
 def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> dict[str, Any]:

@@ -383,7 +383,8 @@ class StageRun:
       self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
       self._eval_rollout = make_sampler(
           run.model, run.mesh, self._eval_sampling, run.param_shardings,
-          **run.config.rollout.to_dict(), room=self.programs.room, samples_field="eval.samples")
+          **run.config.rollout.to_dict(), room=self.programs.room,
+          samples_field=f"config.stages[{self.index}].eval.samples")
     return evaluate(
         self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,

@@ -24,7 +24,7 @@ def train(run: Run, index: int) -> None:
     optimizer = make_optimizer(stage.optimizer, stage.steps)
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
                       trainable=run.trainable, microbatches=stage.microbatches,
-                      capacity=run.capacity)
+                      capacity=run.capacity, fields=f"config.stages[{index}].")
   # The shortest prompts must fit.
   programs.check_update(stage.prompts_per_step, min(run.config.prompt_buckets),
                         min(run.config.patch_buckets), 1, stage.max_tokens)

@@ -39,7 +39,7 @@ def events(tmp_path_factory):
       patch.setattr(owner, name, noted(getattr(owner, name), name))
     config = tiny_run.get_config()
     rl = config.stages[1]
-    rl.steps, rl.minibatches, rl.eval.examples = STEPS, 2, 0
+    rl.steps, rl.eval.examples = STEPS, 0
     rl.max_tokens, config.rollout.chunk, config.rollout.groups = 8, 2, 2
     config.stages, config.checkpoint.every = (rl,), 100
     with tiny_run.one_device():
@@ -58,7 +58,7 @@ def test_the_tower_passes_once_per_prompt(events):
 
 
 def test_responses_are_graded_while_others_are_drawn_and_all_are_scored(events):
-  of_steps(events, "drawn", "score", "result", "score")  # the reference afterwards
+  of_steps(events, "drawn", "score", "score_masked", "result")  # by the reference, and blind
   first = events.index("add")
   assert events.index("rollout") < first < events.index("drawn")
   assert events.count("add") > STEPS

@@ -496,3 +496,40 @@ def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
   assert_close_trees(jax.device_get(found.opt_state), jax.device_get(state.opt_state), share=2e-4)
   for metric, value in metrics.items():
     np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["prompt", "sample"])
+def test_dealt_to_devices_and_microbatches_prompts_stay_themselves(
+    setup, make, experience, per):
+  """With images of the host, two minibatches of two microbatches each, on two devices."""
+  model, params, prompt, *_, black = setup
+  tokens, mask, longer = four_times(setup, experience)
+  rng = np.random.default_rng(6)
+  order = np.arange(2 * P) % P  # every prompt twice, with other responses
+
+  def twice(tree):
+    return jax.tree.map(lambda a: np.asarray(a)[order], tree)
+
+  prompt, tokens, longer = twice((prompt, tokens, longer))
+  mask = np.arange(tokens.shape[-1]) < rng.integers(1, tokens.shape[-1] + 1, (2 * P, G, 1))
+  longer = longer.replace(mask=mask)
+  rows = jax.device_get(views.repeat_prompts(prompt, G) if per == "sample" else prompt)
+  source = rows.replace(patches=rows.patches + rng.normal(size=rows.patches.shape).astype("f4"))
+  objective = objectives.create("papo", mask_per=per, mask_on="original", **MASKED)
+  mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, devices=jax.devices()[:2])
+  both = Programs(model, mesh, objective, optax.sgd(0.01, momentum=0.9), params,
+                  temperature=TEMPERATURE, black=black, part_tokens=32, microbatches=2,
+                  minibatches=2)
+  packing = both.pack(mask)
+  assert not np.array_equal(packing.order, np.arange(2 * P))
+  single = make(objective, 0.01, minibatches=2)
+  plain = single.score_masked(params, prompt, tokens, mask, source)
+  packed = both.score_masked(params, prompt, tokens, mask, source, packing)
+  np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
+  state, metrics = single.update(fresh(single, params), {}, prompt, tokens, longer, source, None)
+  found, others = both.update(
+      fresh(both, params), {}, prompt, tokens, longer, source, None, packing)
+  assert_close_trees(jax.device_get(found.opt_state), jax.device_get(state.opt_state), share=5e-4)
+  for metric, value in metrics.items():
+    np.testing.assert_allclose(others[metric], value, rtol=5e-4, atol=1e-6, err_msg=metric)
