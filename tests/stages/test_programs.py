@@ -474,6 +474,19 @@ def test_packing_changes_nothing(name, fields, split, setup, make, experience):
     np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)
 
 
+def assert_same_steps(both, single, params, batch, source, packing, share) -> None:
+  """Scores and an update of two devices, packed, are those of one, padded."""
+  prompt, tokens, experience = batch
+  plain = single.score_masked(params, prompt, tokens, experience.mask, source)
+  packed = both.score_masked(params, prompt, tokens, experience.mask, source, packing)
+  np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
+  state, metrics = single.update(fresh(single, params), {}, *batch, source, None)
+  found, others = both.update(fresh(both, params), {}, *batch, source, None, packing)
+  assert_close_trees(jax.device_get(found.opt_state), jax.device_get(state.opt_state), share=share)
+  for metric, value in metrics.items():
+    np.testing.assert_allclose(others[metric], value, rtol=share, atol=1e-6, err_msg=metric)
+
+
 @pytest.mark.slow
 def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
   """Each device has blocks of its own prompts, and not all have equally many parts of them."""
@@ -486,16 +499,7 @@ def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
   packing = both.pack(mask)
   assert packing.index.shape[2] == 2 and max(packing.used) > 1
   assert not np.array_equal(packing.order, np.arange(P))
-  single = make(objective)
-  plain = single.score_masked(params, prompt, tokens, mask, key)
-  packed = both.score_masked(params, prompt, tokens, mask, key, packing)
-  np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
-  state, metrics = single.update(fresh(single, params), {}, prompt, tokens, longer, key, None)
-  found, others = both.update(
-      fresh(both, params), {}, prompt, tokens, longer, key, None, packing)
-  assert_close_trees(jax.device_get(found.opt_state), jax.device_get(state.opt_state), share=2e-4)
-  for metric, value in metrics.items():
-    np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)
+  assert_same_steps(both, make(objective), params, (prompt, tokens, longer), key, packing, 2e-4)
 
 
 @pytest.mark.slow
@@ -523,13 +527,5 @@ def test_dealt_to_devices_and_microbatches_prompts_stay_themselves(
                   minibatches=2)
   packing = both.pack(mask)
   assert not np.array_equal(packing.order, np.arange(2 * P))
-  single = make(objective, 0.01, minibatches=2)
-  plain = single.score_masked(params, prompt, tokens, mask, source)
-  packed = both.score_masked(params, prompt, tokens, mask, source, packing)
-  np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
-  state, metrics = single.update(fresh(single, params), {}, prompt, tokens, longer, source, None)
-  found, others = both.update(
-      fresh(both, params), {}, prompt, tokens, longer, source, None, packing)
-  assert_close_trees(jax.device_get(found.opt_state), jax.device_get(state.opt_state), share=5e-4)
-  for metric, value in metrics.items():
-    np.testing.assert_allclose(others[metric], value, rtol=5e-4, atol=1e-6, err_msg=metric)
+  assert_same_steps(both, make(objective, 0.01, minibatches=2), params, (prompt, tokens, longer),
+                    source, packing, 5e-4)
