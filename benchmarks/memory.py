@@ -31,7 +31,7 @@ RANK = 16
 
 def per_chip(shapes: Params, chips: int) -> int:
   """Parameters on one chip when `chips` of them split what the rules split."""
-  mesh = AbstractMesh((chips, 1), ("fsdp", "tensor"))
+  mesh = AbstractMesh((1, chips, 1), parallel.AXES)
   places = parallel.param_shardings(mesh, shapes)
   return sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in zip(
       jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True))

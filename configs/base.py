@@ -84,7 +84,7 @@ def _common(kind: str) -> ConfigDict:
   c = ConfigDict()
   c.kind = kind  # "sft" or "rl"
   c.steps = 0  # at least 1; of RL: rollouts
-  c.prompts_per_step = 0  # P; a multiple of mesh.fsdp x microbatches
+  c.prompts_per_step = 0  # P; a multiple of mesh.slice x mesh.fsdp x microbatches
   c.max_tokens = 256  # T, the most tokens of a response
   c.data = data()
   c.optimizer = optimizer()
@@ -131,9 +131,9 @@ def get_config() -> ConfigDict:
   c = ConfigDict()
   c.seed = 0  # of sampling, masks, the order of the data and a scratch model
   c.model = model()
-  # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor;
-  # -1 is whatever is left.
-  c.mesh = ConfigDict({"fsdp": -1, "tensor": 1})
+  # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor, prompts
+  # alone over slice (TPU slices that a slower network connects); -1 is whatever is left.
+  c.mesh = ConfigDict({"slice": 1, "fsdp": -1, "tensor": 1})
   # GiB of a device's memory by which rollouts and updates are planned; 0: as much as it says it has
   # (on CPU: the machine).
   c.device_memory = 0.0

@@ -14,9 +14,9 @@ LAYERS = (
   {"train", "plan", "convert", "view"},  # entry points: nothing imports them
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},
-  {"objectives", "models", "rewards", "data", "parallel", "checkpoint", "metrics", "views",
+  {"objectives", "models", "rewards", "data", "checkpoint", "metrics", "views",
    "packing", "flops", "memory"},
-  {"types", "config"},
+  {"types", "config", "parallel"},
   {"example", "errors", "hf_config"},
 )
 # Within a layer, who else may import whom.

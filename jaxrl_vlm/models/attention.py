@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import PartitionSpec as Spec
 
+from jaxrl_vlm import parallel
 from jaxrl_vlm.models import layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
@@ -103,7 +104,7 @@ def choose(name: str, devices: Iterable[Any], config: ModelConfig) -> str:
 def attend(config: ModelConfig, q: Array, k: Array, v: Array, sight: Sight, scale: float) -> Array:
   """Softmax attention with grouped key/value heads by the kernel of `config.attention`.
 
-  With a mesh every device computes its rows (`fsdp`) and its heads (`tensor`).
+  With a mesh every device computes its rows (`parallel.ROWS`) and its heads (`tensor`).
 
   Args:
     config: `attention` and `mesh`.
@@ -124,7 +125,7 @@ def attend(config: ModelConfig, q: Array, k: Array, v: Array, sight: Sight, scal
   copies = split // math.gcd(split, k.shape[1])
   if q.shape[2] % (copies * k.shape[1]) == 0:
     k, v = (jnp.repeat(a, copies, axis=1) for a in (k, v))
-  rows = "fsdp" if q.shape[0] % mesh.shape["fsdp"] == 0 else None
+  rows = parallel.ROWS if q.shape[0] % parallel.rows(mesh) == 0 else None
   heads = "tensor" if k.shape[1] % split == 0 else None
   return jax.shard_map(
       kernel, mesh=mesh, out_specs=Spec(rows, None, heads), check_vma=False,

@@ -8,11 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-# `fsdp` splits the prompts of a batch and the parameters; `tensor` splits heads, hidden units and
-# vocabulary. What matches first holds; a spec counts from the last axis, so that the leading axis
+# `slice` splits the prompts of a batch alone: between slices, which only a slow network connects,
+# nothing passes but the sum of gradients. `fsdp` splits prompts and parameters; `tensor` splits
+# heads, hidden units and vocabulary.
+AXES = ("slice", "fsdp", "tensor")
+ROWS = ("slice", "fsdp")  # what prompts are split over
+
+# What matches first holds; a spec counts from the last axis, so that the leading axis
 # of stacked layers needs no rule.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("tensor", "fsdp")),
@@ -28,17 +34,19 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices.
+  """A mesh over all devices, of which neighbours are neighbours in the machine.
 
   Args:
-    axes: sizes of `fsdp` and `tensor`; one of them may be -1: whatever is left.
+    axes: sizes of `slice`, `fsdp` and `tensor` (default 1, -1, 1); one of them may be -1: whatever
+      is left.
     devices: default all of this run.
 
   Raises:
-    ValueError: a size is not a number of devices, or they do not multiply to that of all.
+    ValueError: a size is not a number of devices, or they do not multiply to that of all, or
+      `slice` is not the number of TPU slices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {"fsdp": axes.get("fsdp", -1), "tensor": axes.get("tensor", 1)}
+  sizes = {name: axes.get(name, default) for name, default in zip(AXES, (1, -1, 1), strict=True)}
   if any(s < 1 and s != -1 for s in sizes.values()):
     raise ValueError(f"config.mesh={dict(axes)}: expected positive sizes, or -1 for one of them")
   known = math.prod(s for s in sizes.values() if s != -1)
@@ -47,9 +55,23 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     raise ValueError(
         f"config.mesh={dict(axes)}: the axes must multiply to {len(devices)} devices, "
         f"got {math.prod(sizes.values())}")
-  return Mesh(
-      np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes),
-      axis_types=(AxisType.Auto,) * len(sizes))
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1 and sizes["slice"] != slices:
+    raise ValueError(f"config.mesh.slice={sizes['slice']}: expected {slices}, the number of TPU "
+                     "slices of this run")
+  shape = tuple(sizes.values())
+  if slices > 1:
+    placed = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1), devices)
+  elif devices[0].platform == "tpu":
+    placed = mesh_utils.create_device_mesh(shape, devices)
+  else:  # in their own order, which is that of their processes
+    placed = np.asarray(devices).reshape(shape)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def rows(mesh: Mesh) -> int:
+  """Into how many parts the prompts of a batch are split."""
+  return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> Spec:
@@ -74,7 +96,7 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Arrays whose leading axis is P prompts."""
-  return NamedSharding(mesh, Spec("fsdp"))
+  return NamedSharding(mesh, Spec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -87,37 +109,37 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
-  """Rows [P, ...] of arrays that are split over `fsdp`, in another order i32[P].
+  """Rows [P, ...] of arrays that are split as `batch_sharding` says, in another order i32[P].
 
   Shards go round in a ring: no device ever holds all of them.
   """
-  size = mesh.shape["fsdp"]
+  size = rows(mesh)
   if size == 1:
     return jax.tree.map(lambda a: jnp.take(a, order, axis=0), tree)
 
   def local(order, tree):
     here = len(order) // size
-    me = jax.lax.axis_index("fsdp")
+    me = jax.lax.axis_index(ROWS)
     mine = jax.lax.dynamic_slice_in_dim(order, me * here, here)
 
     def take(into, shards, i):  # `shards` of the device i places further
       at = mine - (me + i) % size * here
       found = (at >= 0) & (at < here)
 
-      def rows(into, shard):
-        rows = jnp.take(shard, jnp.clip(at, 0, here - 1), axis=0)
-        return jnp.where(found.reshape(-1, *[1] * (rows.ndim - 1)), rows, into)
+      def one(into, shard):
+        taken = jnp.take(shard, jnp.clip(at, 0, here - 1), axis=0)
+        return jnp.where(found.reshape(-1, *[1] * (taken.ndim - 1)), taken, into)
 
-      return jax.tree.map(rows, into, shards)
+      return jax.tree.map(one, into, shards)
 
     def step(i, state):
       taken, passing = state
       passing = jax.lax.ppermute(
-          passing, "fsdp", [(source, (source - 1) % size) for source in range(size)])
+          passing, ROWS, [(source, (source - 1) % size) for source in range(size)])
       return take(taken, passing, i), passing
 
     return jax.lax.fori_loop(1, size, step, (take(tree, tree, 0), tree))[0]
 
-  rows = Spec("fsdp")
-  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(), rows), out_specs=rows,
+  split = Spec(ROWS)
+  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(), split), out_specs=split,
                        check_vma=False)(order, tree)

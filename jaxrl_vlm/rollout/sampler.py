@@ -72,7 +72,8 @@ class Sampler:
   neither on the chunk nor on what else is decoded beside it.
 
   Args:
-    model, mesh: where params lie on the mesh as `param_shardings` says, prompts over `fsdp`.
+    model, mesh: where params lie on the mesh as `param_shardings` says, and prompts as
+      `parallel.batch_sharding`.
     sampling: how to draw.
     chunk: tokens that each response is taken further between two looks of the host.
     groups: prompts (with all their samples) that are decoded at once, on all devices together; 0
@@ -95,7 +96,7 @@ class Sampler:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
-    self.groups, self.parts, self.prefix_dtype = groups, mesh.shape["fsdp"], prefix_dtype
+    self.groups, self.parts, self.prefix_dtype = groups, parallel.rows(mesh), prefix_dtype
     self.room, self.samples_field = room, samples_field
     # On several, XLA for CPU can wait for ever: for collectives of layers that need not wait for
     # each other.
@@ -104,7 +105,7 @@ class Sampler:
     self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (NamedSharding(mesh, spec) for spec in (
-        Spec("fsdp"), Spec(None, "fsdp", None, heads)))
+        Spec(parallel.ROWS), Spec(None, parallel.ROWS, None, heads)))
     flight = Flight(kv, kv, rows, kv, kv, *[rows] * 6)
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
     self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=flight)
@@ -480,7 +481,7 @@ def generate(
   Args:
     model, params, processor: as `load_pretrained` returns them; without a processor
       `rollout.text` is None. Params that lie on a mesh decide where the work is done.
-    prompt: P prompts; with a mesh a multiple of its `fsdp`.
+    prompt: P prompts; with a mesh a multiple of `parallel.rows` of it.
     sampling: how to draw.
     key: of jax.random; may be None at temperature 0.
 

@@ -103,7 +103,7 @@ def check(config: ConfigDict) -> None:
   expect(config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout,
          "seconds above 0")
   with validation():
-    fsdp = parallel.make_mesh(config.mesh).shape["fsdp"]
+    rows = parallel.rows(parallel.make_mesh(config.mesh))
   for i, stage in enumerate(config.stages):
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:
@@ -112,10 +112,11 @@ def check(config: ConfigDict) -> None:
                  "part_tokens"):
       value = stage.get(name, 1)
       expect(value >= 1, f"{field}.{name}", value, "at least 1")
-    parts = stage.microbatches * stage.get("minibatches", 1) * fsdp
+    parts = stage.microbatches * stage.get("minibatches", 1) * rows
     expect(stage.prompts_per_step % parts == 0, f"{field}.prompts_per_step",
            stage.prompts_per_step,
-           f"a multiple of minibatches x microbatches x mesh.fsdp = {parts}")
+           "a multiple of minibatches x microbatches x mesh.slice x mesh.fsdp = "
+           f"{parts}")
     budget = stage.get("token_budget", 0)
     expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (no limit)")
     with validation(f"{field}: "):
@@ -125,8 +126,8 @@ def check(config: ConfigDict) -> None:
         rl.sampling(stage)
       make_optimizer(stage.optimizer, stage.steps)
     if stage.eval.examples:
-      expect(stage.eval.batch >= 1 and stage.eval.batch % fsdp == 0, f"{field}.eval.batch",
-             stage.eval.batch, f"a multiple of mesh.fsdp = {fsdp}")
+      expect(stage.eval.batch >= 1 and stage.eval.batch % rows == 0, f"{field}.eval.batch",
+             stage.eval.batch, f"a multiple of mesh.slice x mesh.fsdp = {rows}")
     if stage.kind == "rl" or stage.eval.examples:
       expect(len(stage.rewards) > 0, f"{field}.rewards", {}, "at least one verifier")
       with validation(f"{field}: "):

@@ -109,7 +109,8 @@ class Programs:
   """rollout, score and its variants, advantages and update of one stage on one mesh.
 
   Each is a `jax.jit` of a pure function. `params` and the optimizer's state lie as
-  `parallel.param_shardings` says, everything with a leading axis P is split over `fsdp`.
+  `parallel.param_shardings` says, everything with a leading axis P as
+  `parallel.batch_sharding` says.
 
   `see` gives prompts their visual tokens, so that no other needs the vision tower: all may have
   such prompts but an update that trains it (`trains_vision`).
@@ -196,7 +197,7 @@ class Programs:
                    microbatches: int = 0) -> float:
     """What scores and update of P prompts need on each device beside weights and optimizer."""
     count, objective = microbatches or self.microbatches, self.objective
-    devices = self.mesh.shape["fsdp"]
+    devices = parallel.rows(self.mesh)
     here = prompts // (self.minibatches * count * devices)
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
 
@@ -226,7 +227,7 @@ class Programs:
       return
     need = self.update_bytes(*sizes)
     if need > self.room:
-      most = prompts // self.minibatches // self.mesh.shape["fsdp"]
+      most = prompts // self.minibatches // parallel.rows(self.mesh)
       fits = [n for n in range(1, most + 1)
               if most % n == 0 and self.update_bytes(*sizes, n) <= self.room]
       advice = (f"microbatches={fits[0]} fits" if fits else
@@ -243,14 +244,14 @@ class Programs:
   def pack(self, mask: np.ndarray) -> Packing:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
     packing, whole = self.packed(mask), parallel.replicated(self.mesh)
-    by_device = NamedSharding(self.mesh, Spec(None, None, "fsdp"))
+    by_device = NamedSharding(self.mesh, Spec(None, None, parallel.ROWS))
     return jax.device_put(packing, dataclasses.replace(
         packing, index=by_device, used=whole, order=None if packing.order is None else whole))
 
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
     p, g, t = mask.shape
-    splits, devices = self.minibatches * self.microbatches, self.mesh.shape["fsdp"]
+    splits, devices = self.minibatches * self.microbatches, parallel.rows(self.mesh)
     # Where a batch is small, so are its parts: the last one is half empty on average.
     here = p // splits // devices * g
     room = max(t, min(self.part_tokens, max(_LEAST_PART, here * t // _PARTS)))

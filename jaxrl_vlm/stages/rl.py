@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jaxrl_vlm import memory, parallel
@@ -16,13 +17,14 @@ from jaxrl_vlm.data.corrupt import corrupt_images
 from jaxrl_vlm.data.processor import EncodedPrompt
 from jaxrl_vlm.errors import UserError, hint, validation
 from jaxrl_vlm.example import Example
+from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import Grading, RewardPool
 from jaxrl_vlm.rollout import Sampling, texts_of, with_text
-from jaxrl_vlm.stages.loading import objective_of
+from jaxrl_vlm.stages.loading import objective_of, trainable_of
 from jaxrl_vlm.stages.programs import Packing, Programs, make_optimizer
 from jaxrl_vlm.stages.run import Run, StageRun, source_spec
-from jaxrl_vlm.types import Experience, Prompt, Rollout
+from jaxrl_vlm.types import Experience, Params, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
 
 # What a random key is for.
@@ -133,20 +135,13 @@ def train(run: Run, index: int) -> None:
   of a rollout, and what is on the host between two programs is done while the device updates.
   """
   stage = run.config.stages[index]
-  with validation(f"config.stages[{index}]: "):
-    objective = objective_of(stage, run.config.pipeline)
-    optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
-    draws = sampling(stage)
   images = run.processor.image_settings
   white = level_patch(255, images.image_mean, images.image_std, images.patch_dim,
                       images.rescale_factor)
-  programs = Programs(
-      run.model, run.mesh, objective, optimizer, run.abstract_params,
-      trainable=run.trainable, temperature=stage.temperature or 1.0,
-      microbatches=stage.microbatches, minibatches=stage.minibatches, sampling=draws,
-      rollout=run.config.rollout.to_dict(),
-      part_tokens=stage.part_tokens, capacity=run.capacity, fields=f"config.stages[{index}].",
+  programs = make_programs(
+      run.config, index, run.model, run.mesh, run.abstract_params, capacity=run.capacity,
       black=run.processor.black_patch, white=white)
+  objective = programs.objective
 
   _plan_memory(run, index, programs)
   with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
@@ -184,6 +179,25 @@ def train(run: Run, index: int) -> None:
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
         _keep_rollouts(loop, groups, np.asarray(advantages))
+
+
+def make_programs(config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstract_params: Params,
+                  **more: Any) -> Programs:
+  """The programs of stage `index`; `more`: what the config does not say (`Programs`).
+
+  Raises:
+    UserError: a field is out of range; names it.
+  """
+  stage = config.stages[index]
+  with validation(f"config.stages[{index}]: "):
+    objective = objective_of(stage, config.pipeline)
+    optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
+    draws = sampling(stage)
+  return Programs(
+      model, mesh, objective, optimizer, abstract_params, trainable=trainable_of(config),
+      temperature=stage.temperature or 1.0, microbatches=stage.microbatches,
+      minibatches=stage.minibatches, sampling=draws, rollout=config.rollout.to_dict(),
+      part_tokens=stage.part_tokens, fields=f"config.stages[{index}].", **more)
 
 
 def _plan_memory(run: Run, index: int, programs: Programs) -> None:

@@ -56,20 +56,23 @@ def train(path, examples, axes, devices, adapters=None):
   return history, state
 
 
-@pytest.fixture(scope="module", params=[None, ADAPTERS], ids=["everything", "adapters"])
+@pytest.fixture(scope="module", ids=["eight", "fourXtwo", "twoXtwoXtwo", "adapters"], params=[
+    ({"fsdp": 8}, None), ({"fsdp": 4, "tensor": 2}, None),
+    ({"slice": 2, "fsdp": 2, "tensor": 2}, None), ({"fsdp": 4, "tensor": 2}, ADAPTERS)])
 def both(request, tmp_path_factory):
+  axes, adapters = request.param
   path = tmp_path_factory.mktemp("scratch")
   boards = digit_boards.LiveBoards("train", P, tasks=("read", "count"), style="direct")
   examples = [boards[i] for i in range(P)]
   scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
-  one = train(path, examples, {"fsdp": 1, "tensor": 1}, jax.devices()[:1], request.param)
-  eight = train(path, examples, {"fsdp": 4, "tensor": 2}, jax.devices(), request.param)
-  return one, eight
+  one = train(path, examples, {"fsdp": 1}, jax.devices()[:1], adapters)
+  eight = train(path, examples, axes, jax.devices(), adapters)
+  return one, eight, parallel.make_mesh(axes).shape
 
 
 @pytest.mark.slow
 def test_eight_devices_train_as_one(both):
-  (one, first), (eight, second) = both
+  (one, first), (eight, second), _ = both
   for step, (a, b) in enumerate(zip(one, eight, strict=True)):
     np.testing.assert_array_equal(a["tokens"], b["tokens"], err_msg=f"step {step}")
     # Sums over split axes are float32 sums in another order.
@@ -90,7 +93,8 @@ def test_eight_devices_train_as_one(both):
 
 @pytest.mark.slow
 def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
-  _, (_, state) = both
+  _, (_, state), axes = both
+  fsdp, tensor = axes["fsdp"], axes["tensor"]  # slices have copies
 
   def share(tree):
     leaves = jax.tree.leaves(tree)
@@ -99,19 +103,20 @@ def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
   assert share(state.opt_state) == share(state.params)
   if "head" not in state.params:  # of an adapter, a is split over fsdp and b over tensor
     for keys, x in jax.tree.leaves_with_path(state.params):
-      parts = {"a": 4, "b": 2}[keys[-1].key]
+      parts = {"a": fsdp, "b": tensor}[keys[-1].key]
       assert np.prod(x.addressable_shards[0].data.shape) * parts == x.size, keys
     return
-  # An eighth each, but for norms (whole) and biases (split over tensor alone).
-  assert 1 / 8 <= share(state.params) < 1.2 / 8
+  # As many parts as there are devices, but for norms (whole) and biases (split over tensor alone).
+  parts = fsdp * tensor
+  assert 1 / parts <= share(state.params) < 1.25 / parts
   for keys, x in jax.tree.leaves_with_path(state.params):
     shard = x.addressable_shards[0].data.shape
     name = jax.tree_util.keystr(keys)
     if name.endswith("['kernel']") or "embedding" in name or "head" in name:
-      assert np.prod(shard) * 8 == x.size, name
+      assert np.prod(shard) * parts == x.size, name
     elif name.endswith("['bias']"):
       assert np.prod(shard) * (1 if "proj" in name or "merger_out" in name
-                               or "down" in name else 2) == x.size, name
+                               or "down" in name else tensor) == x.size, name
     else:
       assert shard == x.shape, name
 
@@ -138,10 +143,14 @@ def test_rules_count_from_the_last_axis_and_keep_uneven_axes_whole():
 
 
 def test_minus_one_is_whatever_is_left():
-  assert dict(parallel.make_mesh({"fsdp": -1, "tensor": 2}).shape) == {"fsdp": 4, "tensor": 2}
-  assert dict(parallel.make_mesh({"fsdp": 2, "tensor": -1}).shape) == {"fsdp": 2, "tensor": 4}
+  assert dict(parallel.make_mesh({"fsdp": -1, "tensor": 2}).shape) == {
+      "slice": 1, "fsdp": 4, "tensor": 2}
+  assert dict(parallel.make_mesh({"fsdp": 2, "tensor": -1}).shape) == {
+      "slice": 1, "fsdp": 2, "tensor": 4}
+  assert dict(parallel.make_mesh({"slice": 2, "fsdp": -1}).shape) == {
+      "slice": 2, "fsdp": 4, "tensor": 1}
   one = parallel.make_mesh({"fsdp": -1, "tensor": 1}, jax.devices()[:1])
-  assert dict(one.shape) == {"fsdp": 1, "tensor": 1}
+  assert dict(one.shape) == {"slice": 1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize(("axes", "complaint"), [
@@ -157,9 +166,10 @@ def test_axes_that_do_not_fit_name_themselves_and_the_devices(axes, complaint):
   assert str(error.value) == f"config.mesh={axes}: {complaint}"
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize("axes", [
+    {"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "fsdp": 2, "tensor": 2}])
 def test_rows_in_another_order(axes):
-  devices = jax.devices()[:1] if axes["fsdp"] == 1 else jax.devices()
+  devices = jax.devices()[:1] if axes == {"fsdp": 1} else jax.devices()
   mesh = parallel.make_mesh(axes, devices)
   rng = np.random.default_rng(0)
   tree = {"a": rng.normal(size=(16, 3)).astype("f4"), "b": [rng.random(16) < 0.5, None]}
@@ -169,4 +179,4 @@ def test_rows_in_another_order(axes):
   np.testing.assert_array_equal(found["a"], tree["a"][order])
   np.testing.assert_array_equal(found["b"][0], tree["b"][0][order])
   if len(devices) > 1:
-    assert found["a"].sharding.spec[0] == "fsdp"
+    assert found["a"].sharding.spec[0] == parallel.ROWS

@@ -261,6 +261,22 @@ for name in sys.argv[1:]:
 """
 
 
+SLICES = """
+from jax.experimental import topologies
+
+from jaxrl_vlm import parallel
+
+devices = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
+mesh = parallel.make_mesh({"slice": 2, "fsdp": 2, "tensor": 2}, devices)
+print([sorted({device.slice_index for device in part.flat}) for part in mesh.devices])
+try:
+  parallel.make_mesh({"fsdp": 8}, devices)
+except ValueError as error:
+  print(error)
+"""
+
+
 def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
   """Runs code in a fresh process without this one's jax settings."""
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
@@ -333,6 +349,15 @@ def test_every_family_compiles():
                 JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
   assert done.returncode == 0, done.stderr
   assert done.stdout.split() == list(names)
+
+
+def test_slices_are_kept_apart():
+  pytest.importorskip("libtpu")
+  done = python(SLICES, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+      "[[0], [1]]",
+      "config.mesh.slice=1: expected 2, the number of TPU slices of this run"]
 
 
 def test_an_installed_libtpu_does_not_disturb_an_ordinary_run():

@@ -425,11 +425,12 @@ def test_more_steps_between_checkpoints_is_still_the_same_run(
 @pytest.mark.parametrize(("flag", "line"), [
     ("--config.stages[0].prompts_per_step=6",
      "config.stages[0].prompts_per_step=6: expected a multiple of minibatches x microbatches x "
-     "mesh.fsdp = 4"),
+     "mesh.slice x mesh.fsdp = 4"),
     ("--config.stages[1].eval.batch=6",
-     "config.stages[1].eval.batch=6: expected a multiple of mesh.fsdp = 4"),
+     "config.stages[1].eval.batch=6: expected a multiple of mesh.slice x mesh.fsdp = 4"),
     ("--config.mesh.tensor=3",
-     "config.mesh={'fsdp': 4, 'tensor': 3}: the axes must multiply to 8 devices, got 12"),
+     "config.mesh={'fsdp': 4, 'slice': 1, 'tensor': 3}: the axes must multiply to 8 devices, "
+     "got 12"),
 ])
 def test_sizes_that_do_not_fit_the_mesh_are_one_line(flag, line, tmp_path, monkeypatch, capsys):
   config = tiny_run.get_config()
