@@ -66,6 +66,9 @@ def optimizer() -> ConfigDict:
   c.b2 = 0.999
   c.weight_decay = 0.01  # decoupled, times the learning rate
   c.clip_norm = 1.0  # global gradient norm
+  # Of AdamW: "float32"; "bfloat16", half the memory, rounded up or down at random so that small
+  # changes add up; "host": float32 in the hosts' memory, which every update fetches and returns.
+  c.moments = "float32"
   return c
 
 
@@ -134,6 +137,10 @@ def get_config() -> ConfigDict:
   # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor, prompts
   # alone over slice (TPU slices that a slower network connects); -1 is whatever is left.
   c.mesh = ConfigDict({"slice": 1, "fsdp": -1, "tensor": 1})
+  # Over which axes of the mesh each axis of the parameters is split, as far as they divide it
+  # evenly: the vocabulary, heads and hidden units, and the width of the residual stream.
+  c.sharding = ConfigDict({
+      "vocab": ("fsdp", "tensor"), "hidden": ("tensor",), "width": ("fsdp",)})
   # GiB of a device's memory by which rollouts and updates are planned; 0: as much as it says it has
   # (on CPU: the machine).
   c.device_memory = 0.0
@@ -146,6 +153,11 @@ def get_config() -> ConfigDict:
   # Prompts (with all their samples) that are decoded at once, on all devices together; those that
   # have ended make room for others. 0: all of a step, or as many as the memory of a device holds.
   c.rollout.groups = 0
+  # Devices that share the weights while responses are drawn. 0: the layout of training, in which
+  # weights that are split over fsdp are gathered for every token. Otherwise each of so many has its
+  # part of all heads, hidden units and vocabulary in the dtype of activations, besides what it has
+  # for training, and prompts are split over the others: far faster, where there is room.
+  c.rollout.tensor = 0
   # Of the prompts' keys and values while responses are drawn: "auto", as activations, or "int8":
   # half the memory of bfloat16, at a little error in the drawn distribution (metric
   # sampler_logp_difference), which objective.correction makes up for.

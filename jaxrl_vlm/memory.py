@@ -45,7 +45,8 @@ def held(tree: Any, shardings: Any) -> int:
   """Bytes of a pytree of arrays or shapes on each device, from where its leaves lie."""
   return sum(
       math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True))
+      for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+      if place.memory_kind != "pinned_host")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +166,7 @@ def rollout(model: Model, length: int, group: int, groups: int, slots: int, admi
 
 
 def update(model: Model, length: int, patches: int, prompts: int, group: int, tokens: int,
-           part_tokens: int, gradient: float, microbatches: int = 1, trains_vision: bool = True,
+           part_tokens: int, gradient: float, trains_vision: bool = True,
            views: Sequence[int] = (1,)) -> float:
   """Bytes that an update needs besides the state and the prompts.
 
@@ -178,35 +179,36 @@ def update(model: Model, length: int, patches: int, prompts: int, group: int, to
     tokens: T.
     part_tokens: of responses that pass through the model together.
     gradient: bytes of one gradient.
-    microbatches: that gradients are summed over.
     trains_vision: whether the tower keeps something for a backward pass.
     views: that have a gradient, how many rows of each stand for a prompt: 1, and for a masked view
       of each sample G.
   """
   part = min(max(part_tokens, tokens), prompts * group * tokens)
   rows = prompts * sum(views)
-  # Of the microbatches so far, of this one's parts so far, of this part.
-  gradients = (3 if microbatches > 1 else 2) * gradient
   tower = rows * (model.tower(patches) if trains_vision else 0.0)
   # Keys and values, and their gradient in float32.
   prefixes = rows * model.keys_and_values(length) * (1 + 4 / model.item)
   scores = max(rows * model.scores(length, length),
                model.scores_of_blocks(part, length, tokens, prompts * max(views)))
-  return (gradients + prefixes + tower + model.kept(rows * length + len(views) * part)
+  # The gradient so far, and that of this part.
+  return (2 * gradient + prefixes + tower + model.kept(rows * length + len(views) * part)
           + model.layer(part) + model.logits(512) + scores)
 
 
-def score(model: Model, length: int, rows: int, tokens: int, part_tokens: int) -> float:
+def score(model: Model, length: int, prompts: int, rows: int, tokens: int, part_tokens: int
+          ) -> float:
   """Bytes that scores need besides weights and prompts.
 
   Args:
     model: on a device.
     length: Lp of the prompts.
-    rows: of prompts of a microbatch that are read on this device.
+    prompts: of a microbatch on this device.
+    rows: of each prompt, that are read one after another.
     tokens: T.
     part_tokens: of responses that pass through the model together.
   """
-  reading = rows * (model.layer(length) + model.scores(length, length))
+  reading = prompts * (model.layer(length) + model.scores(length, length))
+  rows *= prompts
   responding = (model.layer(part_tokens) + model.logits(512)
                 + model.scores_of_blocks(part_tokens, length, tokens, rows))
   return rows * model.keys_and_values(length) + max(reading, responding)

@@ -1,13 +1,17 @@
 """What a policy says of given responses: log-probabilities and entropies, never the full logits."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm.models.vlm import VLM
+from jaxrl_vlm import parallel
+from jaxrl_vlm.models.config import ModelConfig
+from jaxrl_vlm.models.vlm import VLM, head_of, response_logits
 from jaxrl_vlm.types import Array, Params, Prompt, Rollout, TokenStats
 
 
@@ -20,13 +24,16 @@ def token_stats(
   P·G·chunk positions at a time.
   """
 
-  def one(hidden, tokens):
-    logp = _log_probs(model, params, hidden, temperature)
-    picked = jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+  def one(part, hidden, tokens):
+    logp = part.log_probs(hidden)
+    # A sum, not an index: the token may be in another part of the vocabulary.
+    chosen = part.numbers() == tokens[..., None]
     # A suppressed token has probability 0 and log-probability -1e30: the product is 0, not NaN.
-    return picked, -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+    return (jnp.sum(jnp.where(chosen, logp, 0.0), axis=-1),
+            -jnp.sum(jnp.exp(logp) * logp, axis=-1))
 
-  return TokenStats(*_in_chunks(one, (hidden, tokens), chunk, axis))
+  return TokenStats(*_over_vocabulary(
+      one, model, (params,), (hidden, tokens), temperature, chunk, axis))
 
 
 def full_kl(
@@ -52,18 +59,90 @@ def full_kl(
     axis: 1 or 2.
   """
 
-  def one(hidden, other_hidden):
-    logp = _log_probs(model, params, hidden, temperature)
-    other = _log_probs(model, other_params, other_hidden, temperature)
+  def one(part, other_part, hidden, other_hidden):
+    logp, other = part.log_probs(hidden), other_part.log_probs(other_hidden)
     # A suppressed token is -1e30 in both: probability 0 times a finite difference.
     return (jnp.sum(jnp.exp(logp) * (logp - other), axis=-1),)
 
-  return _in_chunks(one, (hidden, other_hidden), chunk, axis)[0]
+  return _over_vocabulary(one, model, (params, other_params), (hidden, other_hidden), temperature,
+                          chunk, axis)[0]
 
 
-def _log_probs(model: VLM, params: Params, hidden: Array, temperature: float) -> Array:
-  logits: Any = model.apply({"params": params}, hidden, temperature, method="response_logits")
-  return jax.nn.log_softmax(logits, axis=-1)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """The part of the vocabulary that a device has.
+
+  Attributes:
+    config: of the model.
+    head: [D, V'].
+    temperature: of sampling.
+    over: axes of the mesh that split the vocabulary; () if this is all of it.
+  """
+
+  config: ModelConfig
+  head: Array
+  temperature: float
+  over: tuple[str, ...] = ()
+
+  @property
+  def _first(self) -> Array | int:
+    return jax.lax.axis_index(self.over) * self.head.shape[1] if self.over else 0
+
+  def numbers(self) -> Array:
+    """i32[V']; of its tokens."""
+    return self._first + jnp.arange(self.head.shape[1])
+
+  def log_probs(self, hidden: Array) -> Array:
+    """f32[..., V'] of hidden [..., D], normalised over the whole vocabulary."""
+    logits = response_logits(self.config, self.head, hidden, self.temperature, self._first)
+    top = jax.lax.stop_gradient(logits).max(axis=-1, keepdims=True)
+    if self.over:
+      top = jax.lax.pmax(top, self.over)
+    shifted = logits - top
+    total = jnp.exp(shifted).sum(axis=-1, keepdims=True)
+    return shifted - jnp.log(jax.lax.psum(total, self.over) if self.over else total)
+
+
+def _over_vocabulary(
+    function: Callable[..., tuple[Array, ...]], model: VLM, params: tuple[Params, ...],
+    arrays: tuple[Array, ...], temperature: float, chunk: int, axis: int) -> tuple[Array, ...]:
+  """Sums over the vocabulary for each token, a chunk of tokens at a time.
+
+  Where devices have parts of the vocabulary, tokens of all that share it come together, and each
+  adds what its part has: neither weights nor their gradient are ever whole on one device.
+
+  Args:
+    function: (a `_Part` for each of params, *arrays of a chunk) -> sums over the part.
+    model, params: with the weights of each `_Part`.
+    arrays: [P, G, T, ...].
+    temperature, chunk, axis: as in `token_stats`.
+
+  Returns:
+    Arrays [P, G, T].
+  """
+  config = model.config
+  heads = tuple(head_of(config, tree) for tree in params)
+  mesh, over = config.mesh, ()
+  if mesh is not None and mesh.size > 1:
+    over = parallel.split_over(mesh, config.rules, "vocab", config.vocab_size)
+  if not over or mesh is None:
+    parts = [_Part(config, head, temperature) for head in heads]
+    return _in_chunks(functools.partial(function, *parts), arrays, chunk, axis)
+  shared = tuple(name for name in parallel.ROWS if name in over)
+  others = tuple(name for name in over if name not in shared)
+
+  def local(heads, arrays):
+    def one(*arrays):
+      parts = [_Part(config, head, temperature, over) for head in heads]
+      arrays = jax.lax.all_gather(arrays, shared, tiled=True)
+      sums = jax.lax.psum_scatter(function(*parts, *arrays), shared, tiled=True)
+      return jax.lax.psum(sums, others)
+
+    return _in_chunks(one, arrays, chunk, axis)
+
+  rows = Spec(parallel.ROWS)
+  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(None, over), rows), out_specs=rows,
+                       check_vma=False)(heads, arrays)
 
 
 def _in_chunks(

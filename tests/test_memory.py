@@ -12,7 +12,8 @@ from jaxrl_vlm import memory, models, objectives, parallel, train
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.models.published import CONFIGS
 from jaxrl_vlm.rollout import Sampler, Sampling
-from jaxrl_vlm.stages.programs import Programs, make_optimizer
+from jaxrl_vlm.stages.optimizer import make_optimizer
+from jaxrl_vlm.stages.programs import Programs
 from tests import tiny_run
 
 
@@ -123,7 +124,7 @@ def test_views_need_memory_of_their_own(config):
   # Scores read 8 rows for each prompt; a masked view with gradient is all rows once more.
   by_sample = need("vppo", mask_per="sample")
   model = memory.Model(slim)
-  assert by_sample == (memory.score(model, 2048, 32 * 8, 64, 4096)
+  assert by_sample == (memory.score(model, 2048, 32, 8, 64, 4096)
                        + memory.prompts(model, 4096, 32)) > 1.5 * by_prompt
   assert need("papo", masked_gradient=True, mask_per="prompt", kl_coef=0.0) > 1.3 * by_prompt
 

@@ -54,8 +54,9 @@ def abstract_params(config: ModelConfig, dtype: str = "float32", trainable: Sequ
   Those that `trainable` (patterns; () is all) leaves out have the dtype of activations in place
   of `dtype`, where that does not change the results.
   """
+  alone = VLM(config.replace(mesh=None))
   shapes = jax.eval_shape(
-      lambda: VLM(config).init(jax.random.key(0), dummy_prompt(config))["params"])
+      lambda: alone.init(jax.random.key(0), dummy_prompt(config))["params"])
 
   def one(keys, x):
     path = weights.path_of(keys)

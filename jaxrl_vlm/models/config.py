@@ -4,6 +4,8 @@ import dataclasses
 
 from jax.sharding import Mesh
 
+from jaxrl_vlm import parallel
+
 # What a layer keeps for its backward pass: everything; only what matrix products and attention
 # gave; nothing but its input.
 REMAT = ("none", "dots", "full")
@@ -129,7 +131,9 @@ class ModelConfig:
     attention: "xla" (`layers.attend`), or a kernel of `models/attention.py`: "splash" or "cudnn".
       Decoding is always "xla", and so are window attention and responses in models whose layers
       slide.
-    mesh: over whose devices a kernel is spread (`VLM.on`); None where everything is on one device.
+    mesh: over whose devices activations and kernels are spread (`VLM.on`); None where everything
+      is on one device.
+    rules: how parameters lie on the mesh (`parallel.param_shardings`).
     remat: what each layer keeps for the backward pass, one of `REMAT`; the rest is computed again.
     hf: the `config.json` this came from, as text; `save_pretrained` writes it back.
   """
@@ -168,6 +172,7 @@ class ModelConfig:
   dtype: str = "float32"
   attention: str = "xla"
   mesh: Mesh | None = dataclasses.field(default=None, repr=False)
+  rules: parallel.Rules = dataclasses.field(default=parallel.RULES, repr=False)
   remat: str = "dots"
   hf: str = dataclasses.field(default="{}", repr=False)
 

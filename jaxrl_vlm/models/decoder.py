@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from jaxrl_vlm import parallel
 from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
@@ -359,6 +360,7 @@ class DecoderLayer(nn.Module):
     """
     config = self.config
     x, chunk = carry
+    x = parallel.constrained(config.mesh, x, parallel.ROWS)
     p, g, t, _ = x.shape
 
     def norm(name):

@@ -1,6 +1,7 @@
 """What vision towers and decoders share: linear layers, norms, MLPs, rotation, attention."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as Spec
 
+from jaxrl_vlm import parallel
 from jaxrl_vlm.models.config import LoRA, ModelConfig, MoE
 from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
@@ -106,6 +109,42 @@ class Dense(nn.Module):
         self.is_initializing() or "lora" in self.variables["params"]):
       y = y + Adapter(self.features, self.lora, name="lora")(x)
     return y
+
+
+def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
+  """Rows of the embedding [V, D] in `config.dtype`: i32[P, ...] -> [P, ..., D].
+
+  Where devices have parts of the vocabulary, each looks up its own for the tokens of all that share
+  it, and neither the table nor its gradient are ever whole on one; if these tokens are more than
+  the table has rows, it is the table that they gather.
+  """
+  table = table.astype(config.dtype)
+  mesh = config.mesh
+  if mesh is None or mesh.size == 1:
+    return jnp.take(table, tokens, axis=0)
+  vocab = parallel.split_over(mesh, config.rules, "vocab", len(table))
+  shared = tuple(axis for axis in parallel.ROWS if axis in vocab)
+  others = tuple(axis for axis in vocab if axis not in shared)
+  count, parts = (math.prod(mesh.shape[axis] for axis in axes) for axes in (shared, others))
+  few = tokens.size // parallel.rows(mesh) * count <= len(table)
+
+  def local(table, tokens):
+    block, row = jnp.divmod(tokens, len(table))  # block i · parts + j is on device i of `shared`
+    if few:
+      block, row = jax.lax.all_gather((block, row), shared, tiled=True)
+      here = block == jax.lax.axis_index(vocab)
+    else:
+      here = block % parts == jax.lax.axis_index(others)
+      row += block // parts * len(table)
+      table = jax.lax.all_gather(table, shared, tiled=True)
+    found = jnp.where(here[..., None], jnp.take(table, row, axis=0), 0)
+    if few:
+      found = jax.lax.psum_scatter(found, shared, tiled=True)
+    return jax.lax.psum(found, others)
+
+  rows = Spec(parallel.ROWS)
+  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(vocab), rows), out_specs=rows,
+                       check_vma=False)(table, tokens)
 
 
 class RMSNorm(nn.Module):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxrl_vlm import parallel
 from jaxrl_vlm.models import attention, layers
 from jaxrl_vlm.models.config import ModelConfig, VisionConfig
 from jaxrl_vlm.types import Array, Prompt
@@ -35,6 +36,7 @@ class VisionBlock(nn.Module):
                segments: Array, windows: Array, share: Array | None
                ) -> tuple[Array, Array | None]:
     vision, dtype, lora = self.config.vision, self.config.dtype, self.config.lora
+    x = parallel.constrained(self.config.mesh, x, parallel.ROWS)
     b, n, d = x.shape
     heads = (b, n, vision.num_heads, d // vision.num_heads)
     y = _norm(vision, "norm1")(x)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from jaxrl_vlm import parallel
 from jaxrl_vlm.models import layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.models.decoder import Blocks, Cells, Decoder, Prefix
@@ -21,9 +23,9 @@ class VLM(nn.Module):
   config: ModelConfig
 
   @nn.nowrap
-  def on(self, mesh: Mesh) -> "VLM":
-    """This model with its attention kernels, if it has any, spread over a mesh."""
-    return self if self.config.attention == "xla" else VLM(self.config.replace(mesh=mesh))
+  def on(self, mesh: Mesh, rules: parallel.Rules | None = None) -> "VLM":
+    """This model on a mesh, with parameters as the rules say (None: as they are)."""
+    return VLM(self.config.replace(mesh=mesh, rules=rules or self.config.rules))
 
   def setup(self):
     config = self.config
@@ -41,7 +43,7 @@ class VLM(nn.Module):
 
   def embed(self, tokens: Array) -> Array:
     """i32[...] -> [..., D]."""
-    x = self.tokens(tokens)
+    x = layers.lookup(self.config, self.tokens.embedding, tokens)
     scale = self.config.embed_scale
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
@@ -128,21 +130,55 @@ class VLM(nn.Module):
 
   def unembed(self, hidden: Array) -> Array:
     """Logits f32[..., V] of hidden [..., D]."""
-    head = self.tokens.embedding.T if self.config.tied else self.head
-    return layers.product(hidden, head.astype(hidden.dtype), jnp.float32)
+    return layers.product(hidden, self._head().astype(hidden.dtype), jnp.float32)
 
   def response_logits(self, hidden: Array, temperature: Array | float = 1.0) -> Array:
-    """Logits f32[..., V] of the policy: at a temperature, and never a vision special token.
+    """`response_logits` of the whole vocabulary, f32[P, ..., V] of hidden [P, ..., D]."""
+    config, mesh, vocab = self.config, self.config.mesh, ()
+    if mesh is not None:
+      # Each device has its part of the vocabulary, for the tokens of all that share it: the weights
+      # are not gathered.
+      vocab = parallel.split_over(mesh, config.rules, "vocab", config.vocab_size)
+      hidden = parallel.constrained(mesh, hidden, _without(parallel.ROWS, vocab))
+    logits = response_logits(config, self._head(), hidden, temperature)
+    middle = [None] * (logits.ndim - 2)
+    logits = parallel.constrained(mesh, logits, _without(parallel.ROWS, vocab), *middle, vocab)
+    return parallel.constrained(
+        mesh, logits, parallel.ROWS, *middle, _without(vocab, parallel.ROWS))
 
-    Sampling and scoring both use this, so their log-probabilities are of one distribution. The
-    image placeholder must be impossible: generated, it would ask for a feature that is not there.
-    """
-    logits = self.unembed(hidden) / temperature
-    if self.config.suppressed_tokens:
-      banned = jnp.zeros(self.config.vocab_size, bool)
-      banned = banned.at[jnp.array(self.config.suppressed_tokens)].set(True)
-      logits = jnp.where(banned, -1e30, logits)
-    return logits
+  def _head(self) -> Array:
+    return self.tokens.embedding.T if self.config.tied else self.head
+
+
+def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+  return tuple(axis for axis in axes if axis not in others)
+
+
+def head_of(config: ModelConfig, params: Params) -> Array:
+  """[D, V]; what hidden states are unembedded with."""
+  return params["embed"]["embedding"].T if config.tied else params["head"]
+
+
+def response_logits(config: ModelConfig, head: Array, hidden: Array,
+                    temperature: Array | float = 1.0, first: Array | int = 0) -> Array:
+  """Logits f32[..., V'] of the policy: at a temperature, and never a vision special token.
+
+  Sampling and scoring both use this, so their log-probabilities are of one distribution. The image
+  placeholder must be impossible: generated, it would ask for a feature that is not there.
+
+  Args:
+    config: of the model.
+    head: [D, V'], of tokens `first` to `first` + V' - 1.
+    hidden: [..., D].
+    temperature: of sampling.
+    first: number of the first of these tokens.
+  """
+  logits: Any = layers.product(hidden, head.astype(hidden.dtype), jnp.float32)
+  logits /= temperature
+  if config.suppressed_tokens:
+    banned = jnp.isin(first + jnp.arange(head.shape[1]), jnp.array(config.suppressed_tokens))
+    logits = jnp.where(banned, -1e30, logits)
+  return logits
 
 
 def logits(model: VLM, params: Params, prompt: Prompt) -> Array:

@@ -2,16 +2,24 @@
 
 from jaxrl_vlm.parallel.mesh import (
     AXES,
+    ROLLOUT_RULES,
     ROWS,
+    RULES,
+    Rules,
     batch_sharding,
+    constrained,
     make_mesh,
     param_shardings,
     put_batch,
     reordered,
     replicated,
     rows,
+    rules_of,
+    split_over,
+    with_tensor,
 )
 from jaxrl_vlm.parallel.platform import cache_compilations, choose_platform
 
-__all__ = ["AXES", "ROWS", "batch_sharding", "cache_compilations", "choose_platform", "make_mesh",
-           "param_shardings", "put_batch", "reordered", "replicated", "rows"]
+__all__ = ["AXES", "ROLLOUT_RULES", "ROWS", "RULES", "Rules", "batch_sharding",
+           "cache_compilations", "choose_platform", "constrained", "make_mesh", "param_shardings",
+           "put_batch", "reordered", "replicated", "rows", "rules_of", "split_over", "with_tensor"]

@@ -18,19 +18,46 @@ from jax.sharding import PartitionSpec as Spec
 AXES = ("slice", "fsdp", "tensor")
 ROWS = ("slice", "fsdp")  # what prompts are split over
 
-# What matches first holds; a spec counts from the last axis, so that the leading axis
-# of stacked layers needs no rule.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed/embedding", ("tensor", "fsdp")),
-    (r"head", ("fsdp", "tensor")),
-    (r"(q|k|v|qkv|gate|up|patch_embed)/kernel", ("fsdp", "tensor")),
-    (r"(o|proj|down)/kernel", ("tensor", "fsdp")),
-    (r"(q|k|v|qkv|gate|up)/bias", ("tensor",)),
-    (r"mlp/(gate|up)", ("fsdp", "tensor")),  # of experts
-    (r"mlp/down", ("tensor", "fsdp")),
-    (r"lora/a", ("fsdp", None)),
-    (r"lora/b", (None, "tensor")),
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
+
+# Axes of the mesh that split each logical axis of parameters; `config.sharding` overrides them.
+RULES: Rules = (("hidden", ("tensor",)), ("vocab", ("fsdp", "tensor")), ("width", ("fsdp",)))
+
+# While responses are drawn in a layout of their own: nothing is gathered for a token.
+ROLLOUT_RULES: Rules = (("hidden", ("tensor",)), ("vocab", ("tensor",)), ("width", ()))
+
+# Logical axes of parameters: `width` is that of the residual stream, `hidden` is heads and hidden
+# units. What matches first holds; it counts from the last axis, so that the leading axis of stacked
+# layers needs no name. All others lie whole on every device.
+_LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("vocab", "width")),
+    (r"head", ("width", "vocab")),
+    (r"(q|k|v|qkv|gate|up|patch_embed)/kernel", ("width", "hidden")),
+    (r"(o|proj|down)/kernel", ("hidden", "width")),
+    (r"(q|k|v|qkv|gate|up)/bias", ("hidden",)),
+    (r"mlp/(gate|up)", ("width", "hidden")),  # of experts
+    (r"mlp/down", ("hidden", "width")),
+    (r"lora/a", ("width", None)),
+    (r"lora/b", (None, "hidden")),
 )
+
+
+def rules_of(sharding: Mapping[str, Sequence[str]]) -> Rules:
+  """`config.sharding` as rules; what it leaves out is as in `RULES`.
+
+  Raises:
+    ValueError: no such logical axis, or none of the mesh; names both and what there is.
+  """
+  rules = dict(RULES)
+  for name, axes in sharding.items():
+    if name not in rules:
+      raise ValueError(f"config.sharding.{name}: no such axis of parameters; "
+                       f"they are {', '.join(rules)}")
+    if isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) < len(axes):
+      raise ValueError(f"config.sharding.{name}={axes!r}: expected a tuple of some of "
+                       f"{', '.join(AXES)}")
+    rules[name] = tuple(axis for axis in AXES if axis in axes)
+  return tuple(sorted(rules.items()))
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -69,29 +96,70 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
+  """The same devices in the same order with another size of `tensor`, at the cost of `fsdp`.
+
+  Raises:
+    ValueError: it is no multiple of what it was, or does not divide the devices of a slice.
+  """
+  slices, was = mesh.shape["slice"], mesh.shape["tensor"]
+  if tensor < 1 or tensor % was or (mesh.size // slices) % tensor:
+    raise ValueError(
+        f"config.rollout.tensor={tensor}: expected a multiple of config.mesh.tensor={was} that "
+        f"divides the {mesh.size // slices} devices of a slice, or 0 for the layout of training")
+  return Mesh(mesh.devices.reshape(slices, -1, tensor), AXES,
+              axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def rows(mesh: Mesh) -> int:
   """Into how many parts the prompts of a batch are split."""
   return math.prod(mesh.shape[name] for name in ROWS)
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> Spec:
-  for pattern, axes in RULES:
+def split_over(mesh: Mesh, rules: Rules, name: str, size: int, taken: Sequence[str] = ()
+               ) -> tuple[str, ...]:
+  """The axes of the mesh that split a logical axis of this size.
+
+  Not those `taken` by another axis of the same array; then as many, from the last on, as divide the
+  size evenly.
+  """
+  axes = tuple(axis for axis in dict(rules)[name] if axis not in taken)
+  while size % math.prod(mesh.shape[axis] for axis in axes):
+    axes = axes[1:]
+  return axes
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Spec:
+  for pattern, names in _LOGICAL:
     if re.search(rf"(^|/){pattern}$", path):
-      padded = (None,) * (len(shape) - len(axes)) + axes
-      # An axis that does not divide evenly is kept whole.
-      return Spec(*(a if a and n % mesh.shape[a] == 0 else None
-                    for a, n in zip(padded, shape, strict=True)))
+      taken: list[str] = []
+      spec: list[Any] = [None] * (len(shape) - len(names))
+      for name, size in zip(names, shape[len(spec):], strict=True):
+        axes = split_over(mesh, rules, name, size, taken) if name else ()
+        taken += axes
+        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+      return Spec(*spec)
   return Spec()
 
 
-def param_shardings(mesh: Mesh, tree: Any) -> Any:
+def param_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
   """Shardings for a pytree of parameters, or of anything that mirrors one (optimizer state)."""
 
   def one(keys, leaf):
     path = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-    return NamedSharding(mesh, _spec(path, leaf.shape, mesh))
+    return NamedSharding(mesh, _spec(path, leaf.shape, mesh, rules))
 
   return jax.tree.map_with_path(one, tree)
+
+
+def constrained(mesh: Mesh | None, a: jax.Array, *axes: Any) -> jax.Array:
+  """An array within a program, split over the mesh as `PartitionSpec(*axes)`.
+
+  As it is where there is nothing to split it over.
+  """
+  if mesh is None or mesh.size == 1:
+    return a
+  return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, Spec(*axes)))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

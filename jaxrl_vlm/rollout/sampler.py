@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm import memory, parallel
+from jaxrl_vlm import memory, models, parallel
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.models.decoder import Cells, Int8, Prefix
 from jaxrl_vlm.models.vlm import VLM
@@ -81,19 +81,38 @@ class Sampler:
     room: bytes on each device for all this but the weights; 0 if that is not known.
     prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
     samples_field: what the config calls the number of samples, for messages.
+    tensor: devices that share the weights, in a layout of their own, into which `reshard` takes
+      parameters and prompts; 0 for that of `mesh` and `param_shardings`.
     layers: of the model that decoding takes as one loop; 0: all, but on one CPU 1: there a loop
       over layers copies the weights, keys and values of each out of the stack, for every token.
   """
 
   def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
                chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto", room: float = 0,
-               samples_field: str = "num_samples", layers: int = 0):
+               samples_field: str = "num_samples", tensor: int = 0, layers: int = 0):
     if prefix_dtype not in PREFIX_DTYPES:
       raise ValueError(f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of "
                        f"{', '.join(PREFIX_DTYPES)}")
     for name, value, least in (("chunk", chunk, 1), ("groups", groups, 0)):
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
+    batch, self.reshard = parallel.batch_sharding(mesh), None
+    if tensor:
+      given, mesh = (param_shardings, batch), parallel.with_tensor(mesh, tensor)
+      model = model.on(mesh, parallel.ROLLOUT_RULES)
+      shapes = models.abstract_params(model.config, model.config.dtype)
+      param_shardings = parallel.param_shardings(mesh, shapes, parallel.ROLLOUT_RULES)
+      batch = parallel.batch_sharding(mesh)
+      # Besides those of training.
+      room = room and max(room - memory.held(shapes, param_shardings), 1.0)
+
+      def resharded(params, prompt):
+        cast = jax.tree.map(lambda a, like: a.astype(like.dtype), params, shapes)
+        # Else XLA sends them first and casts them then.
+        return jax.lax.optimization_barrier(cast), _without_patches(prompt)
+
+      self.reshard = jax.jit(
+          resharded, in_shardings=given, out_shardings=(param_shardings, batch))
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, parallel.rows(mesh), prefix_dtype
@@ -107,7 +126,7 @@ class Sampler:
     rows, kv = (NamedSharding(mesh, spec) for spec in (
         Spec(parallel.ROWS), Spec(None, parallel.ROWS, None, heads)))
     flight = Flight(kv, kv, rows, kv, kv, *[rows] * 6)
-    whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    whole = parallel.replicated(mesh)
     self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=flight)
     self._admit = jax.jit(
         self._admit_, in_shardings=(param_shardings, batch, flight, rows, rows, rows, rows),
@@ -310,6 +329,8 @@ class Sampler:
     Returns:
       Rollout of host arrays [P, G, T].
     """
+    if self.reshard is not None:
+      params, prompt = self.reshard(params, prompt)
     sampling, parts, chunk = self.sampling, self.parts, self.chunk
     p, g = prompt.tokens.shape[0], sampling.num_samples
     layout, most = self._plan(p, prompt.tokens.shape[1])
@@ -429,6 +450,10 @@ class Sampler:
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
     """The programs of a rollout before they are compiled, by name; takes shapes."""
+    reshard = {}
+    if self.reshard is not None:
+      reshard["reshard"] = self.reshard.lower(params, prompt)
+      params, prompt = jax.eval_shape(self.reshard, params, prompt)
     layout, most = self._plan(*prompt.tokens.shape)
     r, g = self.parts, self.sampling.num_samples
 
@@ -439,13 +464,21 @@ class Sampler:
     key = jax.eval_shape(lambda: jax.random.key(0))
     cells, slots = numbers(-(-layout.cells // 2)), numbers(layout.slots)
     places = numbers(layout.slots * g)
-    return {
+    return reshard | {
         "admit": self._admit.lower(
             params, prompt, flight, numbers(most), numbers(most), numbers(most, g),
             numbers(most, g)),
         "decode": self._decode.lower(
             params, flight, numbers(layout.cells), places, key),
         "move": self._move.lower(flight, cells, slots)}
+
+
+def _without_patches(prompt: Prompt) -> Prompt:
+  """Nobody looks at the patches of prompts that have their visual tokens."""
+  if prompt.features is None:
+    return prompt
+  names = ("patches", "patch_positions", "patch_grids", "patch_segments", "patch_windows")
+  return dataclasses.replace(prompt, **{name: getattr(prompt, name)[:, :0] for name in names})
 
 
 @functools.lru_cache(maxsize=16)

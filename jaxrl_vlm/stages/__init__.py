@@ -15,7 +15,7 @@ from jaxrl_vlm.models.config import REMAT
 from jaxrl_vlm.rollout.sampler import PREFIX_DTYPES
 from jaxrl_vlm.stages import rl, sft
 from jaxrl_vlm.stages.loading import lora_of, objective_of, trainable_of
-from jaxrl_vlm.stages.programs import make_optimizer
+from jaxrl_vlm.stages.optimizer import make_optimizer
 from jaxrl_vlm.stages.run import Run, Stopped, source_spec
 
 __all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_stage"]
@@ -103,7 +103,11 @@ def check(config: ConfigDict) -> None:
   expect(config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout,
          "seconds above 0")
   with validation():
-    rows = parallel.rows(parallel.make_mesh(config.mesh))
+    parallel.rules_of(config.sharding.to_dict())
+    mesh = parallel.make_mesh(config.mesh)
+    if rollout.tensor:
+      parallel.with_tensor(mesh, rollout.tensor)
+  rows = parallel.rows(mesh)
   for i, stage in enumerate(config.stages):
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:

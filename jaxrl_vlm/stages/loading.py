@@ -42,9 +42,10 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
   try:
     architecture = models.from_directory(path, dtype).replace(lora=adapters)
     with validation():
+      rules = parallel.rules_of(config.sharding.to_dict())
       attention = models.choose_attention(settings.attention, mesh.devices.flat, architecture)
     shapes = models.abstract_params(architecture, settings.param_dtype)
-    shardings = parallel.param_shardings(mesh, shapes)
+    shardings = parallel.param_shardings(mesh, shapes, rules)
     model, params, processor = models.load_pretrained(
         path, dtype=dtype, param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
         trainable=trainable_of(config), seed=config.seed, shardings=shardings,
@@ -59,7 +60,7 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
       raise UserError(
           f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
     params = lora.merge(lora.strip(params), loaded)
-  return models.VLM(model.config.replace(attention=attention)), params, processor
+  return models.VLM(model.config.replace(attention=attention, rules=rules)), params, processor
 
 
 def objective_of(stage: ConfigDict, pipeline: str = "synchronous") -> objectives.Objective:

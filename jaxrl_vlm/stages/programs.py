@@ -66,27 +66,6 @@ class Packing:
     return Blocks(index, self.size, self.tile)
 
 
-def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-  """AdamW with clipping from `config.optimizer`; `steps` is the length of a decaying schedule."""
-  peak, warmup = config.learning_rate, config.warmup_steps
-  rest = max(steps - warmup, 1)
-  schedules = {
-      "constant": lambda: optax.constant_schedule(peak),
-      "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-      "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-  }
-  if config.schedule not in schedules:
-    raise ValueError(f"config.optimizer.schedule={config.schedule!r}: expected one of "
-                     f"{', '.join(schedules)}")
-  schedule = schedules[config.schedule]()
-  if warmup:
-    ramp = optax.linear_schedule(peak / warmup, peak, warmup)
-    schedule = optax.join_schedules([ramp, schedule], [warmup])
-  return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay))
-
-
 class Program:
   """A jitted function of which the last argument may be left out: None."""
 
@@ -126,7 +105,8 @@ class Programs:
   `part_tokens` of the responses pass through the model at a time. None: all of them, padding too.
 
   `rollout`: further arguments of the `Sampler`. `capacity`: bytes of a device that may be used, 0
-  if that is not known; `room` is what weights and optimizer leave of it.
+  if that is not known; `room` is what weights and optimizer leave of it. With `state_on_host` the
+  optimizer's state lies in the hosts' memory.
 
   `fields` is what stands before the names of the stage's fields in errors.
 
@@ -139,8 +119,10 @@ class Programs:
       abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
       microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
       rollout: Mapping[str, Any] | None = None, part_tokens: int = 4096, capacity: float = 0,
-      fields: str = "", black: Array | None = None, white: Array | None = None):
+      state_on_host: bool = False, fields: str = "", black: Array | None = None,
+      white: Array | None = None):
     self.model, self.mesh = model.on(mesh), mesh
+    rules = model.config.rules
     self.objective, self.optimizer = objective, optimizer
     self.temperature, self.microbatches, self.minibatches = temperature, microbatches, minibatches
     self.part_tokens, self.fields = part_tokens, fields
@@ -155,16 +137,25 @@ class Programs:
 
     trained, frozen = lora.split(abstract_params, trainable)
     self.trains_vision = bool(jax.tree.leaves(trained.get("vision", {})))
-    self.abstract_state = jax.eval_shape(self._init_state, trained)
-    self.state_shardings = parallel.param_shardings(mesh, self.abstract_state)
+    state = jax.eval_shape(self._init_state, trained)
+    homes: Any = parallel.param_shardings(mesh, state, rules)
+    self._on_host, self._on_device = state_on_host, homes.opt_state
+    if state_on_host:
+      homes = dataclasses.replace(homes, opt_state=jax.tree.map(
+          lambda x, place: place.with_memory_kind("pinned_host") if x.ndim else place,
+          state.opt_state, homes.opt_state))
+    self.state_shardings = homes
+    self.abstract_state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, homes)
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    params, frozen = (parallel.param_shardings(mesh, tree) for tree in (abstract_params, frozen))
+    params, frozen, places = (parallel.param_shardings(mesh, tree, rules)
+                              for tree in (abstract_params, frozen, trained))
 
     self.held = memory.held(self.abstract_state, self.state_shardings) + memory.held(
         lora.split(abstract_params, trainable)[1], frozen)
     if "ref" in (*objective.views, *objective.grad_views):
-      self.held += memory.held(trained, parallel.param_shardings(mesh, trained))
-    self.gradient = memory.held(trained, parallel.param_shardings(mesh, trained))
+      self.held += memory.held(trained, places)
+    self.gradient = memory.held(trained, places)
     # Something to divide, even where the weights alone are too much.
     self.room = max(capacity - self.held, 1.0) if capacity else 0
     self._checked: set[tuple[int, ...]] = set()
@@ -205,9 +196,9 @@ class Programs:
       return group if view == "masked" and objective.mask_per == "sample" else 1
 
     need = memory.update(
-        model, length, patches, here, group, tokens, self.part_tokens, self.gradient, count,
+        model, length, patches, here, group, tokens, self.part_tokens, self.gradient,
         self.trains_vision, (1, *map(rows, objective.grad_views)))
-    scores = [memory.score(model, length, here * rows(view), tokens, self.part_tokens)
+    scores = [memory.score(model, length, here, rows(view), tokens, self.part_tokens)
               for view in objective.views]
     given = memory.prompts(model, patches, prompts // devices)
     if objective.mask_on == "original":  # the host's
@@ -302,7 +293,8 @@ class Programs:
 
     def piece(prompts, tokens, mask, *packed):
       given = {key: (params[key], prompt) for key, prompt in prompts.items()}
-      prefixes = {key: self._read(*side) for key, side in given.items()}
+      prefixes = {key: self._read(*side, side[1].tokens.shape[0] // tokens.shape[0])
+                  for key, side in given.items()}
       if packing is None:
         return self._stats(given, prefixes, tokens, mask, None)[name]
       (index, used), blocks = packed, packing.blocks
@@ -325,9 +317,19 @@ class Programs:
     stats = jax.lax.map(lambda part: piece(*part), parts)
     return _joined(stats)
 
-  def _read(self, params: Params, prompt: Prompt) -> Prefix:
-    read: Any = self.model.apply({"params": params}, prompt, method="prefill")
-    return read[1]
+  def _read(self, params: Params, prompt: Prompt, rows: int = 1) -> Prefix:
+    """The prefixes of prompts; where each has several `rows`, one of each at a time."""
+    def read(prompt):
+      prefix: Any = self.model.apply({"params": params}, prompt, method="prefill")
+      return prefix[1]
+
+    if rows == 1:
+      return read(prompt)
+    each = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, rows, *a.shape[1:]), 1, 0), prompt)
+    prefixes = jax.lax.map(read, each)  # k, v: [rows, L, P, ...]
+    k, v = (jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1, *a.shape[3:])
+            for a in (prefixes.k, prefixes.v))
+    return Prefix(k, v, prefixes.length.T.reshape(-1))
 
   def _stats(self, sides: Mapping[str, tuple[Params, Prompt]], prefixes: Mapping[str, Prefix],
              tokens: Array, mask: Array, blocks: Blocks | None) -> dict[str, TokenStats]:
@@ -438,8 +440,11 @@ class Programs:
     return jnp.broadcast_to(self.objective.advantages(rewards, mask, **more), mask.shape)
 
   def _grad(self, trained, frozen, prompt, tokens, experience: Experience, source, reference,
-            packed: tuple[Array, Array] | None, packing: Packing | None):
-    """((loss, (sums, peaks)), gradient) of a microbatch: prompts once, responses part by part."""
+            packed: tuple[Array, Array] | None, packing: Packing | None, total: Any = None):
+    """((loss, (sums, peaks)), gradient) of a microbatch: prompts once, responses part by part.
+
+    All is added to `total` as it comes: there are never more than two gradients. None: nothing.
+    """
     params = lora.merge(frozen, trained)
     prompts = {"": prompt}
     for name in self.objective.grad_views:
@@ -466,21 +471,25 @@ class Programs:
       return self._loss(stats.pop(""), here, stats)
 
     if packed is None or packing is None:
-      return jax.value_and_grad(
-          lambda trained: loss(trained, read(trained), None), has_aux=True)(trained)
+      return _added(total, jax.value_and_grad(
+          lambda trained: loss(trained, read(trained), None), has_aux=True)(trained))
     index, used = packed
     kv, pull = jax.vjp(read, trained)
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
-    def of_part(index):
-      value, (grads, of_kv) = grad(trained, kv, packing.blocks(index))
-      # Many parts add up: not in bfloat16.
-      return value, (grads, jax.tree.map(lambda a: a.astype(jnp.float32), of_kv))
+    def part(i, so_far):
+      total, total_kv = so_far
+      value, (grads, of_kv) = grad(trained, kv, packing.blocks(index[i]))
+      return _added(total, (value, grads)), jax.tree.map(jnp.add, total_kv, of_kv)
 
-    zeros = _zeros(jax.eval_shape(of_part, index[0]))
-    value, (grads, of_kv) = jax.lax.fori_loop(
-        0, used, lambda i, total: _added(total, of_part(index[i])), zeros)
+    if total is None:
+      value, (grads, _) = jax.eval_shape(grad, trained, kv, packing.blocks(index[0]))
+      total = _zeros((value, grads))
+    # Many parts add up: not in bfloat16.
+    zeros = _zeros(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), kv))
+    total, of_kv = jax.lax.fori_loop(0, used, part, (total, zeros))
     of_kv = jax.tree.map(lambda a, like: a.astype(like.dtype), of_kv, kv)
+    value, grads = total
     return value, jax.tree.map(jnp.add, grads, pull(of_kv)[0])
 
   def _loss(self, stats: TokenStats, experience: Experience, views: Mapping[str, TokenStats]):
@@ -508,32 +517,38 @@ class Programs:
     experience = self.objective.prepare(dataclasses.replace(experience, state=state.objective))
     metrics = self.objective.prepare_metrics(experience)
 
-    def grad(prompt, tokens, experience, source, *packed):
+    def grad(total, prompt, tokens, experience, source, *packed):
       experience = dataclasses.replace(experience, state=state.objective)
       return self._grad(state.params, frozen, prompt, tokens, experience, source, reference,
-                        packed or None, packing)
+                        packed or None, packing, total)
 
     parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
                    tokens.shape[0])
     if packing is not None:
       parts = (*parts, packing.index, packing.used)
+    first = jax.tree.map(lambda a: a[0], parts)
     if count == 1:
-      (value, (sums, peaks)), grads = grad(*jax.tree.map(lambda a: a[0], parts))
+      total = grad(None, *first)
     else:
-      first = jax.tree.map(lambda a: a[0], parts)
-      ((value, (sums, peaks)), grads), _ = jax.lax.scan(
-          lambda total, part: (_added(total, grad(*part)), None),
-          _zeros(jax.eval_shape(grad, *first)), parts)
+      zeros = _zeros(jax.eval_shape(grad, None, *first))
+      total, _ = jax.lax.scan(lambda total, part: (grad(total, *part), None), zeros, parts)
+    (value, (sums, peaks)), grads = total
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+    old_state = state.opt_state
+    if self._on_host:  # once there is nothing on the device but the gradient
+      grads, old_state = jax.lax.optimization_barrier((grads, old_state))
+      old_state = jax.device_put(old_state, self._on_device)
+    updates, opt_state = self.optimizer.update(grads, old_state, state.params)
     params = optax.apply_updates(state.params, updates)
     numbers = self.objective.next_state(experience, metrics | sums)
     # A bad step changes nothing but the count.
     params, opt_state, numbers = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
-        (params, opt_state, numbers), (state.params, state.opt_state, dict(state.objective)))
+        (params, opt_state, numbers), (state.params, old_state, dict(state.objective)))
+    if self._on_host:
+      opt_state = jax.device_put(opt_state, self.state_shardings.opt_state)
     state = TrainState(params, opt_state, jnp.where(good, 0, state.bad_steps + 1), numbers)
     metrics |= sums | peaks | {"loss": value, "grad_norm": norm, "bad_steps": state.bad_steps}
     return state, metrics
@@ -545,6 +560,9 @@ class Programs:
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
+    if "masked" not in self.objective.grad_views:
+      # All that the tower does with them; they weigh more than anything else that goes round.
+      prompt = dataclasses.replace(prompt, patches=prompt.patches.astype(self.model.config.dtype))
     batch = self._with_source(packing, (prompt, tokens, experience), source)
     if packing is not None:
       packing = dataclasses.replace(packing, order=None)
@@ -590,11 +608,15 @@ def _within(experience: Experience, where: Array) -> Experience:
 
 
 def _zeros(shapes: Any) -> Any:
-  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  """To add to in a loop. Known to be zeros, XLA would have the loop begin with a copy."""
+  return jax.lax.optimization_barrier(
+      jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
 def _added(total: Any, more: Any) -> Any:
-  """The sum of two ((loss, (sums, peaks)), gradient); of peaks the larger."""
+  """The sum of two ((loss, (sums, peaks)), gradient), of peaks the larger; None is nothing."""
+  if total is None:
+    return more
   ((value, (sums, peaks)), grads), ((value2, (sums2, peaks2)), grads2) = total, more
   value, sums, grads = jax.tree.map(jnp.add, (value, sums, grads), (value2, sums2, grads2))
   return (value, (sums, jax.tree.map(jnp.maximum, peaks, peaks2))), grads

@@ -22,7 +22,8 @@ from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import Grading, RewardPool
 from jaxrl_vlm.rollout import Sampling, texts_of, with_text
 from jaxrl_vlm.stages.loading import objective_of, trainable_of
-from jaxrl_vlm.stages.programs import Packing, Programs, make_optimizer
+from jaxrl_vlm.stages.optimizer import make_optimizer
+from jaxrl_vlm.stages.programs import Packing, Programs
 from jaxrl_vlm.stages.run import Run, StageRun, source_spec
 from jaxrl_vlm.types import Experience, Params, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
@@ -197,7 +198,8 @@ def make_programs(config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstra
       model, mesh, objective, optimizer, abstract_params, trainable=trainable_of(config),
       temperature=stage.temperature or 1.0, microbatches=stage.microbatches,
       minibatches=stage.minibatches, sampling=draws, rollout=config.rollout.to_dict(),
-      part_tokens=stage.part_tokens, fields=f"config.stages[{index}].", **more)
+      part_tokens=stage.part_tokens, state_on_host=stage.optimizer.moments == "host",
+      fields=f"config.stages[{index}].", **more)
 
 
 def _plan_memory(run: Run, index: int, programs: Programs) -> None:

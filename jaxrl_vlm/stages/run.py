@@ -80,7 +80,8 @@ class Run:
     del params
     self.abstract_params = models.abstract_params(
         self.model.config, config.model.param_dtype, self.trainable)
-    self.param_shardings = parallel.param_shardings(self.mesh, self.abstract_params)
+    self.param_shardings = parallel.param_shardings(
+        self.mesh, self.abstract_params, self.model.config.rules)
     self.metrics = metrics_lib.MetricsWriter(workdir, start=self.step + 1 if self.step else 0)
     self.rollouts = report.RolloutLog(workdir)
     self.progress = metrics_lib.Progress(sum(s.steps for s in config.stages), config.log_every)

@@ -11,7 +11,8 @@ from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.stages.loading import objective_of
-from jaxrl_vlm.stages.programs import Programs, make_optimizer
+from jaxrl_vlm.stages.optimizer import make_optimizer
+from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.stages.run import Run, StageRun
 from jaxrl_vlm.types import Experience
 
@@ -24,7 +25,8 @@ def train(run: Run, index: int) -> None:
     optimizer = make_optimizer(stage.optimizer, stage.steps)
   programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
                       trainable=run.trainable, microbatches=stage.microbatches,
-                      capacity=run.capacity, fields=f"config.stages[{index}].")
+                      capacity=run.capacity, state_on_host=stage.optimizer.moments == "host",
+                      fields=f"config.stages[{index}].")
   # The shortest prompts must fit.
   programs.check_update(stage.prompts_per_step, min(run.config.prompt_buckets),
                         min(run.config.patch_buckets), 1, stage.max_tokens)

@@ -216,6 +216,29 @@ def test_two_devices_decode_as_one_and_compile_once(setup):
   assert compilations()[0] == first > 0 and len(lengths) > 1
 
 
+def test_a_layout_of_its_own_draws_the_same(setup):
+  """Weights in parts on pairs of devices, prompts over the pairs; `tensor=1`: whole everywhere."""
+  model, params, processor, _ = setup
+  messages, images = tiny.conversations()
+  prompt = processor((messages * 2)[:4], (images * 2)[:4])
+  greedy = jv.Sampling(2, 12, temperature=0)
+  plain = one_device_sampler(model, params, greedy)(params, prompt, jax.random.key(0))
+  mesh = parallel.make_mesh({"fsdp": 4}, jax.devices()[:4])
+  shardings = parallel.param_shardings(mesh, params)
+  params = jax.device_put(params, shardings)
+  seen = jax.jit(lambda p, x: model.apply({"params": p}, x, method="see"))(params, prompt)
+  for given, tensor in ((prompt, 2), (seen, 4), (seen, 1)):
+    draw = Sampler(model, mesh, greedy, shardings, chunk=5, tensor=tensor)
+    drawn = draw(params, parallel.put_batch(mesh, given), jax.random.key(0))
+    np.testing.assert_array_equal(drawn.tokens, plain.tokens)
+    np.testing.assert_allclose(drawn.logp, plain.logp, atol=1e-4)
+    placed, light = draw.reshard(params, parallel.put_batch(mesh, given))
+    parts = {x.size // x.addressable_shards[0].data.size
+             for x in (placed["decoder"]["layers"]["mlp"]["up"]["kernel"], placed["head"])}
+    assert parts == {tensor}
+    assert light.patches.shape[1] == (given.patches.shape[1] if given is prompt else 0)
+
+
 def test_limits(setup):
   """A response ends at its own limit; what it has until then is what it has without."""
   model, params, _, prompt = setup

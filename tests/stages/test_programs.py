@@ -333,6 +333,25 @@ def test_images_of_the_host_go_with_their_prompts(setup, make, experience, per):
   assert abs(metrics["masked_nll"] - whole[1]["masked_nll"]) > 1e-3
 
 
+def test_moments_on_the_host_change_nothing(setup, experience):
+  model, params, prompt, tokens, *_ = setup
+  mesh = parallel.make_mesh({"fsdp": 2}, devices=jax.devices()[:2])
+
+  def update(on_host):
+    program = Programs(
+        model, mesh, objectives.create("grpo"), optax.adam(1e-2), params, minibatches=2,
+        state_on_host=on_host)
+    state, _ = program.update(
+        program.init_state(jax.tree.map(jnp.copy, params)), {}, prompt, tokens, experience,
+        jax.random.key(0), None)
+    return state
+
+  plain, away = update(False), update(True)
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
+  assert kinds == {"pinned_host"}
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(away), jax.device_get(plain))
+
+
 @pytest.mark.parametrize(("name", "settings", "host"), [
     ("vppo", {}, False),  # its shaping depends on the minibatch
     ("papo", {**MASKED, "anneal_updates": 3}, True),

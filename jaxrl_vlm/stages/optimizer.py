@@ -1,0 +1,78 @@
+"""AdamW as the config says, and what it keeps."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_vlm.types import Array
+
+MOMENTS = ("float32", "bfloat16", "host")
+
+
+def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
+  """AdamW with clipping from `config.optimizer`; `steps` is the length of a decaying schedule."""
+  if config.moments not in MOMENTS:
+    raise ValueError(f"config.optimizer.moments={config.moments!r}: expected one of "
+                     f"{', '.join(MOMENTS)}")
+  peak, warmup = config.learning_rate, config.warmup_steps
+  rest = max(steps - warmup, 1)
+  schedules = {
+      "constant": lambda: optax.constant_schedule(peak),
+      "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+      "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+  }
+  if config.schedule not in schedules:
+    raise ValueError(f"config.optimizer.schedule={config.schedule!r}: expected one of "
+                     f"{', '.join(schedules)}")
+  schedule = schedules[config.schedule]()
+  if warmup:
+    ramp = optax.linear_schedule(peak / warmup, peak, warmup)
+    schedule = optax.join_schedules([ramp, schedule], [warmup])
+  adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+  if config.moments == "bfloat16":
+    adamw = in_bfloat16(adamw)
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+class Rounded(NamedTuple):
+  """State of `in_bfloat16`: the other's, and how often it has been rounded."""
+
+  inner: Any
+  count: Array
+
+
+def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """A transformation whose state is kept in bfloat16; it computes in float32.
+
+  Rounded to the nearest, a second moment would not move at all: what a step adds to it is less than
+  half of its last digit. So it is rounded up or down at random, and is right in the mean.
+  """
+  def wide(tree):
+    return jax.tree.map(
+        lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
+
+  def narrow(tree, count):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
+    return jax.tree.unflatten(treedef, [
+        _rounded(key, a) if a.dtype == jnp.float32 and a.ndim else a
+        for key, a in zip(keys, leaves, strict=True)])
+
+  def init(params):
+    count = jnp.zeros((), jnp.int32)
+    return Rounded(narrow(inner.init(params), count), count)
+
+  def update(updates, state, params=None):
+    updates, new = inner.update(updates, wide(state.inner), params)
+    return updates, Rounded(narrow(new, state.count + 1), state.count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _rounded(key: Array, a: Array) -> Array:
+  """float32 as bfloat16, rounded to one of its neighbours; the nearer, the likelier."""
+  bits = jax.lax.bitcast_convert_type(a, jnp.uint32)
+  bits = (bits + jax.random.bits(key, a.shape, jnp.uint16)) & jnp.uint32(0xFFFF0000)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
