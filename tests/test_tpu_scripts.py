@@ -1,0 +1,755 @@
+"""The scripts of tpu_scripts/, with stand-ins for the cloud: none of it has seen a real one."""
+
+import json
+import os
+import pathlib
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = ROOT / "tpu_scripts"
+ALL = sorted(SCRIPTS.rglob("*.sh"))
+PAGE = ROOT / "docs" / "pods.md"
+CONFIG = "configs/quickstart.py"
+# What a shell would take apart.
+FLAGS = [
+  "--config.stages[0].objective.name=vppo", "--config.model.lora.targets=(\"decoder\",\"vision\")",
+  "--config.x=it's $HOME `id` $(id) $$ & two  words %i", "--config.y=",
+  "--config.z=a\\b*?;|<>#~\t!",
+]
+
+# Answers to whatever is called by its name. World: calls.jsonl, every call; answers.json, pairs of
+# a pattern and answers, of which each is given once and the last for ever: [output, status] or
+# ["do", what to run first, in a shell]; otherwise a small cloud with two workers, whose homes and
+# bucket are directories.
+STAND_IN = r'''#!PYTHON
+import fcntl, json, os, pathlib, re, shutil, subprocess, sys
+
+world = pathlib.Path(os.environ["WORLD"])
+name = pathlib.Path(sys.argv[0]).name
+words = sys.argv[1:]
+line = " ".join([name, *words])
+
+def answer():
+  with open(world / "lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(world / "calls.jsonl", "a") as calls:
+      calls.write(json.dumps([name, *words]) + "\n")
+    path = world / "answers.json"
+    answers = json.loads(path.read_text()) if path.exists() else []
+    for pattern, given in answers:
+      if re.search(pattern, line):
+        first = given.pop(0) if len(given) > 1 else given[0]
+        path.write_text(json.dumps(answers))
+        return first
+
+def at_home(home, command):
+  os.makedirs(home, exist_ok=True)
+  return subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {"HOME": str(home)},
+                        stdin=subprocess.DEVNULL).returncode
+
+def flag(prefix):
+  return next(word[len(prefix):] for word in words if word.startswith(prefix))
+
+def homes():
+  which = flag("--worker=")
+  return [world / "homes" / i for i in ("0", "1") if which in ("all", i)]
+
+def cloud():
+  node, bucket = world / "node", world / "bucket"
+  if "describe" in words:
+    if "queued-resources" in words or not node.exists():
+      sys.exit("ERROR: NOT_FOUND: Resource was not found")
+    print(node.read_text())
+  elif "create" in words:
+    node.write_text("READY")
+  elif "delete" in words:
+    node.unlink()
+    for home in (world / "homes").glob("*"):
+      at_home(home, "kill -KILL -- -$(cat .jaxrl_vlm/keeper) 2>/dev/null")
+      shutil.rmtree(home)
+    (world / "mnt").unlink(missing_ok=True)
+  elif "ssh" in words:
+    sys.exit(max(at_home(home, flag("--command=")) for home in homes()))
+  elif "scp" in words:
+    for home in homes():
+      os.makedirs(home, exist_ok=True)
+      shutil.copy(words[4], home / "jaxrl_vlm.tar.gz")
+  elif "ls" in words:
+    path = bucket / words[-1].removeprefix("gs://my-bucket/")
+    if not path.exists():
+      sys.exit("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.")
+    for each in sorted(path.iterdir()) if path.is_dir() else [path]:
+      print(f"gs://my-bucket/{each.relative_to(bucket)}" + "/" * each.is_dir())
+
+first = answer()
+if first is not None:
+  if first[0] == "do":
+    subprocess.run(["bash", "-c", first[1]], check=True)
+  else:
+    print(first[0], file=sys.stderr if first[1] else sys.stdout)
+    sys.exit(first[1])
+if name == "gcloud":
+  cloud()
+elif name == "ssh":
+  sys.exit(at_home(world / "homes" / words[-2], words[-1]))
+elif name == "scp":
+  home = world / "homes" / words[-1].split(":")[0]
+  os.makedirs(home, exist_ok=True)
+  shutil.copy(words[-2], home / words[-1].split(":")[1])
+elif name == "kubectl":
+  shutil.copy(words[-1], world / "applied.yaml")
+elif name == "sudo":
+  sys.exit(subprocess.run(words).returncode)
+elif name == "mountpoint":
+  sys.exit(0 if os.path.islink(words[-1]) else 1)
+elif name == "gcsfuse":
+  if words == ["--version"]:
+    print("gcsfuse version 3.4.4 (Go version go1.24.11)")
+  elif not os.path.islink(words[-1]):  # the other worker's, too
+    os.rmdir(words[-1])
+    os.symlink(world / "bucket", words[-1])
+elif name == "curl":
+  print(pathlib.Path(os.environ["HOME"]).name)
+elif name == "uv" and words[0] == "venv":
+  os.makedirs(".venv/bin")
+  os.symlink(world / "bin" / "trainer", ".venv/bin/python")
+'''
+
+# In the place of Python: each launch does the next thing of world/behaviour, "TEXT:what".
+TRAINER = r'''#!/usr/bin/env bash
+set -eu
+for word in "$@"; do case $word in --workdir=*) workdir=${word#*=};; esac; done
+mkdir -p "$HOME/launches"
+PYTHON -c 'import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))' \
+  "$@" >>"$HOME/launches/all"
+what=$(sed -n "$(wc -l <"$HOME/launches/all")p" "$WORLD/behaviour")
+if [ -z "$what" ]; then what=$(tail -n 1 "$WORLD/behaviour"); fi
+trap 'echo "SIGTERM: stopped after step 7; the same command continues."; exit 0' TERM
+echo "begins: $what"
+case $what in
+  save*) mkdir -p "$workdir/checkpoints/${what#save }" "$workdir/checkpoints/99.tmp-1" ;;
+esac
+case $what in
+  deaf) trap '' TERM; echo "hears nothing"; while :; do sleep 0.05; done ;;
+  finish) mkdir -p "$workdir/model"; echo {} >"$workdir/model/config.json"
+    echo "finished in 1 s" ;;
+  wait* | save*) while :; do sleep 0.05; done ;;
+  *) echo "$what"; exit 3 ;;
+esac
+'''
+
+
+class World:
+  """A clone, stand-ins first on the PATH, and what they were called with."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self.clone = folder / "clone"
+    (folder / "bin").mkdir()
+    (folder / "bucket").mkdir()
+    for name in ("gcloud", "kubectl", "ssh", "scp", "sudo", "mountpoint", "gcsfuse", "curl", "uv"):
+      self._program(name, STAND_IN)
+    self._program("trainer", TRAINER)
+    shutil.copytree(SCRIPTS, self.clone / "tpu_scripts")
+    (self.clone / "configs").mkdir()
+    shutil.copy(ROOT / CONFIG, self.clone / CONFIG)
+    (self.clone / ".gitignore").write_text("ignored\n.venv\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+      subprocess.run([*git, *words], cwd=self.clone, check=True)
+    self.settings = {
+      "NAME": "my-tpu", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "BUCKET": "gs://my-bucket",
+      "MOUNT": str(folder / "mnt"), "POLL": "0.1", "WORLD": str(folder), "STOP_SECONDS": "10"}
+
+  def _program(self, name: str, text: str) -> None:
+    path = self.folder / "bin" / name
+    path.write_text(text.replace("PYTHON", sys.executable))
+    path.chmod(0o755)
+
+  def environment(self, **settings) -> dict[str, str]:
+    plain = {k: v for k, v in os.environ.items()
+             if k not in ("PROJECT", "RUN", "RUNTIME", "HOSTS", "WORKDIR", "PYTHONPATH")}
+    everything = plain | self.settings | settings | {
+      "PATH": os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])}
+    return {k: v for k, v in everything.items() if v is not None}
+
+  def script(self, name: str, *words: str, **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      [str(self.clone / "tpu_scripts" / name), *words], cwd=self.folder, text=True, timeout=120,
+      env=self.environment(**settings), capture_output=True, stdin=subprocess.DEVNULL)
+
+  def answer(self, *answers) -> None:
+    (self.folder / "answers.json").write_text(json.dumps(answers))
+
+  def behave(self, *what: str) -> None:
+    (self.folder / "behaviour").write_text("\n".join(what) + "\n")
+
+  def calls(self, name: str = "") -> list[list[str]]:
+    path = self.folder / "calls.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [call for call in map(json.loads, lines) if call[0] == name or not name]
+
+  def launches(self, home: str) -> list[tuple[list[str], dict[str, str]]]:
+    path = self.folder / "homes" / home / "launches" / "all"
+    return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
+
+  def wait_for(self, text: str, count: int = 1) -> None:
+    """Until the newest logs of that many hosts have it: before, a signal is no test of a run."""
+    for _ in range(300):
+      notes = self.folder.glob("homes/*/.jaxrl_vlm/log")
+      if sum(text in pathlib.Path(note.read_text().strip()).read_text() for note in notes) == count:
+        return
+      time.sleep(0.1)
+    raise AssertionError(text)
+
+  def end(self) -> None:
+    """Ends what still runs here."""
+    for note in self.folder.glob("**/.jaxrl_vlm/keeper"):
+      try:
+        os.killpg(int(note.read_text()), signal.SIGKILL)
+      except (ProcessLookupError, ValueError):
+        continue
+
+
+@pytest.fixture
+def world(tmp_path):
+  made = World(tmp_path)
+  yield made
+  made.end()
+
+
+def ok(process: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+  assert process.returncode == 0, process.stdout + process.stderr
+  return process
+
+
+def shown(process: subprocess.CompletedProcess) -> list[list[str]]:
+  return [shlex.split(line[2:]) for line in process.stderr.splitlines() if line.startswith("+ ")]
+
+
+def test_shellcheck_finds_nothing():
+  checker = pathlib.Path(sys.executable).with_name("shellcheck")
+  result = subprocess.run([checker, *ALL], text=True, capture_output=True)
+  assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("path", [p for p in ALL if p.name != "common.sh"], ids=lambda p: p.name)
+def test_every_script_parses_and_has_help(world, path):
+  subprocess.run(["bash", "-n", path], check=True)
+  text = ok(world.script(str(path.relative_to(SCRIPTS)), "--help")).stdout
+  assert f"  {path.name} " in text and not world.calls()
+  assert os.access(path, os.X_OK)
+
+
+# -- settings and flags ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, missing, words", [
+  ("create.sh", "NAME", []), ("create.sh", "ZONE", []), ("create.sh", "TYPE", []),
+  ("setup.sh", "BUCKET", []), ("launch.sh", "BUCKET", [CONFIG]), ("watch.sh", "TYPE", [CONFIG]),
+  ("sync.sh", "BUCKET", []), ("delete.sh", "NAME", ["--yes"]),
+  ("gpu_host.sh", "WORKDIR", ["launch", CONFIG]), ("kubernetes/launch.sh", "IMAGE", [CONFIG])])
+def test_a_missing_setting_is_one_line(world, name, missing, words):
+  kubernetes = {"TOPOLOGY": "4x4", "IMAGE": "i"} if "kubernetes" in name else {}
+  result = world.script(name, *words, **kubernetes | {missing: None})
+  assert result.returncode == 2 and not world.calls()
+  assert re.fullmatch(rf"{missing} is not set; export {missing}=\S+\n", result.stderr)
+
+
+@pytest.mark.parametrize("name, words, said", [
+  ("create.sh", ["--spto"], r"--spto: create.sh has no such flag; expected one of: .*--spot"),
+  ("create.sh", ["now"], "now: create.sh takes no such argument"),
+  ("launch.sh", [], r"no config; expected: launch.sh configs/NAME.py"),
+  ("launch.sh", ["configs/nothing.py"], "configs/nothing.py: no such file in .*clone"),
+  ("gpu_host.sh", ["fly"], "fly: no such command; expected setup, launch")])
+def test_a_wrong_argument_is_one_line(world, name, words, said):
+  result = world.script(name, *words)
+  assert result.returncode == 2 and not world.calls()
+  assert re.match(said, result.stderr) and result.stderr.count("\n") == 1
+
+
+def test_an_unknown_type_and_an_absent_gcloud(world):
+  result = world.script("create.sh", TYPE="v9-8")
+  assert result.returncode == 2 and "TYPE=v9-8" in result.stderr and "RUNTIME" in result.stderr
+  (world.folder / "bin" / "gcloud").unlink()
+  if not shutil.which("gcloud"):
+    result = world.script("create.sh")
+    assert result.returncode == 2 and result.stderr.startswith("gcloud is not on the PATH;")
+
+
+ACTIONS = [
+  ("create.sh", []), ("create.sh", ["--spot"]), ("create.sh", ["--queued"]), ("setup.sh", []),
+  ("launch.sh", [CONFIG, *FLAGS]), ("launch.sh", ["--stop"]), ("launch.sh", ["--follow"]),
+  ("watch.sh", ["--spot", "--queued", "--delete", CONFIG]), ("sync.sh", []), ("delete.sh", []),
+  ("delete.sh", ["--yes"]), ("gpu_host.sh", ["setup"]), ("gpu_host.sh", ["launch", CONFIG]),
+  ("gpu_host.sh", ["watch", CONFIG]), ("gpu_host.sh", ["stop"]), ("gpu_host.sh", ["follow"]),
+  ("kubernetes/launch.sh", [CONFIG])]
+
+
+@pytest.mark.parametrize("name, words, hosts", [
+  (*action, hosts) for action in ACTIONS
+  for hosts in (["", "one two"] if action[0] == "gpu_host.sh" else [""])])
+def test_a_dry_run_shows_commands_and_calls_nothing(world, name, words, hosts):
+  before = sorted(world.clone.rglob("*"))
+  result = ok(world.script(
+    name, "--dry-run", *words, HOSTS=hosts, WORKDIR="/shared/run", IMAGE="i", TOPOLOGY="4x4"))
+  assert not world.calls() and shown(result)
+  assert sorted(world.clone.rglob("*")) == before and not (world.folder / "homes").exists()
+
+
+# -- one script after the other -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words, group, kind", [
+  ([], "tpu-vm", []), (["--spot"], "tpu-vm", ["--spot"]), (["--queued"], "queued-resources", []),
+  (["--queued", "--spot"], "queued-resources", ["--spot"])])
+def test_create(world, words, group, kind):
+  if group == "queued-resources":
+    world.answer(
+      ["queued-resources describe", [["NOT_FOUND", 1], ["WAITING_FOR_RESOURCES", 0],
+                                     ["PROVISIONING", 0], ["ACTIVE", 0]]])
+  result = ok(world.script("create.sh", *words, PROJECT="mine"))
+  (create,) = [call for call in world.calls() if "create" in call]
+  version = "--version" if group == "tpu-vm" else "--runtime-version"
+  name = [] if group == "tpu-vm" else ["--node-id=my-tpu"]
+  assert create[:6] == ["gcloud", "compute", "tpus", group, "create", "my-tpu"]
+  assert set(create[6:]) == {
+    "--zone=us-west4-a", "--project=mine", "--quiet", "--accelerator-type=v5litepod-16",
+    f"{version}=v2-alpha-tpuv5-lite", *name, *kind}
+  # Every command is shown, in the order in which it runs.
+  assert shown(result) == world.calls()
+
+  before = len(world.calls())
+  assert "is there and ready" in ok(world.script("create.sh", *words)).stderr
+  assert not [call for call in world.calls()[before:] if "create" in call]
+
+
+def test_create_says_what_is_in_the_way(world):
+  world.answer(["tpu-vm describe", [["PREEMPTED", 0]]])
+  result = world.script("create.sh")
+  assert result.returncode == 2 and "my-tpu is PREEMPTED; tpu_scripts/delete.sh" in result.stderr
+  world.answer(["tpu-vm describe", [["NOT_FOUND", 1]]], ["queued.* describe", [["FAILED", 0]]])
+  result = world.script("create.sh", "--queued")
+  assert result.returncode == 2 and "my-tpu is FAILED" in result.stderr
+
+
+def test_an_outage_does_not_look_like_absence(world):
+  world.answer(["describe", [["ERROR: network is unreachable", 1]]])
+  for name, words in (("create.sh", []), ("delete.sh", ["--yes"])):
+    result = world.script(name, *words)
+    assert result.returncode != 0 and "network is unreachable" in result.stderr
+  assert not [call for call in world.calls() if "create" in call or "delete" in call]
+
+
+def set_up(world) -> None:
+  ok(world.script("create.sh"))
+  ok(world.script("setup.sh"))
+
+
+def test_setup_makes_every_worker_a_copy_of_the_clone(world):
+  (world.clone / "configs" / "mine.py").write_text("# new")
+  (world.clone / CONFIG).write_text("# changed")
+  (world.clone / "ignored").write_text("no")
+  ok(world.script("create.sh"))
+  result = ok(world.script("setup.sh"))
+  for home in ("0", "1"):
+    copy = world.folder / "homes" / home / "jaxrl_vlm"
+    assert (copy / "configs" / "mine.py").read_text() == "# new"
+    assert (copy / CONFIG).read_text() == "# changed"
+    assert not (copy / "ignored").exists()
+    assert (copy / ".venv" / "bin" / "python").exists()
+  assert [c[1:] for c in world.calls("uv") if c[1] == "pip"] == [
+    ["pip", "install", "-q", "--python=.venv/bin/python", "-e", ".[plan]"]] * 2
+  (mount,) = [c for c in world.calls("gcsfuse") if c[1] != "--version"]
+  assert mount[-2:] == ["my-bucket", str(world.folder / "mnt")]
+  assert {"--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"} <= set(mount)
+  assert [words for words in shown(result) if words[0] == "gcloud"] == world.calls("gcloud")[3:]
+  # The user's own index is as it was.
+  status = subprocess.run(["git", "status", "--short"], cwd=world.clone, text=True,
+                          capture_output=True, check=True).stdout
+  assert "?? configs/mine.py" in status
+  ok(world.script("setup.sh"))  # again
+
+
+def test_launch_gives_every_worker_the_flags_as_they_are(world):
+  set_up(world)
+  world.behave("finish")
+  result = ok(world.script("launch.sh", CONFIG, *FLAGS))
+  workdir = world.folder / "mnt" / "runs" / "my-tpu"
+  for home in ("0", "1"):
+    ((words, _),) = world.launches(home)
+    assert words == ["-u", "-m", "jaxrl_vlm.train", f"--config={CONFIG}", *FLAGS,
+                     f"--workdir={workdir}"]
+  assert "finished in 1 s" in result.stdout
+  assert result.stderr.endswith("finished: gs://my-bucket/runs/my-tpu/model\n")
+  logs = {path.name: path.read_text() for path in workdir.glob("logs/*/*.log")}
+  assert set(logs) == {"worker-0.log", "worker-1.log"}
+  assert all("finished in 1 s" in log for log in logs.values())
+  starts = [words for words in shown(result) if any("worker.sh start" in w for w in words)]
+  assert [words for words in world.calls("gcloud") if words in starts] == starts != []
+
+
+def test_launch_stop_and_launch_again(world):
+  set_up(world)
+  world.behave("wait", "wait", "broken")
+  ok(world.script("launch.sh", "--detach", CONFIG))
+  for _ in range(2):  # no second run beside the first, no other code under it
+    for name, words in (("launch.sh", [CONFIG]), ("setup.sh", [])):
+      result = world.script(name, *words)
+      assert result.returncode != 0 and "a run is going on here; stop it first" in result.stderr
+  world.wait_for("begins", 2)
+  follower = subprocess.Popen(
+    [str(world.clone / "tpu_scripts" / "launch.sh"), "--follow"], env=world.environment(),
+    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  result = ok(world.script("launch.sh", "--stop"))
+  for worker in "01":
+    assert f"worker {worker}: stopped: SIGTERM: stopped after step 7" in result.stdout
+  out, err = follower.communicate(timeout=30)
+  assert "begins: wait" in out and "not finished; the same command continues" in err
+  assert "no run to stop" in ok(world.script("launch.sh", "--stop")).stdout
+
+  ok(world.script("launch.sh", "--detach", CONFIG))
+  world.wait_for("begins", 2)
+  ok(world.script("launch.sh", "--stop"))
+  result = world.script("launch.sh", CONFIG)
+  assert result.returncode == 3 and "broken" in result.stdout
+  assert "gs://my-bucket/runs/my-tpu/logs/" in result.stderr
+
+
+def test_a_run_that_does_not_stop_is_killed(world):
+  set_up(world)
+  world.behave("deaf")
+  ok(world.script("launch.sh", "--detach", CONFIG))
+  world.wait_for("hears nothing", 2)
+  result = ok(world.script("launch.sh", "--stop", STOP_SECONDS="1"))
+  assert result.stdout.count("killed, after 1 s") == 2
+  assert "no run to stop" in ok(world.script("launch.sh", "--stop")).stdout
+
+
+def test_sync(world):
+  ok(world.script("sync.sh", "here"))
+  ok(world.script("sync.sh", "--checkpoints"))
+  source = "gs://my-bucket/runs/my-tpu"
+  assert [call[1:] for call in world.calls()] == [
+    ["storage", "rsync", "--recursive", "--exclude=^checkpoints/.*", source, "here"],
+    ["storage", "rsync", "--recursive", source, "runs/my-tpu"]]
+  assert (world.folder / "here").is_dir() and (world.folder / "runs" / "my-tpu").is_dir()
+
+
+def test_delete_asks(world):
+  ok(world.script("create.sh"))
+  before = len(world.calls())
+  result = world.script("delete.sh")
+  assert result.returncode == 2 and "give --yes" in result.stderr and len(world.calls()) == before
+
+  for answer, deleted in (("n", False), ("", False), ("y", True)):
+    keyboard, terminal = pty.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    result = subprocess.run(
+      [str(world.clone / "tpu_scripts" / "delete.sh")], stdin=terminal, text=True, timeout=60,
+      env=world.environment(), capture_output=True)
+    os.close(keyboard)
+    os.close(terminal)
+    assert "Delete the TPU my-tpu in us-west4-a?" in result.stderr
+    assert (result.returncode == 0) == deleted
+    assert (world.folder / "node").exists() != deleted
+  words = [word for call in world.calls() for word in call]
+  assert "rm" not in words and "buckets" not in words
+
+
+def test_delete_takes_the_queued_resource_and_its_node(world):
+  world.answer(["queued-resources describe", [["ACTIVE", 0]]], ["queued.* delete", [["", 0]]],
+               ["tpu-vm describe", [["DELETING", 0], ["NOT_FOUND", 1]]])
+  ok(world.script("delete.sh", "--yes"))
+  (delete,) = [call for call in world.calls() if "delete" in call]
+  assert delete == ["gcloud", "compute", "tpus", "queued-resources", "delete", "my-tpu",
+                    "--zone=us-west4-a", "--force", "--quiet"]
+
+
+# -- watching -------------------------------------------------------------------------------------
+
+
+def names(world) -> list[str]:
+  """What was done to the TPU, in order."""
+  done = []
+  for call in world.calls("gcloud"):
+    found = re.search(r"tpu-vm (create|delete)|worker\.sh (start|stop)| (scp) ", " ".join(call))
+    if found:
+      done.append(found[1] or found[2] or found[3])
+  return done
+
+
+def test_watch_goes_through_preemption_and_failure_to_the_end(world):
+  # Looks: none; running; running; preempted, as the answer to a look, with its disks; then the
+  # second launch fails by itself, and the third finishes.
+  kill = f"echo PREEMPTED >{world.folder}/node"
+  world.behave("save 10")
+  world.answer(["tpu-vm describe", [
+    ["do", ":"], ["do", ":"], ["do", ":"], ["do", ":"], ["do", ":"],
+    ["do", f"until [ -e {world.folder}/bucket/runs/my-tpu/checkpoints/10 ]; do sleep 0.1; done;"
+           f" {kill}; printf 'broken\\nfinish\\n' >{world.folder}/behaviour"],
+    ["do", ":"]]])
+  result = ok(world.script("watch.sh", "--spot", "--delete", CONFIG, *FLAGS))
+  assert names(world) == [
+    "create", "scp", "start",                  # it was not there
+    "delete", "create", "scp", "start",        # preempted
+    "stop", "scp", "start",                    # failed
+    "delete"]
+  creations = [call for call in world.calls() if "create" in call]
+  assert all("--spot" in call for call in creations)
+  assert "my-tpu: gone, checkpoint none; launch 1 of 5" in result.stderr
+  assert "my-tpu: PREEMPTED" in result.stderr
+  assert "my-tpu: gone, checkpoint 10; launch 1 of 5" in result.stderr
+  assert "worker 0: ended with status 3: broken" in result.stderr
+  assert "my-tpu: idle, checkpoint 10; launch 2 of 5" in result.stderr
+  assert "my-tpu: finished" in result.stderr
+  starts = [call for call in world.calls() if "worker.sh start" in " ".join(call)]
+  commands = {re.sub(r"\d{8}T\d{6}Z", "", call[-1]) for call in starts}
+  assert len(starts) == 3 and len(commands) == 1  # the same command continues
+  # Logs of a machine that is gone are in the bucket, and no launch overwrites another's.
+  logs = [p.read_text() for p in (world.folder / "bucket").rglob("worker-1.log")]
+  assert sum("broken" in log for log in logs) == sum("finished in" in log for log in logs) == 1
+
+
+def test_watch_takes_up_a_run_that_is_going_on_and_waits_for_it_to_end(world):
+  set_up(world)
+  world.behave("wait", "finish")
+  ok(world.script("launch.sh", "--detach", CONFIG))
+  world.wait_for("begins", 2)
+  before = len(names(world))
+  model = world.folder / "bucket" / "runs" / "my-tpu" / "model"
+  # The model appears while processes still run: it is not taken for the end.
+  world.answer(["tpu-vm describe", [
+    ["do", ":"], ["do", f"mkdir -p {model}; touch {model}/config.json"], ["do", ":"],
+    ["do", f"kill $(cat {world.folder}/homes/*/.jaxrl_vlm/child)"], ["do", "sleep 2"],
+    ["do", ":"]]])
+  result = ok(world.script("watch.sh", CONFIG))
+  assert "my-tpu: finished" in result.stderr and len(names(world)) == before
+  assert "worker.sh status" in " ".join(world.calls("gcloud")[-1])
+  assert result.stderr.index("ended with status 0") < result.stderr.index("my-tpu: finished")
+  assert (world.folder / "node").exists()  # not deleted without --delete
+
+
+def test_watch_sets_up_what_is_there_but_bare(world):
+  ok(world.script("create.sh"))
+  world.behave("finish")
+  ok(world.script("watch.sh", CONFIG))
+  assert names(world) == ["create", "stop", "scp", "start"]
+
+
+def test_watch_gives_up_when_nothing_gets_further(world):
+  world.behave("broken: no such file")
+  result = world.script("watch.sh", CONFIG, RELAUNCHES="2")
+  assert result.returncode == 1
+  assert names(world).count("start") == 2 and names(world)[-1] == "start"
+  assert "worker 1: ended with status 3: broken: no such file" in result.stderr
+  assert "launched 2 times from checkpoint none without reaching a newer one" in result.stderr
+  assert "costs money until tpu_scripts/delete.sh" in result.stderr
+
+
+def test_watch_does_not_touch_what_does_not_answer(world):
+  set_up(world)
+  before = names(world)
+  world.answer(["tpu-vm describe", [["ERROR: not authorised", 1]]])
+  result = world.script("watch.sh", CONFIG)
+  assert result.returncode == 1 and "ten failures in a row" in result.stderr
+  assert result.stderr.count("ERROR: not authorised") == 10
+  world.answer(["tpu-vm ssh", [["ERROR: worker 1 is unreachable", 255]]])
+  assert world.script("watch.sh", CONFIG).returncode == 1
+  assert names(world) == before
+
+
+def test_watch_keeps_a_place_in_the_queue(world):
+  world.behave("finish")
+  world.answer(
+    ["queued-resources describe", [["WAITING_FOR_RESOURCES", 0], ["WAITING_FOR_RESOURCES", 0],
+                                   ["ACTIVE", 0]]],
+    ["tpu-vm describe", [["NOT_FOUND", 1]] * 3 + [["READY", 0]]])
+  ok(world.script("watch.sh", "--queued", CONFIG))
+  assert not [call for call in world.calls("gcloud") if "delete" in call or "create" in call]
+
+
+# -- hosts with GPUs ------------------------------------------------------------------------------
+
+
+def test_gpu_hosts_over_ssh(world):
+  settings = {"HOSTS": "one me@two", "WORKDIR": str(world.folder / "shared" / "run")}
+  result = ok(world.script("gpu_host.sh", "setup", **settings))
+  assert [c[-1] for c in world.calls("uv") if c[1] == "pip"] == [".[gpu]"] * 2
+  world.behave("broken", "finish")
+  result = ok(world.script("gpu_host.sh", "watch", CONFIG, *FLAGS, **settings))
+  assert "ended with status 3: broken" in result.stderr and "finished" in result.stderr
+  for number, home in enumerate(("one", "me@two")):
+    launches = world.launches(home)
+    assert len(launches) == 2
+    for words, environment in launches:
+      assert words[2:-1] == ["jaxrl_vlm.train", f"--config={CONFIG}", *FLAGS]
+      assert environment["JAX_COORDINATOR_ADDRESS"] == "one:8476"
+      assert environment["JAX_NUM_PROCESSES"] == "2"
+      assert environment["JAX_PROCESS_ID"] == str(number)
+  logs = {path.name for path in (world.folder / "shared").rglob("*.log")}
+  assert logs == {"worker-0.log", "worker-1.log"}
+  # Finished: a second watch has nothing to do.
+  calls = len(world.calls())
+  ok(world.script("gpu_host.sh", "watch", CONFIG, **settings))
+  assert len(world.calls()) == calls + 2
+
+  result = world.script("gpu_host.sh", "launch", CONFIG, **settings | {"WORKDIR": "runs/x"})
+  assert result.returncode == 2 and "WORKDIR=runs/x: expected an absolute path" in result.stderr
+
+
+def test_this_machine_with_gpus(world):
+  home = world.folder / "homes" / "me"
+  home.mkdir(parents=True)
+  settings = {"HOME": str(home), "WORKDIR": str(world.folder / "run")}
+  ok(world.script("gpu_host.sh", "setup", **settings))
+  assert not world.calls("ssh") and not world.calls("scp")
+  world.behave("wait", "broken")
+  ok(world.script("gpu_host.sh", "--detach", "launch", CONFIG, *FLAGS, **settings))
+  world.wait_for("begins")
+  assert "stopped: SIGTERM" in ok(world.script("gpu_host.sh", "stop", **settings)).stdout
+  result = world.script("gpu_host.sh", "launch", CONFIG, *FLAGS, **settings)
+  assert result.returncode == 3 and "broken" in result.stdout
+  for words, environment in world.launches("me"):
+    assert words[2:-1] == ["jaxrl_vlm.train", f"--config={CONFIG}", *FLAGS]
+    assert "JAX_COORDINATOR_ADDRESS" not in environment
+
+
+# -- Kubernetes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topology, hosts, chips, spot", [
+  ("4x4", 4, 4, ["--spot"]), ("2x2x4", 4, 4, []), ("2x2", 1, 4, []), ("1x1", 1, 1, [])])
+def test_jobset(world, topology, hosts, chips, spot):
+  ok(world.script("kubernetes/launch.sh", *spot, CONFIG, *FLAGS, IMAGE="image:1",
+                  TOPOLOGY=topology, MOUNT=None))
+  ((*command, path),) = world.calls("kubectl")
+  assert command == ["kubectl", "apply", "-f"] and path.endswith("jobset.yaml")
+  text = (world.folder / "applied.yaml").read_text()
+  assert "${" not in text
+  jobset = yaml.safe_load(text)
+  assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+  policy = jobset["spec"]["failurePolicy"]
+  assert policy["maxRestarts"] == 5
+  (rule,) = policy["rules"]
+  assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+
+  (workers,) = jobset["spec"]["replicatedJobs"]
+  job = workers["template"]["spec"]
+  assert workers["replicas"] == 1 and job["parallelism"] == job["completions"] == hosts
+  assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+  assert {"DisruptionTarget", "75"} == {
+    str(r.get("onPodConditions", [{}])[0].get("type") or r["onExitCodes"]["values"][0])
+    for r in job["podFailurePolicy"]["rules"]}
+
+  pod = job["template"]["spec"]
+  assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+  assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
+  assert pod["nodeSelector"] == {
+    "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
+    "cloud.google.com/gke-tpu-topology": topology,
+    **({"cloud.google.com/gke-spot": "true"} if spot else {})}
+  (container,) = pod["containers"]
+  assert job["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == container["name"]
+  assert container["image"] == "image:1"
+  assert container["resources"]["limits"] == {"google.com/tpu": chips}
+  assert container["command"][:3] == ["tpu_scripts/worker.sh", "pod", "/bucket/runs/my-tpu"]
+  # Kubernetes puts $ in the place of $$; what is left of $ would begin a variable.
+  assert [arg.replace("$$", "$") for arg in container["args"]] == [f"--config={CONFIG}", *FLAGS]
+  assert all("$" not in arg.replace("$$", "") for arg in container["args"])
+  environment = {entry["name"]: entry for entry in container["env"]}
+  address = f"my-tpu-{workers['name']}-0-0.my-tpu:8476"  # the first pod's name in the JobSet
+  assert environment["JAX_COORDINATOR_ADDRESS"]["value"] == address
+  assert environment["JAX_NUM_PROCESSES"]["value"] == str(hosts)
+  source = environment["JAX_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
+  assert source == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+  volume = next(v for v in pod["volumes"] if v["name"] == "bucket")["csi"]
+  assert volume["driver"] == "gcsfuse.csi.storage.gke.io"
+  assert volume["volumeAttributes"]["bucketName"] == "my-bucket"
+  assert {"name": "bucket", "mountPath": "/bucket"} in container["volumeMounts"]
+
+
+@pytest.mark.parametrize("setting, value", [
+  ("TOPOLOGY", "16"), ("TOPOLOGY", "4x"), ("CHIPS", "3"), ("NAME", "My_TPU")])
+def test_jobset_settings(world, setting, value):
+  settings = {"IMAGE": "i", "TOPOLOGY": "4x4"} | {setting: value}
+  result = world.script("kubernetes/launch.sh", CONFIG, **settings)
+  assert result.returncode == 2 and f"{setting}={value}" in result.stderr and not world.calls()
+
+
+def test_the_manifest_is_yaml_before_it_is_filled_in():
+  assert yaml.safe_load((SCRIPTS / "kubernetes" / "jobset.yaml").read_text())["kind"] == "JobSet"
+
+
+@pytest.mark.parametrize("what, status", [("finish", 0), ("wait", 75), ("broken", 3)])
+def test_a_pod_ends_with_status_0_only_when_the_run_is_finished(world, what, status):
+  world.behave(what)
+  os.symlink(world.folder / "bin" / "trainer", world.folder / "bin" / "python3")
+  home = world.folder / "homes" / "pod"
+  home.mkdir(parents=True)
+  pod = subprocess.Popen(
+    [str(world.clone / "tpu_scripts" / "worker.sh"), "pod", str(world.folder / "run"), "0", *FLAGS],
+    env=world.environment(HOME=str(home), JAX_PROCESS_ID="1"), text=True, stdout=subprocess.PIPE)
+  assert pod.stdout
+  lines = [pod.stdout.readline() for _ in range(2)]
+  assert f"begins: {what}" in lines[-1]
+  if what == "wait":
+    pod.send_signal(signal.SIGTERM)  # to the first process alone
+  out, _ = pod.communicate(timeout=60)
+  assert pod.returncode == status
+  if what == "wait":
+    assert "SIGTERM: stopped after step 7" in out
+  assert world.launches("pod")[0][0][3:-1] == FLAGS
+  assert f"begins: {what}" in (world.folder / "run" / "logs" / "0" / "worker-1.log").read_text()
+
+
+# -- docs/pods.md ---------------------------------------------------------------------------------
+
+
+def page_commands() -> list[str]:
+  blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+  lines = "".join(blocks).replace("\\\n", " ").splitlines()
+  return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_every_script_is_in_the_page_and_every_command_of_the_page_is_accepted(world):
+  text = PAGE.read_text()
+  for path in ALL:
+    if path.name not in ("common.sh", "worker.sh"):
+      assert f"tpu_scripts/{path.relative_to(SCRIPTS)}" in text, path
+  for target in re.findall(r"\]\(([^)#]+)\)", text):
+    assert target == "plan.md" or target.startswith("https://") or (PAGE.parent / target).exists()
+
+  settings: dict[str, str] = {}
+  seen = set()
+  for line in page_commands():
+    words = shlex.split(line, comments=True)
+    if words[0] == "export":
+      settings |= dict(word.split("=", 1) for word in words[1:])
+    if words[0].startswith("tpu_scripts/"):
+      name = words[0].removeprefix("tpu_scripts/")
+      plain = dict.fromkeys(("NAME", "ZONE", "TYPE", "BUCKET", "MOUNT"))
+      ok(world.script(name, "--dry-run", *words[1:], **plain | settings))
+      seen.add(name)
+    elif words[:2] == ["python", "-m"]:
+      assert words[2] in ("jaxrl_vlm.plan", "jaxrl_vlm.train"), line
+  assert {"create.sh", "setup.sh", "launch.sh", "watch.sh", "sync.sh", "delete.sh", "gpu_host.sh",
+          "kubernetes/launch.sh"} <= seen and not world.calls()
+
+
+def test_the_page_names_only_settings_that_exist():
+  scripts = "".join(path.read_text() for path in ALL)
+  for line in page_commands():
+    if line.startswith("export "):
+      for name in re.findall(r"(\w+)=", line):
+        assert re.search(rf"\b{name}\b", scripts), name
