@@ -1,0 +1,123 @@
+"""What devices send each other in every program of a step: weights of a layer, and little else."""
+
+import collections
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_vlm import models, objectives, parallel
+from jaxrl_vlm.rollout import Sampling
+from jaxrl_vlm.stages.programs import Programs
+from jaxrl_vlm.types import Experience, TokenStats
+
+P, G, T, LENGTH, PATCHES = 16, 2, 8, 24, 96
+VOCAB, WIDTH, HIDDEN, LAYERS = 2048, 32, 64, 3
+TOWER, TOWER_HIDDEN = 16, 48
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+# At most so many of each kind in a program's text, as KINDS; loops count once. With 8 devices on
+# fsdp, drawing in the layout of training; on 4 x 2, drawing with weights in four parts.
+COUNTS = {
+    "fsdp": {
+        "see": (8, 0, 0, 0, 0), "score": (20, 4, 4, 0, 10), "score_masked": (28, 5, 4, 0, 13),
+        "update": (61, 20, 5, 0, 15), "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 0, 0),
+        "move": (0, 0, 0, 0, 0)},
+    "fsdp x tensor": {
+        "see": (13, 5, 0, 0, 0), "score": (25, 8, 4, 1, 11), "score_masked": (37, 13, 4, 1, 14),
+        "update": (84, 40, 5, 4, 18), "reshard": (30, 0, 0, 20, 30), "admit": (0, 5, 0, 0, 0),
+        "decode": (0, 10, 0, 0, 0), "move": (0, 0, 0, 0, 0)},
+}
+
+
+def lowered(axes, tensor):
+  """All programs of a step of VPPO with a reference, in an order of a run, and their model."""
+  config = models.from_hf({
+      "model_type": "qwen2_5_vl", "image_token_id": 1990, "eos_token_id": 1991,
+      "text_config": {
+          "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": HIDDEN,
+          "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4,
+          "rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": 1e6}},
+      "vision_config": {
+          "depth": 2, "hidden_size": TOWER, "intermediate_size": TOWER_HIDDEN, "num_heads": 2,
+          "out_hidden_size": WIDTH, "patch_size": 2, "window_size": 8,
+          "fullatt_block_indexes": [1]}}, dtype="float32")
+  params, shape = models.abstract_params(config), jax.ShapeDtypeStruct
+  programs = Programs(
+      models.VLM(config), parallel.make_mesh(axes), objectives.create("vppo", kl_coef=0.1),
+      optax.adamw(1e-3), params, sampling=Sampling(G, T), rollout={"tensor": tensor},
+      black=np.zeros(config.vision.patch_dim, np.float32))
+  prompt = jax.tree.map(
+      lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, P, LENGTH, PATCHES))
+  tokens, mask, number = (shape((P, G, T), d) for d in ("int32", "bool", "float32"))
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  stats = TokenStats(number, number)
+  experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape((P, G), "float32"),
+                          views={name: stats for name in programs.objective.views})
+  packing = jax.tree.map(
+      lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
+  seen = jax.eval_shape(programs.see, params, prompt)
+  blocks = (*packing.index.shape[2:], packing.size)  # [R, N, B]
+  return params, blocks, {
+      "see": programs.see.lower(params, prompt),
+      "score": programs.score.lower(params, seen, tokens, mask, packing),
+      "score_masked": programs.score_masked.lower(params, seen, tokens, mask, key, packing),
+      "update": programs.update.lower(
+          programs.abstract_state, {}, prompt, tokens, experience, key, None, packing),
+      **programs.rollout.lower(params, seen)}
+
+
+def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
+  """(kind, sizes of the first result) of each in a compiled program."""
+  kinds = "|".join(KINDS)
+  return [(kind, tuple(int(n) for n in sizes.split(",") if n)) for sizes, kind in re.findall(
+      rf"= \(?\w+\[([\d,]*)\][^=]*? ({kinds})(?:-start)?\(", text)]
+
+
+def one_layer(params, fsdp: int, tensor: int) -> set[tuple[int, ...]]:
+  """Sizes of every parameter, without the axis of layers: whole, or split over `tensor`."""
+  found = set()
+  for keys, x in jax.tree.leaves_with_path(params):
+    sizes = x.shape[1:] if any(getattr(k, "key", "") in ("layers", "blocks") for k in keys) else (
+        x.shape)
+    if VOCAB in sizes:  # never whole
+      continue
+    if len(sizes) == 1:  # biases and norms are so small that those of all layers may be
+      found |= {x.shape, (*x.shape[:-1], x.shape[-1] // tensor)}
+    for axis in (None, *range(len(sizes))):
+      parts = [n // tensor if i == axis else n for i, n in enumerate(sizes)]
+      found |= {tuple(parts), tuple(reversed(parts))}
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "axes", "tensor"), [
+    ("fsdp", {"fsdp": 8}, 0), ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4)])
+def test_nothing_is_gathered_but_what_must_be(name, axes, tensor):
+  params, blocks, programs = lowered(axes, tensor)
+  rows, split = axes["fsdp"], axes.get("tensor", 1)
+  weights = one_layer(params, rows, split)
+  cells = (rows, P // rows * G)
+  expected = {
+      "tokens, of all devices that share the vocabulary": {(P, LENGTH), blocks, cells},
+      "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
+      "gradients of what was looked up": {(P, LENGTH, WIDTH), (*blocks, WIDTH)},
+  }
+  if split > 1:  # heads of queries, keys and values that lie in one array are not its halves
+    wide = {(P // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
+    expected["the tower's activations"] = wide | {
+        (P // rows, PATCHES, 3, 2, TOWER // 2), (P // rows * PATCHES, TOWER)}
+  assert set(programs) == set(COUNTS[name])
+  for program, low in programs.items():
+    found = collectives(low.compile().as_text())
+    if program != "reshard":
+      for kind, sizes in found:
+        plain = tuple(n for n in sizes if n > 1)
+        known = {tuple(n for n in s if n > 1) for group in (weights, *expected.values())
+                 for s in group}
+        assert kind != "all-gather" or plain in known, (program, sizes)
+    counts = collections.Counter(kind for kind, _ in found)
+    for kind, most in zip(KINDS, COUNTS[name][program], strict=True):
+      assert counts[kind] <= most, (program, kind, counts)
