@@ -76,8 +76,8 @@ class Model:
     return 2 * config.num_layers * self._split(config.num_kv_heads) * positions * each
 
   def logits(self, tokens: float) -> float:
-    """float32, and what becomes of them: weights and their logarithms."""
-    return 3 * 4 * tokens * self._split(self.config.vocab_size)
+    """float32, and what becomes of them: logarithms of probabilities."""
+    return 2 * 4 * tokens * self._split(self.config.vocab_size)
 
   def _wide(self) -> tuple[float, float, float]:
     """Numbers of a token: attention's heads, key/value heads, hidden units of the MLP."""

@@ -191,21 +191,32 @@ class Programs:
     devices = parallel.rows(self.mesh)
     here = prompts // (self.minibatches * count * devices)
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
+    part = self._part(tokens, here * group)
 
     def rows(view):
       return group if view == "masked" and objective.mask_per == "sample" else 1
 
     need = memory.update(
-        model, length, patches, here, group, tokens, self.part_tokens, self.gradient,
-        self.trains_vision, (1, *map(rows, objective.grad_views)))
-    scores = [memory.score(model, length, here, rows(view), tokens, self.part_tokens)
+        model, length, patches, here, group, tokens, part, self.gradient, self.trains_vision,
+        (1, *map(rows, objective.grad_views)))
+    scores = [memory.score(model, length, here, rows(view), tokens, part)
               for view in objective.views]
     given = memory.prompts(model, patches, prompts // devices)
     if objective.mask_on == "original":  # the host's
       given *= 1 + sum(map(rows, {"masked"} & {*objective.views, *objective.grad_views}))
-    # What is dealt is there, is taken and passes: in two buffers (`parallel.reordered`).
-    given *= 4 if devices > 1 else 1
-    return given + max(need, memory.see(model, patches, here), *scores)
+    working = max(need, memory.see(model, patches, here), *scores)
+    if devices == 1:
+      return given + working
+    # What is dealt is there, is taken and passes in two buffers (`parallel.reordered`); then it is
+    # there twice.
+    return max(4 * given, 2 * given + working)
+
+  def _part(self, tokens: int, responses: int) -> int:
+    """Response tokens that pass through the model together on each device.
+
+    Where a batch is small, so are its parts: the last one is half empty on average.
+    """
+    return max(tokens, min(self.part_tokens, max(_LEAST_PART, responses * tokens // _PARTS)))
 
   def check_update(self, prompts: int, length: int, patches: int, group: int, tokens: int) -> None:
     """Before an update of these sizes is compiled.
@@ -243,9 +254,8 @@ class Programs:
     """`pack` as arrays on the host."""
     p, g, t = mask.shape
     splits, devices = self.minibatches * self.microbatches, parallel.rows(self.mesh)
-    # Where a batch is small, so are its parts: the last one is half empty on average.
     here = p // splits // devices * g
-    room = max(t, min(self.part_tokens, max(_LEAST_PART, here * t // _PARTS)))
+    room = self._part(t, here)
     size, tile = block_shape(t, attention.answers(self.model.config, room))
     each = -(-t // size)
     room = -(-max(room // size, each) // tile) * tile

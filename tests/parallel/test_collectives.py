@@ -55,7 +55,7 @@ def lowered(axes, tensor):
   key = jax.eval_shape(lambda: jax.random.key(0))
   stats = TokenStats(number, number)
   experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape((P, G), "float32"),
-                          views={name: stats for name in programs.objective.views})
+                          views=dict.fromkeys(programs.objective.views, stats))
   packing = jax.tree.map(
       lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
   seen = jax.eval_shape(programs.see, params, prompt)
