@@ -69,6 +69,12 @@ def compiler() -> Iterator[None]:
     except OSError:
       say("waiting for another process that compiles for TPUs")
       fcntl.flock(lock, fcntl.LOCK_EX)
+    import jax
+
+    for name in ("JAX_PLATFORMS", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT"):
+      # Also where jax has been imported before.
+      value = _ENVIRONMENT[name]
+      jax.config.update(name.lower(), float(value) if value[-1].isdigit() else value)
     yield
 
 

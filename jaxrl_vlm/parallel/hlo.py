@@ -203,7 +203,7 @@ class Program:
         name, lines = head[2], {}
         if head[1]:
           self.entry = name
-      elif line.startswith("}") and name:
+      elif line.rstrip() == "}" and name:  # attributes of kernels go over several lines
         self.computations[name] = Computation(lines)
         name = ""
       elif name and (found := _instruction(line)) is not None:
@@ -291,8 +291,16 @@ class Program:
 
     def of(name: str, fused: bool) -> Cost:
       if (name, fused) not in done:
-        here = self.computations[name]
-        done[name, fused] = sum((one(i, here, fused) for i in here.instructions.values()), Cost())
+        here, total, under_way = self.computations[name], Cost(), set()
+        for instruction in here.instructions.values():
+          cost = one(instruction, here, fused)
+          # A collective that goes on while several fusions compute stands in each of them.
+          if cost.collectives and (channels := self._channels(instruction)):
+            if channels <= under_way:
+              cost = dataclasses.replace(cost, collectives={})
+            under_way |= channels
+          total = total + cost
+        done[name, fused] = total
       return done[name, fused]
 
     def one(instruction: Instruction, here: Computation, fused: bool) -> Cost:
@@ -338,6 +346,13 @@ class Program:
       return cost
 
     return of(self.entry, False)
+
+  def _channels(self, instruction: Instruction) -> set[str]:
+    """Channels of collectives that a fusion only takes a part of."""
+    names = instruction.called("calls") if instruction.op == "fusion" else []
+    return {channel for name in names if name.startswith("async_collective_fusion")
+            for inner in self.computations[name].instructions.values()
+            for channel in re.findall(r"channel_id=(\d+)", inner.rest)}
 
   def _chosen(self, instruction: Instruction, branches: list[Cost],
               shares: Mapping[str, Sequence[float]]) -> Cost:
