@@ -26,24 +26,24 @@ from typing import Any
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.errors import UserError
 
-ABOUT = ("Compiles every program of a config for a TPU topology, on a machine without a TPU: memory "
-         "on each chip, and the least time of a step.")
+ABOUT = ("Compiles every program of a config for a TPU topology, on a machine without a TPU: "
+         "memory on each chip, and the least time of a step.")
 FLAGS = (
     config_lib.CONFIG,
     config_lib.Flag("topology", "TPU slice, or with --search a generation such as v5p", "v5e:4x4"),
     config_lib.Flag("length", "prompt tokens; 0: the largest bucket", "4096", "0"),
-    config_lib.Flag("patches", "image patches of a prompt; 0: the largest bucket that such a prompt "
-                    "can hold", "5120", "0"),
+    config_lib.Flag("patches", "image patches of a prompt; 0: the largest bucket that such a "
+                    "prompt can hold", "5120", "0"),
     config_lib.Flag("response_tokens", "tokens of every response; 0: max_tokens", "1024", "0"),
-    config_lib.Flag("search", "of a generation the smallest slice that fits, of a slice the fastest "
-                    "mesh", "true", "false"),
+    config_lib.Flag("search", "of a generation the smallest slice that fits, of a slice the "
+                    "fastest mesh", "true", "false"),
     config_lib.Flag("json", "prints JSON in place of tables", "true", "false"),
     config_lib.Flag("out", "file for the JSON", "plan.json", ""),
-    config_lib.Flag("cache", "directory where compiled results are kept", "plans",
-                    os.path.join(os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm", "plan")),
+    config_lib.Flag("cache", "directory where compiled results are kept", "plans", os.path.join(
+        os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm", "plan")),
 )
 LOCK = "jaxrl_vlm_libtpu.lock"  # in the directory for temporary files
-# Optimisation that only costs time to compile: memory and FLOPs hardly change without it.
+# The last: less optimisation, more than twice as fast to compile.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_MIN_LOG_LEVEL": "3",
@@ -101,7 +101,7 @@ class Request:
   say: Callable[[str], None] = say
 
 
-# -- One program ------------------------------------------------------------------------------------
+# -- One program ----------------------------------------------------------------------------------
 
 
 def needed(message: str) -> float:
@@ -185,7 +185,7 @@ def unused(compiled: Any, lowered: Any, places: Any) -> float:
   return total
 
 
-# -- One stage --------------------------------------------------------------------------------------
+# -- One stage ------------------------------------------------------------------------------------
 
 
 def plan_stage(request: Request, index: int, where: Any, all_of_it: bool = True) -> dict[str, Any]:
@@ -221,12 +221,18 @@ def plan_stage(request: Request, index: int, where: Any, all_of_it: bool = True)
 
 def topology(where: Any) -> Sequence[Any]:
   """The devices of a slice that need not be there."""
+  import jax
   from jax.experimental import topologies
 
   # Two cores of a v4 chip are one device, as in any run since v4.
   options = {"chip_config_name": "megacore"} if where.chip.name == "v4" else {}
-  return topologies.get_topology_desc(
-      platform="tpu", topology_name=where.name, **options).devices
+  try:
+    return topologies.get_topology_desc(
+        platform="tpu", topology_name=where.name, **options).devices
+  except jax.errors.JaxRuntimeError as error:
+    if "lockfile" not in str(error):
+      raise
+    raise UserError("libtpu is in use by another process; try again when that has ended") from error
 
 
 def _row(piece: Any, result: dict[str, Any], where: Any) -> dict[str, Any]:
@@ -260,10 +266,11 @@ def _summary(request: Request, plan: Any, stage: Any, rows: list[dict[str, Any]]
   chosen = request.config.stages[plan.index]
   fits = all(row["fits"] for row in rows) and not stage.refusal
   result = {
-      "model": pathlib.Path(request.config.model.path).name or "scratch", "stage": plan.index,
+      "model": pathlib.Path(request.config.model.path).name or "a new model",
+      "stage": plan.index,
       "kind": chosen.kind, "objective": chosen.objective.name, "topology": where.name,
       "chips": where.chips, "chip_memory": where.chip.memory, **stage.facts,
-      "groups_at_once": getattr(plan, "at_once", {}).get("groups"), "holds": stage.holds,
+      "groups_at_once": plan.at_once, "holds": stage.holds,
       "programs": rows, "fits": fits, "refusal": stage.refusal,
       "peak": max((row["peak"] for row in rows), default=0.0)}
   seconds = [row["step_seconds"] for row in rows if row["runs"]]
@@ -277,7 +284,7 @@ def _summary(request: Request, plan: Any, stage: Any, rows: list[dict[str, Any]]
                    "tokens_per_second_per_chip": stage.tokens / total / where.chips}
 
 
-# -- What to do where it does not fit -----------------------------------------------------------------
+# -- What to do where it does not fit -------------------------------------------------------------
 
 
 def complaint(request: Request, result: dict[str, Any], where: Any) -> str:
@@ -290,9 +297,10 @@ def complaint(request: Request, result: dict[str, Any], where: Any) -> str:
   holds = {name: count for name, count in result["holds"].items() if count > 0.005 * capacity}
   rest = worst["peak"] - sum(holds.values())
   shown = ", ".join(f"{name} {count / _GIB:.1f}" for name, count in holds.items())
-  return (f"{where.name}: {worst['program']} does not fit: it needs {worst['peak'] / _GIB:.2f} GiB on "
-          f"a chip, {(worst['peak'] - capacity) / _GIB:.2f} more than the {capacity / _GIB:.2f} there "
-          f"are: {shown}, its own {rest / _GIB:.1f}; {advice(request, result, worst, where)}")
+  need, more = worst["peak"] / _GIB, (worst["peak"] - capacity) / _GIB
+  return (f"{where.name}: {worst['program']} does not fit: it needs {need:.2f} GiB on a chip, "
+          f"{more:.2f} more than the {capacity / _GIB:.2f} there are: {shown}, its own "
+          f"{rest / _GIB:.1f}; {advice(request, result, worst, where)}")
 
 
 def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], where: Any) -> str:
@@ -374,7 +382,7 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, rollout: bool
     yield f"config.mesh.tensor={tensor}", changed(lambda c: set_mesh(c, tensor))
 
 
-# -- Search -----------------------------------------------------------------------------------------
+# -- Search ---------------------------------------------------------------------------------------
 
 
 def _fitted(config: Any, index: int, chips: int, tensor: int = 0) -> Any:
@@ -387,8 +395,9 @@ def _fitted(config: Any, index: int, chips: int, tensor: int = 0) -> Any:
   rows, stage = chips // tensor, config.stages[index]
   each, rest = divmod(stage.prompts_per_step // stage.get("minibatches", 1), rows)
   if rest or not each:
-    raise UserError(f"config.stages[{index}].prompts_per_step={stage.prompts_per_step}: cannot be "
-                    f"split over {rows} rows of chips in {stage.get('minibatches', 1)} minibatches")
+    raise UserError(
+        f"config.stages[{index}].prompts_per_step={stage.prompts_per_step}: cannot be split over "
+        f"{rows} rows of chips in {stage.get('minibatches', 1)} minibatches")
   other = copy.deepcopy(config)
   other.mesh.slice, other.mesh.fsdp, other.mesh.tensor = 1, rows, tensor
   other.stages[index].microbatches = max(
@@ -436,8 +445,9 @@ def smallest(request: Request, index: int, chip: Any) -> tuple[Any, dict[str, An
       if plan_stage(asked, index, where, all_of_it=False)["fits"]:
         return where, plan_stage(asked, index, where)
     request.say(f"{where.name}: does not fit")
-  raise UserError(f"--topology={chip.name}: no slice of up to {chip.slices[-1]} fits with any mesh; "
-                  "smaller config.prompt_buckets, or adapters (config.model.lora), need less")
+  raise UserError(
+      f"--topology={chip.name}: no slice of up to {chip.slices[-1]} fits with any mesh; smaller "
+      "config.prompt_buckets, or adapters (config.model.lora), need less")
 
 
 def fastest(request: Request, index: int, where: Any) -> list[dict[str, Any]]:
@@ -458,7 +468,7 @@ def fastest(request: Request, index: int, where: Any) -> list[dict[str, Any]]:
   return sorted(found, key=lambda result: result["step_seconds"])
 
 
-# -- What is shown ----------------------------------------------------------------------------------
+# -- What is shown --------------------------------------------------------------------------------
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -482,7 +492,8 @@ def memory_table(result: dict[str, Any]) -> str:
 
 
 def time_table(result: dict[str, Any]) -> str:
-  kinds = list(dict.fromkeys(kind for row in result["programs"] for kind in row["collectives"] or ()))
+  kinds = list(dict.fromkeys(
+      kind for row in result["programs"] for kind in row["collectives"] or ()))
   rows = []
   for row in result["programs"]:
     seconds, sent = row["seconds"] or {}, row["collectives"]
@@ -527,7 +538,7 @@ def report(result: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-# -- Command line -------------------------------------------------------------------------------------
+# -- Command line ---------------------------------------------------------------------------------
 
 
 def _whole(args: Any, name: str) -> int:

@@ -192,7 +192,10 @@ class Plan:
     self.config, self.index, self.stage = config, index, config.stages[index]
     stage, field = self.stage, f"config.stages[{index}]"
     with validation():
-      self.mesh: Mesh = parallel.make_mesh(config.mesh, devices)
+      try:
+        self.mesh: Mesh = parallel.make_mesh(config.mesh, devices)
+      except NotImplementedError as error:  # of jax: axes that are no sides of the slice
+        raise ValueError(f"config.mesh={config.mesh.to_dict()}: {error}") from error
       model = model.replace(attention=models.choose_attention(
           config.model.attention, self.mesh.devices.flat, model))
     self.model = model
@@ -203,10 +206,10 @@ class Plan:
     splits = stage.microbatches * stage.get("minibatches", 1) * rows
     if stage.prompts_per_step < 1 or stage.prompts_per_step % splits:
       raise UserError(
-          f"{field}.prompts_per_step={stage.prompts_per_step}: expected a multiple of minibatches x "
-          f"microbatches x mesh.slice x mesh.fsdp = {stage.get('minibatches', 1)} x "
+          f"{field}.prompts_per_step={stage.prompts_per_step}: expected a multiple of minibatches "
+          f"x microbatches x mesh.slice x mesh.fsdp = {stage.get('minibatches', 1)} x "
           f"{stage.microbatches} x {rows} = {splits}; fewer microbatches, or mesh.tensor, will do")
-    self.rows = rows
+    self.rows, self.at_once = rows, 0
     self.mean = response_tokens or stage.max_tokens
     if not 1 <= self.mean <= stage.max_tokens:
       raise UserError(f"--response_tokens={self.mean}: expected 1 to {field}.max_tokens="
@@ -253,8 +256,10 @@ class Plan:
       self.seen = jax.eval_shape(programs.see, self.abstract, self.prompt)
     self.one_prompt = size(self.seen, self.batch_at)
     # The prompts that are there: of this step, before dynamic sampling has chosen among them, of
-    # the step ahead.
-    self.prompts_held = 1 + objective.filter_groups + (self.config.pipeline == "one_step_off")
+    # the step ahead. While a step draws, those of the one before still are.
+    ahead = self.config.pipeline == "one_step_off"
+    self.prompts_held = 1 + objective.filter_groups + ahead
+    self.before = 0.0 if ahead else self.one_prompt
     self.masked_rows = 0
     if "masked" in views and objective.mask_on == "original":
       random = objective.mask_kind in ("patches", "noise") and objective.mask_per == "sample"
@@ -333,8 +338,8 @@ class Plan:
     yield Piece(
         "see", "see", lambda: programs.see.lower(self.abstract, self.prompt),
         times=1 + programs.objective.filter_groups, flops=count, kernels=self._of_frames(),
-        alive=self._others("parameters", prompts=1), places={0: self.params_at, 1: self.batch_at},
-        shares=self._tower())
+        alive=self._others("parameters", prompts=1) + self.before,
+        places={0: self.params_at, 1: self.batch_at}, shares=self._tower())
 
   def _rollouts(self) -> Iterator[Piece]:
     """Of the step, and of its greedy baselines."""
@@ -365,16 +370,16 @@ class Plan:
     args = lowered["admit"].args_info[0]
     admitted, flight = args[3].shape[1], args[2]
     layout = Layout(flight.used.shape[1], flight.length.shape[1])
-    runs, ends, reached = _draw(
+    runs, reached = _draw(
         prompts // self.rows, group, layout, admitted, self.mean, sampler.chunk,
-        (flight.k.shape[-2] if len(flight.k.shape) else 0))
+        flight.k.shape[-2])
     unseen = () if prompt.features is not None else self.frames
     models_flops = {
         "admit": self.rows * admitted * flops.prefill(self.model, length, unseen),
         "decode": prompts * flops.responses(self.model, [self.mean] * group, length)
                   / max(runs["decode"], 1)}
     kernels = self.rows * admitted * self._of_prompt()
-    here = self._others("parameters")
+    here = self._others("parameters") + self.before
     places: dict[str, dict[int, Any]] = {
         "admit": {0: self.params_at, 1: self.batch_at}, "decode": {0: self.params_at}}
     alive = {"admit": here - (self.one_prompt if own else 0), "decode": here,
@@ -386,7 +391,8 @@ class Plan:
           times=runs.get(name, 0) if own else 0, flops=models_flops.get(name, 0.0),
           kernels=kernels if name == "admit" else 0.0, alive=alive.get(name, here),
           places=places.get(name, {}), shares=shares, steps=sampler.chunk)
-    self.at_once = {"groups": layout.cells // group * self.rows, "ends": ends}
+    if own:
+      self.at_once = layout.cells // group * self.rows
 
   def _unseen(self, prompt: Prompt) -> Prompt:
     return dataclasses.replace(prompt, features=None) if self.programs.trains_vision else prompt
@@ -461,7 +467,7 @@ class Plan:
     needs, views, more = programs.objective.advantage_needs, self._stats(), {}
     if "components" in needs:
       names = sorted(rewards.metric_names(self.stage.rewards.to_dict()))
-      more["components"] = more["component_weights"] = {name: shapes.rewards for name in names}
+      more["components"] = more["component_weights"] = dict.fromkeys(names, shapes.rewards)
     if "baseline" in needs:
       more["baseline"] = shapes.shape("float32", shapes.prompts)
     if "penalty" in needs:
@@ -548,16 +554,17 @@ class Plan:
     model = self.model
     if not attention.answers(model, self.programs.part_tokens):
       return 0.0
-    return self.shapes.group * flops.decoder(model, 0, flops.seen(self.mean, self.shapes.length - 1))
+    keys = flops.seen(self.mean, self.shapes.length - 1)
+    return self.shapes.group * flops.decoder(model, 0, keys)
 
 
 def _draw(prompts: int, group: int, layout: Layout, admitted: int, tokens: int, chunk: int,
-          positions: int) -> tuple[dict[str, int], list[int], list[float]]:
+          positions: int) -> tuple[dict[str, int], list[float]]:
   """How a device's share of a rollout goes if all responses have as many tokens.
 
   Returns:
-    how often each program runs; the positions at which branches of decoding end, and the share of
-    decode's runs in each.
+    how often each program runs; the share of decode's runs in each branch of its attention, which
+    sees a quarter more of what has been decoded before than the branch ahead of it.
   """
   schedule, chunks = Schedule(prompts, group, 1, ladder(layout)), -(-tokens // chunk)
   runs: dict[str, int] = collections.Counter(admit=0, decode=0, move=0)
@@ -577,4 +584,4 @@ def _draw(prompts: int, group: int, layout: Layout, admitted: int, tokens: int, 
     done = schedule.alive.copy()
     done[done] = age[schedule.sample[done]] >= chunks
     schedule.retire(done)
-  return runs, ends, [reached[i] / runs["decode"] for i in range(len(ends))]
+  return runs, [reached[i] / runs["decode"] for i in range(len(ends))]

@@ -12,10 +12,11 @@ ROOT = pathlib.Path(__file__).parent.parent / PACKAGE
 # From the top down. A part is a module or a subpackage of jaxrl_vlm; a new one needs a place here.
 LAYERS = (
   {"train", "plan", "convert", "view"},  # entry points: nothing imports them
+  {"step"},
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},
   {"objectives", "models", "rewards", "data", "checkpoint", "metrics", "views",
-   "packing", "flops", "memory"},
+   "packing", "flops", "memory", "roofline"},
   {"types", "config", "parallel"},
   {"example", "errors", "hf_config"},
 )
@@ -30,7 +31,7 @@ ONLY = {
   "types": {"example"},
 }
 # Worker processes import these; they must never load jax, nor what loads it.
-NO_JAX = ("rewards", "data", "config", "metrics", "train", "example", "errors", "hf_config")
+NO_JAX = ("rewards", "data", "config", "metrics", "train", "plan", "example", "errors", "hf_config")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 

@@ -198,7 +198,7 @@ class Program:
     self.entry = ""
     name, lines = "", {}
     for line in text.splitlines():
-      head = re.match(rf"(ENTRY )?{_NAME} \(.*\{{$", line)
+      head = re.match(rf"(ENTRY )?{_NAME} (?:\(.*)?\{{$", line)
       if head:
         name, lines = head[2], {}
         if head[1]:
@@ -232,9 +232,27 @@ class Program:
       if direction[1] in ("GT", "GE"):
         sides.reverse()
       (counter, start), (_, limit) = sides
-      if counter and start is not None and limit is not None:
-        return max(0, limit - start + (direction[1] in ("LE", "GE")))
+      if counter is not None and start is not None and limit is not None:
+        way = max(0, limit - start + (direction[1] in ("LE", "GE")))
+        return -(-way // self._stride(loop, counter, inside))
     return None
+
+  def _stride(self, loop: Instruction, counter: int, inside: Computation) -> int:
+    """What a loop's body adds to its counter: more than 1 where XLA has unrolled it."""
+    body = self.computations[loop.called("body")[0]]
+    if body.root.op != "tuple":
+      return 1
+    total, at = 0, body.instructions.get(body.root.operands[counter])
+    while at is not None and at.op in (*_ALIASES, "add"):
+      following = at.operands[0]
+      if at.op == "add":
+        values = [self._value(body, name, loop, inside) for name in at.operands]
+        # The one that is no number, or else the counter itself, leads on.
+        follow = next((i for i, (number, value) in enumerate(values)
+                       if number == counter or value is None), 0)
+        total, following = total + (values[1 - follow][1] or 0), at.operands[follow]
+      at = body.instructions.get(following)
+    return max(total, 1)
 
   def _compares(self, condition: Computation) -> Iterator[tuple[Any, Instruction]]:
     """Comparisons of a condition, within its fusions too."""
@@ -248,27 +266,27 @@ class Program:
             yield (inner, condition, instruction), nested
 
   def _value(self, where: Any, name: str, loop: Instruction, inside: Computation
-             ) -> tuple[bool, int | None]:
-    """(it is of the loop's state, the integer it is before the loop) of an operand."""
+             ) -> tuple[int | None, int | None]:
+    """(its number in the loop's state, the integer it is before the loop) of an operand."""
     here, *outer = where if isinstance(where, tuple) else (where,)
     instruction = here.instructions.get(name)
     while instruction is not None and instruction.op in _ALIASES:
       instruction = here.instructions.get(instruction.operands[0])
     if instruction is None:
-      return False, None
+      return None, None
     if instruction.op == "constant":
-      return False, _integer(instruction)
+      return None, _integer(instruction)
     if instruction.op == "parameter" and outer:
       return self._value(outer[0], outer[1].operands[int(instruction.inside)], loop, inside)
     if instruction.op != "get-tuple-element":
-      return False, None
-    state = inside.instructions.get(loop.operands[0])
+      return None, None
+    number, state = instruction.number("index", 0), inside.instructions.get(loop.operands[0])
     if state is None or state.op != "tuple":
-      return True, None
-    first = inside.instructions.get(state.operands[instruction.number("index", 0)])
+      return number, None
+    first = inside.instructions.get(state.operands[number])
     while first is not None and first.op in _ALIASES:
       first = inside.instructions.get(first.operands[0])
-    return True, _integer(first) if first is not None and first.op == "constant" else None
+    return number, _integer(first) if first is not None and first.op == "constant" else None
 
   def group(self, instruction: Instruction) -> int:
     """How many devices a collective is among."""
