@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent / PACKAGE
 # From the top down. A part is a module or a subpackage of jaxrl_vlm; a new one needs a place here.
 LAYERS = (
   {"train", "plan", "convert", "view"},  # entry points: nothing imports them
+  {"compiled"},
   {"step"},
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},

@@ -1,0 +1,285 @@
+"""Plans: what is said of a run without a TPU, and what is refused in one line."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from benchmarks import plan as benchmark
+from jaxrl_vlm import compiled, flops, models, plan, roofline, step
+from jaxrl_vlm import config as config_lib
+from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.models.published import CONFIGS
+from jaxrl_vlm.parallel.hlo import Cost
+from jaxrl_vlm.rollout.schedule import Layout
+
+ROOT = pathlib.Path(__file__).parents[1]
+GIB = 2**30
+
+# A model whose heads are as wide as those of published ones, and dynamic sampling.
+TINY = """
+import base
+
+
+def get_config():
+  c = base.get_config()
+  c.model.scratch = {
+      "tie_word_embeddings": True, "min_pixels": 28 * 28, "max_pixels": 896 * 896,
+      "text": {
+          "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2,
+          "rope_parameters": {
+              "rope_type": "default", "mrope_section": (16, 24, 24), "rope_theta": 1e6}},
+      "vision": {
+          "depth": 2, "hidden_size": 160, "intermediate_size": 256, "num_heads": 2,
+          "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+          "fullatt_block_indexes": (1,)}}
+  c.prompt_buckets, c.patch_buckets = (256,), (256,)
+  stage = base.rl()
+  stage.steps, stage.prompts_per_step, stage.num_samples, stage.max_tokens = 1, 8, 2, 256
+  stage.objective.name = "vppo"
+  stage.rewards = {"exact": 1.0}
+  stage.data.name = "digit_boards"
+  c.stages = (stage,)
+  return c
+"""
+PROGRAMS = ["init_state", "see", "admit", "decode", "move", "score", "score_masked", "advantages",
+            "compare", "update"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+  path = tmp_path / "tiny.py"
+  path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'configs')!r})\n{TINY}")
+  return path
+
+
+def command(*arguments, cwd=ROOT):
+  env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
+  return subprocess.run([sys.executable, "-m", "jaxrl_vlm.plan", *map(str, arguments)], cwd=cwd,
+                        env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                        timeout=500)
+
+
+# -- The whole command ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_small_model(tiny, tmp_path):
+  pytest.importorskip("libtpu")
+  out = tmp_path / "plan.json"
+  given = f"--config={tiny}", "--topology=v5e:2x2", f"--cache={tmp_path / 'cache'}", f"--out={out}"
+  done = command(*given)
+  assert done.returncode == 0, done.stderr
+  (result,) = json.loads(out.read_text())["stages"]
+  rows = {row["program"]: row for row in result["programs"]}
+  assert list(rows) == PROGRAMS
+  assert result["fits"] and all(row["fits"] for row in rows.values()) and not result["refusal"]
+
+  # Forward and both of the gradient, of two layers of the tower's whole frames and the decoder.
+  assert {name.split("_")[2] for name in rows["update"]["kernels"]} == {"fwd", "dq", "dkv"}
+  assert "splash_mha_dq" in done.stdout
+  # What is compiled is what the mathematics asks for: nothing is padded or thrown away here.
+  for name in ("see", "admit", "decode", "score", "score_masked", "update"):
+    row = rows[name]
+    assert row["compiled_flops"] == pytest.approx(row["model_flops"], rel=0.06), name
+    assert row["seconds"][row["bound"]] == max(row["seconds"].values())
+    assert row["step_seconds"] == row["runs"] * max(row["seconds"].values())
+  # Of loops only that over parts of packed responses depends on the data.
+  assert {name: row["unknown_loops"] for name, row in rows.items() if row["unknown_loops"]} == {
+      "score": 1, "score_masked": 1, "update": 1}
+  # Weights that are split over four chips are gathered: three quarters of them come from others.
+  assert rows["update"]["collectives"]["all-gather"] > 0
+  held = result["holds"]
+  for name in ("admit", "decode"):
+    assert rows[name]["peak"] > held["parameters"] + held["optimizer"]
+  assert sum(result["split"].values()) == pytest.approx(result["step_seconds"])
+  assert result["tokens_per_second_per_chip"] == pytest.approx(
+      8 * 2 * 256 / result["step_seconds"] / 4)
+
+  # The tables are the same numbers.
+  assert done.stdout.strip() == plan.report(result)
+  shown = done.stdout.splitlines()
+  for name, row in rows.items():
+    memory, times = (line.split() for line in shown if line.startswith(f"{name} "))
+    assert memory[1:] == [*(f"{row[k] / GIB:.2f}" for k in (
+        "arguments", "temporaries", "needs", "beside", "peak")), "yes"]
+    assert times[1] == f"{row['runs']:g}" and times[-1] == f"{row['step_seconds']:.2f}"
+
+  # Again: nothing is compiled, and the result is the same, as JSON alone.
+  again = command(*given, "--json")
+  assert again.returncode == 0, again.stderr
+  assert again.stderr.count("compiled before") == len(PROGRAMS)
+  assert json.loads(again.stdout) == json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit(tiny, tmp_path):
+  """More prompts than a chip can hold: one line, after the table."""
+  pytest.importorskip("libtpu")
+  done = command(
+      f"--config={tiny}", "--topology=v5e:2x2", f"--cache={tmp_path}",
+      "--config.prompt_buckets=(4096,)", "--config.patch_buckets=(16384,)",
+      "--config.stages[0].prompts_per_step=1024", "--config.stages[0].microbatches=2",
+      "--config.stages[0].max_tokens=32", "--config.rollout.groups=8")
+  assert done.returncode == 2, done.stderr
+  message = done.stderr.splitlines()[-1]
+  assert "does not fit: it needs" in message and "more than the 15.75 there are" in message
+  assert "prompts " in message and "by formula config." in message and "v5e:2x4" in message
+  assert "  NO" in done.stdout
+
+
+# -- Errors ---------------------------------------------------------------------------------------
+
+
+def refused(*arguments):
+  """The one line of a command that is refused, in this process."""
+  given = [sys.argv[0], *map(str, arguments)]
+  old, sys.argv = sys.argv, given
+  try:
+    with pytest.raises(SystemExit) as stopped:
+      plan.run(given[1:])
+  finally:
+    sys.argv = old
+  assert stopped.value.code == 2
+
+
+def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(plan, "compiler", lambda: __import__("contextlib").nullcontext())
+
+  def message(*arguments):
+    refused(*arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+  config = f"--config={tiny}"
+  line = message(config, "--topology=v5e:4x5")
+  assert line.startswith("--topology=v5e:4x5: no such topology; did you mean 'v5e:4x")
+  assert "valid: v5e:{2x2,2x4,4x4,4x8,8x8,8x16,16x16}" in line
+  line = message(config, "--topology=v5e")
+  assert "no such topology" in line and "v5e:{2x2," in line
+  line = message(config, "--topology=v9:2x2")
+  assert all(f"{name}:{{" in line for name in roofline.CHIPS)
+  assert message(config, "--topology=v5", "--search") == (
+      "--topology=v5: no such TPU; did you mean 'v5p' or 'v5e'?")
+  assert message(config, "--topology=v5e:2x2", "--length=many") == (
+      "--length=many: expected a whole number")
+  assert message(config, "--topology=v5e:2x2", "--search=maybe") == (
+      "--search=maybe: expected true or false")
+  assert "no such file" in message("--config=nothing.py", "--topology=v5e:2x2")
+  assert message(config).startswith("--topology is missing")
+
+
+def test_without_libtpu_it_says_how_to_get_it(tiny, capsys, monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+      importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+  refused(f"--config={tiny}", "--topology=v5e:2x2")
+  assert capsys.readouterr().err == (
+      "libtpu, the TPU compiler, is not installed: pip install -e '.[plan]'\n")
+
+
+def test_a_model_is_a_directory_or_a_published_name(tiny, tmp_path):
+  config = config_lib.load_config_file(str(ROOT / "configs" / "vppo_7b.py"))
+  for path, name in (("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B"),
+                     ("/models/Qwen2.5-VL-72B-Instruct", "Qwen2.5-VL-72B"),
+                     ("Qwen3-VL-30B-A3B-Thinking", "Qwen3-VL-30B-A3B"),
+                     ("gemma-3-4b", "gemma-3-4b")):
+    config.model.path = path
+    found = step.architecture(config)
+    assert found == models.from_hf(CONFIGS[name], dtype="bfloat16", remat="full")
+  config.model.path = "Qwen2.5-VL-8B"
+  with pytest.raises(UserError, match=r"config\.model\.path='Qwen2.5-VL-8B'.*did you mean 'Qwen2"):
+    step.architecture(config)
+  directory = tmp_path / "mine"
+  directory.mkdir()
+  (directory / "config.json").write_text(json.dumps(CONFIGS["Qwen3-VL-2B"]))
+  config.model.path, config.model.dtype = str(directory), "float32"
+  found = step.architecture(config)
+  assert found.num_layers == 28 and found.dtype == "float32"
+
+
+def test_what_the_compiler_says_where_it_is_too_much():
+  for text, gib in (
+      ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+       "temporaries (16.02G) exceeds available HBM (15.75G).", 16.02),
+      ("... total memory required for HLO temporaries (1.19T) exceeds", 1.19 * 1024),
+      ("Ran out of memory in memory space hbm. Used 512.0M of 95.74G hbm.", 0.5)):
+    assert compiled.needed(text) == pytest.approx(gib * GIB)
+
+
+# -- Chips ----------------------------------------------------------------------------------------
+
+
+def test_slices_have_the_chips_and_links_that_they_should():
+  for chip in roofline.CHIPS.values():
+    assert [s.chips for s in roofline.slices(chip)] == [4, 8, 16, 32, 64, 128, 256]
+    for where in roofline.slices(chip):
+      assert roofline.find_slice(where.name) == where
+  links = {name: roofline.find_slice(name).links for name in (
+      "v5e:2x2", "v5e:4x4", "v5e:8x16", "v5e:16x16", "v5p:2x2x1", "v5p:2x4x4", "v5p:4x4x4")}
+  assert links == {"v5e:2x2": 2, "v5e:4x4": 2, "v5e:8x16": 3, "v5e:16x16": 4, "v5p:2x2x1": 2,
+                   "v5p:2x4x4": 3, "v5p:4x4x4": 6}
+
+
+@pytest.mark.parametrize(("cost", "rules", "seconds"), [
+    (Cost(flops=197e12, bytes=1e9), "compute", 1.0),
+    (Cost(flops=1e12, bytes=2 * 819e9), "HBM", 2.0),
+    (Cost(bytes=1e9, collectives={"all-gather": 2e11, "all-reduce": 1e11}), "ICI", 3.0)])
+def test_the_busiest_rules(cost, rules, seconds):
+  found = roofline.bound(cost, roofline.find_slice("v5e:4x4"))
+  assert found.rules == rules and found.seconds == pytest.approx(seconds)
+
+
+# -- A step ---------------------------------------------------------------------------------------
+
+
+def test_frames_and_buckets():
+  model = models.from_hf(CONFIGS["Qwen2.5-VL-7B"])
+  assert step.frame(model, 5120) == (64, 80) and step.frame(model, 28) == (2, 14)
+  config = types.SimpleNamespace(prompt_buckets=(256, 1024), patch_buckets=(64, 2048, 8192))
+  assert step.buckets(config, model) == (1024, 2048)
+  assert step.buckets(config, model, 16) == (16, 64)
+  assert step.buckets(config, model, 512, 256) == (512, 256)
+
+
+def test_how_a_rollout_goes():
+  """6 prompts, 2 at once; 2 begin at a time; 100 tokens in chunks of 32."""
+  runs, shares = step._draw(6, 4, Layout(8, 4), 1, 100, 32, 96)
+  assert runs == {"admit": 6, "decode": 12, "move": 0}
+  # Before the four chunks of a response there are 0, 32, 64 and 96 tokens; branches end at 0, 24,
+  # 48, 72 and 96.
+  assert shares == [0.25, 0, 0.25, 0.25, 0.25]
+
+
+def test_model_flops_of_a_step_are_those_of_its_responses():
+  """Drawing and scoring a response asks for the same products."""
+  model = models.from_hf(CONFIGS["Qwen2.5-VL-7B"])
+  reading = flops.prefill(model, 4096)
+  answering = flops.responses(model, [2048] * 8, 4096)
+  both = flops.forward(model, 4096, [2048] * 8)
+  assert both == pytest.approx(reading + answering, rel=1e-3)
+
+
+# -- The page -------------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_page_are_what_was_compiled():
+  results = json.loads(benchmark.RESULTS.read_text())
+  page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+  shown = benchmark.tables(results)
+  assert shown and shown in page, "python benchmarks/plan.py --write"
+
+
+def test_every_case_of_the_benchmark_is_one_that_can_be_planned():
+  cases = benchmark.cases()
+  assert len(cases) == len(set(cases)) == 5 * 3 * 7 and cases[0] == ("Qwen2.5-VL-7B", "v5e:4x4")
+  for model, name in cases:
+    assert roofline.find_slice(name).name == name
+    config = benchmark.config_of(model)
+    assert step.buckets(config, step.architecture(config))[0] == 4096
