@@ -33,9 +33,8 @@ _LARGEST_FIRST = ("update", "score_masked", "score_reference", "score_ref", "sco
 _GIB = 2**30
 
 
-@contextlib.contextmanager
-def compiler() -> Iterator[None]:
-  """libtpu as a compiler, for this process alone: another that asks for it waits.
+def prepare() -> None:
+  """Sets what makes of libtpu a compiler and nothing else; ahead of the first use of jax.
 
   Raises:
     UserError: libtpu is not installed.
@@ -44,17 +43,23 @@ def compiler() -> Iterator[None]:
     raise UserError("libtpu, the TPU compiler, is not installed: pip install -e '.[plan]'")
   effort = os.environ.get(_EFFORT) or _LEAST
   os.environ.update({**_ENVIRONMENT, _EFFORT: effort})
+  import jax
+
+  # Also where jax has been imported before.
+  jax.config.update("jax_platforms", _ENVIRONMENT["JAX_PLATFORMS"])
+  jax.config.update(_EFFORT.lower(), float(effort))
+
+
+@contextlib.contextmanager
+def compiler() -> Iterator[None]:
+  """libtpu for this process alone, prepared: another that asks for it waits."""
+  prepare()
   with open(pathlib.Path(tempfile.gettempdir()) / LOCK, "a") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       say("waiting for another process that compiles for TPUs")
       fcntl.flock(lock, fcntl.LOCK_EX)
-    import jax
-
-    # Also where jax has been imported before.
-    jax.config.update("jax_platforms", _ENVIRONMENT["JAX_PLATFORMS"])
-    jax.config.update(_EFFORT.lower(), float(effort))
     yield
 
 

@@ -5,7 +5,7 @@ it be? Nothing is loaded or allocated; the times are bounds from the chip's own 
 measured.
 """
 
-# jax is imported only within `compiler()`, which sets the environment that libtpu wants.
+# jax is imported only behind `prepare()`, which sets the environment that libtpu wants.
 import contextlib
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxrl_vlm import config as config_lib
-from jaxrl_vlm.compiled import Request, compiler, plan_stage, say, topology
+from jaxrl_vlm.compiled import Request, compiler, plan_stage, prepare, say, topology
 from jaxrl_vlm.errors import UserError
 
 ABOUT = ("Compiles every program of a config for a TPU topology, on a machine without a TPU: "
@@ -65,12 +65,13 @@ def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], wher
   """Which one field saves most, by the formulas of memory.py."""
   from jaxrl_vlm import roofline
 
-  rollout = worst["part"] == "rollout"
-  before = _formula(request.config, request, result["stage"], where, rollout)
+  index, name = result["stage"], worst["program"]
+  name = "rollout" if worst["part"] == "rollout" else name
+  before = _formula(request.config, request, index, where, name)
   saved: dict[str, float] = {}
-  for label, changed in _knobs(request.config, result, where, rollout):
+  for label, changed in _knobs(request.config, result, where, name):
     with contextlib.suppress(UserError):
-      saved[label] = before - _formula(changed, request, result["stage"], where, rollout)
+      saved[label] = before - _formula(changed, request, index, where, name)
   best = max(saved, key=lambda label: saved[label], default="")
   text = "no single field helps"
   if best and saved[best] > 0:
@@ -78,29 +79,35 @@ def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], wher
   larger = [s for s in roofline.slices(where.chip) if s.chips > where.chips]
   for bigger in larger[:1]:
     with contextlib.suppress(UserError):
-      more = before - _formula(_fitted(request.config, result["stage"], bigger.chips), request,
-                               result["stage"], bigger, rollout)
+      fitted = _fitted(request.config, index, bigger.chips)
+      more = before - _formula(fitted, request, index, bigger, name)
       text += f"; {bigger.name} {more / _GIB:.1f} GiB"
   return text
 
 
-def _formula(config: Any, request: Request, index: int, where: Any, rollout: bool) -> float:
-  from jaxrl_vlm import step
+def _formula(config: Any, request: Request, index: int, where: Any, name: str) -> float:
+  """Bytes on a chip while the program of this name runs, or for "rollout" any of a rollout's."""
+  from jaxrl_vlm import memory, step
 
   model = step.architecture(config)
   length, patches = step.buckets(config, model, request.length, request.patches)
   plan = step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
                    request.response_tokens)
   holds, programs, shapes = sum(plan.holds.values()), plan.programs, plan.shapes
-  if rollout:
+  if name == "rollout":
     sampler = programs.rollout
     groups = sampler.groups_at_once(shapes.prompts, length)
     return holds + sampler.need(groups, shapes.prompts, length)
+  if name.startswith("score"):
+    rows = plan.rows_of("masked" if name == "score_masked" else "")
+    here = shapes.prompts // (programs.minibatches * programs.microbatches * plan.rows)
+    return holds + memory.score(memory.Model(plan.model, plan.mesh.shape["tensor"]), length,
+                                here * rows, shapes.tokens, programs.part_tokens)
   return holds + programs.update_bytes(
       shapes.prompts, length, patches, shapes.group, shapes.tokens)
 
 
-def _knobs(config: Any, result: dict[str, Any], where: Any, rollout: bool
+def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
            ) -> Iterator[tuple[str, Any]]:
   """Configs that differ in one field each, with that field as a flag shows it."""
   index = result["stage"]
@@ -114,7 +121,7 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, rollout: bool
   def set_mesh(c, tensor):
     c.mesh.fsdp, c.mesh.tensor = -1, tensor
 
-  if rollout:
+  if name == "rollout":
     groups = (result["groups_at_once"] or 0) // 2
     if groups:
       yield (f"config.rollout.groups={groups}",
@@ -133,7 +140,7 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, rollout: bool
     if half >= 512:
       yield (f"config.stages[{index}].part_tokens={half}",
              changed(lambda c: setattr(c.stages[index], "part_tokens", half)))
-    if config.model.remat != "full":
+    if name == "update" and config.model.remat != "full":
       yield "config.model.remat=full", changed(lambda c: setattr(c.model, "remat", "full"))
   tensor = 2 * result["mesh"]["tensor"]
   if where.chips % tensor == 0:
@@ -320,12 +327,13 @@ def main(args: Any) -> None:
       cache=pathlib.Path(args.cache).expanduser())
   if not args.config.stages:
     raise UserError("config.stages=(): expected at least one stage")
-  with compiler():
-    from jaxrl_vlm import roofline
+  prepare()
+  from jaxrl_vlm import roofline
 
-    chip = roofline.find_chip(args.topology) if search and ":" not in args.topology else None
-    where = None if chip is not None else roofline.find_slice(args.topology)
-    results, complaints = [], []
+  chip = roofline.find_chip(args.topology) if search and ":" not in args.topology else None
+  where = None if chip is not None else roofline.find_slice(args.topology)
+  results, complaints = [], []
+  with compiler():
     for index in range(len(args.config.stages)):
       if chip is not None:
         where, result = smallest(request, index, chip)

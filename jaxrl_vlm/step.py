@@ -441,14 +441,15 @@ class Plan:
                     packing, cost=self._forward(sees=sees), given=("reference",),
                     places={0: reference_at, 1: self.batch_at})
       elif name == "masked":
-        counted, kernels = self._forward(self._rows("masked"), True)
+        counted, kernels = self._forward(self.rows_of("masked"), True)
         if name in objective.full_kl:
           clean = self._forward()
           counted, kernels = counted + clean[0], kernels + clean[1]
         yield piece("score_masked", programs.score_masked, self.abstract, self.seen, *batch,
                     self._source(), packing, cost=(counted, kernels))
 
-  def _rows(self, view: str) -> int:
+  def rows_of(self, view: str) -> int:
+    """Prompts under which a view scores the responses of one prompt."""
     objective = self.programs.objective
     return self.shapes.group if view == "masked" and objective.mask_per == "sample" else 1
 
@@ -504,7 +505,7 @@ class Plan:
     passes = 3 + (self.model.remat == "full")  # forward, again for the gradient, two of that
     attended = passes * kernels
     for view in objective.grad_views:
-      more, of_kernels = self._forward(self._rows(view), True)
+      more, of_kernels = self._forward(self.rows_of(view), True)
       times = 1 if view == "ref" else 3
       count, attended = count + times * more, attended + min(times, 3) * of_kernels
     if objective.needs_current:

@@ -1,5 +1,6 @@
 """Plans: what is said of a run without a TPU, and what is refused in one line."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -129,8 +130,10 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
       "--config.stages[0].max_tokens=32", "--config.rollout.groups=8")
   assert done.returncode == 2, done.stderr
   message = done.stderr.splitlines()[-1]
-  assert "does not fit: it needs" in message and "more than the 15.75 there are" in message
-  assert "prompts " in message and "by formula config." in message and "v5e:2x4" in message
+  assert message.startswith("v5e:2x2: score_masked does not fit (nor ")
+  assert "more than the 15.75 there are: prompts " in message
+  assert "by formula config.stages[0].microbatches=4 helps most" in message
+  assert "v5e:2x4 " in message
   assert "  NO" in done.stdout
 
 
@@ -150,7 +153,8 @@ def refused(*arguments):
 
 
 def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(plan, "compiler", lambda: __import__("contextlib").nullcontext())
+  monkeypatch.setattr(plan, "prepare", lambda: None)
+  monkeypatch.setattr(plan, "compiler", contextlib.nullcontext)
 
   def message(*arguments):
     refused(*arguments)
