@@ -111,7 +111,8 @@ def compile_piece(piece: Any, where: Any, request: Request) -> dict[str, Any]:
   versions += [effort] if (effort := os.environ.get(_EFFORT, _LEAST)) != _LEAST else []
   key = hashlib.sha256("\n".join(map(str, (
       lowered.as_text(), where.name, versions, piece.steps, sorted(piece.shares.items()),
-      pathlib.Path(hlo.__file__).read_text(), sorted(piece.places)))).encode()).hexdigest()[:32]
+      pathlib.Path(hlo.__file__).read_text(), pathlib.Path(__file__).read_text(),
+      sorted(piece.places)))).encode()).hexdigest()[:32]
   path = request.cache / f"{key}.json"
   if path.exists():
     request.say(f"{piece.name}: compiled before")
@@ -129,8 +130,9 @@ def compile_piece(piece: Any, where: Any, request: Request) -> dict[str, Any]:
         "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "unused": unused(compiled, lowered, piece.places)}
-    result["needs"] = (result["arguments"] + result["outputs"] - result["aliased"]
-                       + result["temporaries"])
+    # What the compiler holds against the memory of a chip; its temporaries count some of what is
+    # written over arguments twice.
+    result["needs"] = memory.peak_memory_in_bytes
     result["cost"] = dataclasses.asdict(hlo.analyse(
         compiled.as_text(), piece.steps, piece.shares))
   result["compile_seconds"] = round(time.monotonic() - began, 1)

@@ -161,8 +161,8 @@ def rollout(model: Model, length: int, group: int, groups: int, slots: int, admi
              + admitted * model.scores(length, length))
   flight = (slots * model.keys_and_values(length, int8)
             + cells * model.keys_and_values(positions - chunk))
-  # To move the survivors together takes the flight before and a smaller one after.
-  return max(flight + decoding, flight + reading, 1.5 * flight)
+  # To move the survivors together takes the flight before, a smaller one after, and copies.
+  return max(flight + decoding, flight + reading, 2 * flight)
 
 
 def update(model: Model, length: int, patches: int, prompts: int, group: int, tokens: int,

@@ -27,7 +27,8 @@ from jaxrl_vlm.rollout import make_sampler
 from jaxrl_vlm.rollout.schedule import Layout, Schedule, ladder
 from jaxrl_vlm.stages import rl
 from jaxrl_vlm.stages.loading import lora_of, objective_of, trainable_of
-from jaxrl_vlm.stages.programs import Programs, make_optimizer
+from jaxrl_vlm.stages.optimizer import make_optimizer
+from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Experience, Prompt, TokenStats
 
 
@@ -111,7 +112,9 @@ def architecture(config: ConfigDict) -> models.ModelConfig:
             f"config.model.path={settings.path!r}: expected a directory with config.json, or the "
             f"name of a published model; {hint(last, CONFIGS)}")
       found = models.from_hf(CONFIGS[max(names, key=len)], dtype=dtype, remat=settings.remat)
-  return found.replace(lora=lora_of(config))
+  with validation():
+    return found.replace(
+        lora=lora_of(config), rules=parallel.rules_of(config.sharding.to_dict()))
 
 
 def frame(model: models.ModelConfig, patches: int) -> flops.Frame:
@@ -192,10 +195,7 @@ class Plan:
     self.config, self.index, self.stage = config, index, config.stages[index]
     stage, field = self.stage, f"config.stages[{index}]"
     with validation():
-      try:
-        self.mesh: Mesh = parallel.make_mesh(config.mesh, devices)
-      except NotImplementedError as error:  # of jax: axes that are no sides of the slice
-        raise ValueError(f"config.mesh={config.mesh.to_dict()}: {error}") from error
+      self.mesh: Mesh = parallel.make_mesh(config.mesh, devices)
       model = model.replace(attention=models.choose_attention(
           config.model.attention, self.mesh.devices.flat, model))
     self.model = model
@@ -221,11 +221,11 @@ class Plan:
         model, config.model.param_dtype, trainable_of(config))
     self.capacity = memory.SHARE * (config.device_memory * memory.GIB or usable)
     self.programs = self._programs()
-    self.params_at = parallel.param_shardings(self.mesh, self.abstract)
+    self.params_at = parallel.param_shardings(self.mesh, self.abstract, model.rules)
     self.batch_at = parallel.batch_sharding(self.mesh)
     self.whole = parallel.replicated(self.mesh)
     self.frozen = lora.split(self.abstract, trainable_of(config))[1]
-    self.frozen_at = parallel.param_shardings(self.mesh, self.frozen)
+    self.frozen_at = parallel.param_shardings(self.mesh, self.frozen, model.rules)
     self._measure()
 
   def _programs(self) -> Programs:
@@ -238,7 +238,8 @@ class Plan:
       objective, optimizer = objective_of(stage), make_optimizer(stage.optimizer, stage.steps)
     return Programs(model, self.mesh, objective, optimizer, self.abstract,
                     trainable=trainable_of(config), microbatches=stage.microbatches,
-                    capacity=self.capacity, fields=fields)
+                    capacity=self.capacity, fields=fields,
+                    state_on_host=stage.optimizer.moments == "host")
 
   def _measure(self) -> None:
     """Bytes of what outlives programs."""
@@ -367,23 +368,33 @@ class Plan:
                ) -> Iterator[Piece]:
     lowered = sampler.lower(self.abstract, prompt)
     group, length, own = sampler.sampling.num_samples, self.shapes.length, part != ""
+    rows = parallel.rows(sampler.mesh)
     args = lowered["admit"].args_info[0]
     admitted, flight = args[3].shape[1], args[2]
     layout = Layout(flight.used.shape[1], flight.length.shape[1])
     runs, reached = _draw(
-        prompts // self.rows, group, layout, admitted, self.mean, sampler.chunk,
+        prompts // rows, group, layout, admitted, self.mean, sampler.chunk,
         flight.k.shape[-2])
     unseen = () if prompt.features is not None else self.frames
     models_flops = {
-        "admit": self.rows * admitted * flops.prefill(self.model, length, unseen),
+        "admit": rows * admitted * flops.prefill(self.model, length, unseen),
         "decode": prompts * flops.responses(self.model, [self.mean] * group, length)
                   / max(runs["decode"], 1)}
-    kernels = self.rows * admitted * self._of_prompt()
+    kernels = rows * admitted * self._of_prompt()
     here = self._others("parameters") + self.before
+    given = self.one_prompt if own else 0
     places: dict[str, dict[int, Any]] = {
-        "admit": {0: self.params_at, 1: self.batch_at}, "decode": {0: self.params_at}}
-    alive = {"admit": here - (self.one_prompt if own else 0), "decode": here,
-             "move": here + self.holds["parameters"]}
+        "reshard": {0: self.params_at, 1: self.batch_at},
+        "admit": {0: sampler.params_at, 1: sampler.batch_at}, "decode": {0: sampler.params_at}}
+    if sampler.reshard is None:
+      alive = {"admit": here - given, "decode": here, "move": here + self.holds["parameters"]}
+    else:  # the copies, besides what they are of
+      weights, light = lowered["reshard"].out_info
+      weights, light = size(weights, sampler.params_at), size(light, sampler.batch_at)
+      here += self.holds["parameters"]
+      alive = {"reshard": here - given - self.holds["parameters"], "admit": here,
+               "decode": here + light, "move": here + light + weights}
+      runs["reshard"] = 1
     for name, program in lowered.items():
       shares = {**self._tower(), **({"layers/cond": reached} if name == "decode" else {})}
       yield Piece(
@@ -392,7 +403,7 @@ class Plan:
           kernels=kernels if name == "admit" else 0.0, alive=alive.get(name, here),
           places=places.get(name, {}), shares=shares, steps=sampler.chunk)
     if own:
-      self.at_once = layout.cells // group * self.rows
+      self.at_once = layout.cells // group * rows
 
   def _unseen(self, prompt: Prompt) -> Prompt:
     return dataclasses.replace(prompt, features=None) if self.programs.trains_vision else prompt

@@ -88,9 +88,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
                      "slices of this run")
   shape = tuple(sizes.values())
   if slices > 1:
-    placed = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1), devices)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
   elif devices[0].platform == "tpu":
-    placed = mesh_utils.create_device_mesh(shape, devices)
+    placed = mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True)
   else:  # in their own order, which is that of their processes
     placed = np.asarray(devices).reshape(shape)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -68,6 +68,8 @@ def _chunk(cells: Cells) -> dict[str, Array]:
 class Sampler:
   """(params, prompt, key) -> Rollout, for one model, mesh and way of sampling.
 
+  `mesh`, `params_at` and `batch_at` are where parameters and prompts lie while it draws.
+
   What is drawn for a sample depends on the key, on its number in the batch and on its own tokens:
   neither on the chunk nor on what else is decoded beside it.
 
@@ -114,6 +116,7 @@ class Sampler:
       self.reshard = jax.jit(
           resharded, in_shardings=given, out_shardings=(param_shardings, batch))
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
+    self.params_at, self.batch_at = param_shardings, batch
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, parallel.rows(mesh), prefix_dtype
     self.room, self.samples_field = room, samples_field

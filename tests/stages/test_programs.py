@@ -349,7 +349,8 @@ def test_moments_on_the_host_change_nothing(setup, experience):
   plain, away = update(False), update(True)
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
   assert kinds == {"pinned_host"}
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(away), jax.device_get(plain))
+  # The same float32 computation, in other loops of the compiler.
+  assert_close_trees(jax.device_get(away), jax.device_get(plain), share=1e-5)
 
 
 @pytest.mark.parametrize(("name", "settings", "host"), [
