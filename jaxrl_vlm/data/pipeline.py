@@ -11,15 +11,20 @@ from jaxrl_vlm.example import Example
 
 
 class BatchIterator:
-  """Iterates over lists of `batch_size` examples; made by `make_iterator`.
+  """Iterates over lists of examples; made by `make_iterator`.
 
   The state is the number of batches given so far: what comes next depends on it and on the
-  arguments of `make_iterator` alone, not on the number of workers.
+  arguments of `make_iterator` alone, not on the number of workers, nor on who reads which rows.
+
+  Attributes:
+    given: that number, which is also that of the next batch.
   """
 
-  def __init__(self, batches: Any, identity: dict[str, Any], workers: int):
-    self._batches, self._identity, self._workers = batches, identity, workers
-    self._given = 0
+  def __init__(self, source: Source, batches: Any, rows: Sequence[int] | None,
+               identity: dict[str, Any], workers: int):
+    self._source, self._batches, self._rows = source, batches, rows
+    self._identity, self._workers = identity, workers
+    self.given = 0
     self._iterator: Any = None
 
   def __iter__(self) -> "BatchIterator":
@@ -29,7 +34,7 @@ class BatchIterator:
     if self._iterator is None:
       self._iterator = self._start()
     batch = next(self._iterator)
-    self._given += 1
+    self.given += 1
     return batch
 
   def _start(self) -> Any:
@@ -38,7 +43,8 @@ class BatchIterator:
     # A little ahead of the consumer: elements are whole batches of encoded images, and
     # preparation shares the cores with a model that may run on them too.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    stream = self._batches[self._given:].to_iter_dataset(ahead)
+    batches = self._batches[self.given:].map(_Read(self._source, self._rows))
+    stream = batches.to_iter_dataset(ahead)
     if self._workers:
       stream = stream.mp_prefetch(
           grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
@@ -46,7 +52,7 @@ class BatchIterator:
 
   def get_state(self) -> dict[str, Any]:
     """Where the iterator stands, JSON-like."""
-    return {"batches": self._given, **self._identity}
+    return {"batches": self.given, **self._identity}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes to where `state` was taken.
@@ -59,7 +65,11 @@ class BatchIterator:
       if state.get(field) != value:
         raise UserError(f"cannot resume the data: {field} was {state.get(field)!r}, now {value!r}")
     self.close()
-    self._given = int(state["batches"])
+    self.given = int(state["batches"])
+
+  def example(self, batch: int, row: int) -> Example:
+    """One of those that a batch has, whoever reads it."""
+    return self._source[int(self._batches[batch][row])]
 
   def close(self) -> None:
     """Ends the worker processes."""
@@ -76,19 +86,19 @@ def make_iterator(
     shuffle: bool = True,
     repeat: bool = True,
     workers: int = 0,
-    shard: tuple[int, int] = (0, 1),
+    rows: Sequence[int] | None = None,
     drop_remainder: bool = True,
 ) -> BatchIterator:
   """Batches of a source's examples in an order that is a function of the arguments.
 
   Args:
     source: random access to examples.
-    batch_size: examples in a batch of this shard.
+    batch_size: examples in a batch, of all hosts together.
     seed: of the shuffles.
     shuffle: each epoch in an order of its own; otherwise as in the source.
     repeat: epoch after epoch, without end; a batch may span two epochs, so nothing is dropped.
     workers: processes that read; 0 reads in threads of this one.
-    shard: (index, count): this host's part. Each epoch is dealt out anew, in parts of equal size.
+    rows: those of a batch that this host reads, 0 .. batch_size - 1; None is all.
     drop_remainder: without repeat, leaves out a last batch that is not full.
 
   Raises:
@@ -96,29 +106,34 @@ def make_iterator(
   """
   import grain  # it imports parts of jax
 
-  index, count = shard
   size = len(source)
-  if not 0 <= index < count:
-    raise ValueError(f"shard={shard}: expected 0 <= index < count")
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1")
-  if size < count or (drop_remainder and not repeat and size // count < batch_size):
-    raise UserError(f"the dataset has {size} examples: too few for a batch of {batch_size} on each "
-                    f"of {count} hosts")
-  records: Any = source
-  dataset: Any = grain.MapDataset.source(records)
+  if not size or (drop_remainder and not repeat and size < batch_size):
+    raise UserError(f"the dataset has {size} examples: too few for a batch of {batch_size}")
+  numbers: Any = range(size)
+  dataset: Any = grain.MapDataset.source(numbers)
   if shuffle:
     # Epoch e is shuffled with seed + e: neighbouring seeds must not be each other's epochs.
     dataset = dataset.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-  # Equal parts, or hosts would not take the same number of steps.
-  dataset = dataset[index:size - size % count:count] if count > 1 else dataset
   if repeat:
     dataset = dataset.repeat()
   batches = dataset.batch(batch_size, drop_remainder=drop_remainder, batch_fn=_as_list)
   identity = {"examples": size, "batch_size": batch_size, "seed": seed, "shuffle": shuffle,
-              "repeat": repeat, "shard": list(shard)}
-  return BatchIterator(batches, identity, workers)
+              "repeat": repeat}
+  return BatchIterator(source, batches, rows, identity, workers)
 
 
-def _as_list(examples: Sequence[Example]) -> list[Example]:
-  return list(examples)
+def _as_list(numbers: Sequence[int]) -> list[int]:
+  return list(numbers)
+
+
+class _Read:
+  """The examples of a batch, from their numbers. Goes to worker processes."""
+
+  def __init__(self, source: Source, rows: Sequence[int] | None):
+    self._source, self._rows = source, rows
+
+  def __call__(self, numbers: list[int]) -> list[Example]:
+    rows = range(len(numbers)) if self._rows is None else self._rows
+    return [self._source[int(numbers[row])] for row in rows if row < len(numbers)]

@@ -328,6 +328,16 @@ class Processor:
     times = families.group_times(indices, video.fps, self.image_settings.temporal_patch_size)
     return [patches], visuals, self.family.video_text(times)
 
+  def sizes(self, prompts: Sequence[EncodedPrompt]) -> list[int]:
+    """The buckets of tokens and of patches that rows fit into; the smallest for no rows."""
+    return [
+      min(bucket for bucket in buckets if bucket >= max(map(len, lengths), default=0))
+      for buckets, lengths in (
+        (self.prompt_buckets, [p.tokens for p in prompts]),
+        (self.patch_buckets, [p.patches for p in prompts]),
+      )
+    ]
+
   def collate(
     self,
     prompts: Sequence[EncodedPrompt],

@@ -10,7 +10,6 @@ from jaxrl_vlm.parallel.mesh import (
     constrained,
     make_mesh,
     param_shardings,
-    put_batch,
     reordered,
     replicated,
     rows,
@@ -19,7 +18,25 @@ from jaxrl_vlm.parallel.mesh import (
     with_tensor,
 )
 from jaxrl_vlm.parallel.platform import cache_compilations, choose_platform
+from jaxrl_vlm.parallel.processes import (
+    Rows,
+    everywhere,
+    exchange,
+    gather,
+    in_turn,
+    is_first,
+    join_processes,
+    leave_processes,
+    own_rows,
+    put,
+    put_batch,
+    put_rows,
+    stopping_all,
+    taken,
+)
 
-__all__ = ["AXES", "ROLLOUT_RULES", "ROWS", "RULES", "Rules", "batch_sharding",
-           "cache_compilations", "choose_platform", "constrained", "make_mesh", "param_shardings",
-           "put_batch", "reordered", "replicated", "rows", "rules_of", "split_over", "with_tensor"]
+__all__ = ["AXES", "ROLLOUT_RULES", "ROWS", "RULES", "Rows", "Rules", "batch_sharding",
+           "cache_compilations", "choose_platform", "constrained", "everywhere", "exchange",
+           "gather", "in_turn", "is_first", "join_processes", "leave_processes", "make_mesh",
+           "own_rows", "param_shardings", "put", "put_batch", "put_rows", "reordered", "replicated",
+           "rows", "rules_of", "split_over", "stopping_all", "taken", "with_tensor"]

@@ -173,11 +173,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, Spec())
 
 
-def put_batch(mesh: Mesh, tree: Any) -> Any:
-  """Moves a pytree of host arrays with leading axis P onto the mesh."""
-  return jax.device_put(tree, batch_sharding(mesh))
-
-
 def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
   """Rows [P, ...] of arrays that are split as `batch_sharding` says, in another order i32[P].
 

@@ -85,7 +85,7 @@ def test_resumed_is_uninterrupted():
 @pytest.mark.parametrize(("change", "message"), [
     ({"batch_size": 3}, "batch_size was 4, now 3"),
     ({"seed": 1}, "seed was 0, now 1"),
-    ({"shard": (0, 2)}, "shard was [0, 1], now [0, 2]"),
+    ({"shuffle": False}, "shuffle was True, now False"),
 ])
 def test_a_state_of_other_settings_is_refused(change, message):
   arguments: dict[str, Any] = {"batch_size": 4, "seed": 0}
@@ -94,16 +94,26 @@ def test_a_state_of_other_settings_is_refused(change, message):
     pipeline.make_iterator(Numbers(11), **arguments | change).set_state(state)
 
 
-def test_shards_are_disjoint_and_of_equal_length():
-  arguments: dict[str, Any] = {"batch_size": 3, "seed": 0, "repeat": False}
-  parts = [sum(ids(pipeline.make_iterator(Numbers(20), shard=(i, 3), **arguments)), [])
-           for i in range(3)]
-  assert [len(part) for part in parts] == [6, 6, 6]
-  assert len(set(sum(parts, []))) == 18
-  # Every epoch deals out anew.
-  epochs = sum(ids(take(pipeline.make_iterator(
-      Numbers(20), batch_size=3, seed=0, shard=(0, 3)), 4)), [])
-  assert epochs[:6] == parts[0] and set(epochs[6:]) != set(epochs[:6])
+def test_hosts_read_their_rows_of_one_order_however_many_they_are():
+  arguments: dict[str, Any] = {"batch_size": 6, "seed": 0}
+  whole = take(pipeline.make_iterator(Numbers(20), **arguments), 7)
+  for count in (1, 2, 3, 6):
+    hosts = [pipeline.make_iterator(
+        Numbers(20), rows=range(i, 6, count), **arguments) for i in range(count)]
+    # The state is that of all: a run goes on with another number of hosts.
+    for i, host in enumerate(hosts):
+      host.set_state({"batches": 2, "examples": 20, "batch_size": 6, "seed": 0, "shuffle": True,
+                      "repeat": True, "shard": [0, 1]})
+      assert take(host, 5) == [batch[i::count] for batch in whole[2:]]
+      assert host.given == 7
+
+
+def test_any_example_of_a_batch_is_found_by_its_number():
+  for shuffle in (True, False):
+    iterator = pipeline.make_iterator(Numbers(11), batch_size=4, seed=3, shuffle=shuffle, rows=[1])
+    whole = take(pipeline.make_iterator(Numbers(11), batch_size=4, seed=3, shuffle=shuffle), 9)
+    for batch, row in ((8, 3), (0, 0), (4, 2)):
+      assert iterator.example(batch, row) == whole[batch][row]
 
 
 def test_too_few_examples_for_a_batch():
