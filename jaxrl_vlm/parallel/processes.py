@@ -1,0 +1,414 @@
+"""Runs of many processes: how they join, agree, and stop together.
+
+`jax.distributed` connects them, and programs run on the devices of all. What hosts decide they
+exchange through its coordination service: small messages that pass beside the devices' work, so
+that nobody waits for a program, and no program for them.
+
+All processes make the same calls of `gather` and `exchange` in the same order, from one thread.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import itertools
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TypeVar
+
+import jax
+import numpy as np
+from flax import serialization
+from jax.sharding import Mesh
+
+from jaxrl_vlm.errors import UserError, one_line
+from jaxrl_vlm.parallel.mesh import batch_sharding
+
+HEARTBEAT_SECONDS = 20  # a process that is silent for so long is taken for lost
+_GRACE_SECONDS = 5  # for a process to end with an error of its own before another's ends it
+_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LONG_MS = 7 * 24 * 3600 * 1000  # who waits in vain is ended by `_Together.watch`
+_PREFIX = "jaxrl_vlm"
+
+T = TypeVar("T")
+
+
+# -- Joining and leaving --------------------------------------------------------------------------
+
+
+def join_processes() -> None:
+  """Joins the other processes of this run, if there are any. Call before any other use of jax.
+
+  Which there are is said by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID, or by a cluster that JAX knows (TPU pods, SLURM, ...).
+
+  Raises:
+    UserError: only some of the variables are set, or not to what they should be.
+  """
+  global _together
+  if _together is not None or jax.distributed.is_initialized():
+    return
+  given = _from_environment()
+  if given.get("num_processes") == 1 or not (given or _in_cluster()):
+    return
+  # The loss of a process is for us to tell, see `_Together`; preemption too, see `Run.running`.
+  jax.config.update("jax_enable_recoverability", True)
+  jax.config.update("jax_enable_preemption_service", False)
+  try:
+    jax.distributed.initialize(
+        **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
+  except jax.errors.JaxRuntimeError as error:
+    raise UserError(f"the processes of this run did not find each other: {one_line(str(error))}"
+                    ) from error
+  if jax.process_count() > 1:
+    _together = _Together()
+
+
+def _from_environment() -> dict[str, Any]:
+  values = {name: os.environ.get(name, "") for name in _ENVIRONMENT}
+  missing = [name for name, value in values.items() if not value]
+  if len(missing) == len(values):
+    return {}
+  if missing:
+    raise UserError(f"{', '.join(missing)}: not set, but "
+                    f"{', '.join(name for name in values if name not in missing)} is; a run of "
+                    "many processes needs all three in each of them")
+  address, *numbers = values.values()
+  if not re.fullmatch(r".+:\d+", address):
+    raise UserError(f"JAX_COORDINATOR_ADDRESS={address!r}: expected host:port of process 0")
+  count, index = (int(text) if text.isdecimal() else -1 for text in numbers)
+  if not 0 <= index < count:
+    raise UserError(f"JAX_PROCESS_ID={numbers[1]!r} and JAX_NUM_PROCESSES={numbers[0]!r}: expected "
+                    "0 <= id < number")
+  return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _in_cluster() -> bool:
+  """Whether JAX finds itself among several processes."""
+  from jax._src import clusters
+
+  with contextlib.suppress(Exception), warnings.catch_warnings():  # a cluster of another kind
+    warnings.simplefilter("ignore")
+    for kind in clusters.ClusterEnv._cluster_types:
+      if not kind.opt_in_only_method and kind.is_env_present():
+        return kind.get_process_count() > 1
+  return False
+
+
+def leave_processes(error: BaseException | None = None) -> None:
+  """To be called last: nobody takes this process for lost; an `error` is told to the others."""
+  if _together is not None:
+    _together.leave(error)
+
+
+def stop_all(error: BaseException) -> None:
+  """Tells the others why this process will not go on, unless they have the same reason."""
+  if _together is not None:
+    _together.tell(error)
+
+
+class _Together:
+  """What this process knows of the others, and a thread that looks after them.
+
+  JAX would end all processes when it misses one, by an abort that does not say which. As
+  `jax_enable_recoverability` is set it leaves that to us; but when its coordinator is lost, which
+  is process 0, it aborts all the same.
+  """
+
+  def __init__(self):
+    from jax._src import distributed  # what Orbax uses too: JAX has no public name for it
+
+    state = distributed.global_state
+    assert state.client is not None
+    self.client, self.index, self.count = state.client, jax.process_index(), jax.process_count()
+    self.address = str(state.coordinator_address)
+    self.numbers = itertools.count()
+    self.leaving, self.told = threading.Event(), False
+    self.hosts: list[str] = [str(name) for name in self.gather(socket.gethostname())]
+    if self.index:
+      self._name_a_lost_coordinator()
+    threading.Thread(target=self.watch, daemon=True).start()
+
+  def name(self, index: int) -> str:
+    return f"process {index} of {self.count} (host {self.hosts[index]})"
+
+  def gather(self, value: Any) -> list[Any]:
+    client, number = self.client, next(self.numbers)
+    key = f"{_PREFIX}/gather/{number}"
+    client.key_value_set_bytes(f"{key}/{self.index}", serialization.msgpack_serialize([value]))
+    client.wait_at_barrier(key, _LONG_MS)
+    found = {name.rpartition("/")[2]: data for name, data in client.key_value_dir_get_bytes(key)}
+    if number:  # whoever is here has read those before
+      client.key_value_delete(f"{_PREFIX}/gather/{number - 1}/{self.index}")
+    return [serialization.msgpack_restore(found[str(i)])[0] for i in range(self.count)]
+
+  # What a process has to say at its end: "" if that is in good order.
+
+  def _post(self, message: str) -> None:
+    self.client.key_value_set(f"{_PREFIX}/end/{self.index}", message or "-", True)
+
+  def _posted(self) -> dict[int, str]:
+    return {int(key.rpartition("/")[2]): text.removeprefix("-")
+            for key, text in self.client.key_value_dir_get(f"{_PREFIX}/end")}
+
+  def watch(self) -> None:
+    """Ends this process when another is lost, or says that it will not go on."""
+    while not self.leaving.wait(1.0):
+      try:
+        self._end_for(self._posted())
+        live = self.client.get_live_nodes(list(range(self.count)))  # waits for all that live
+        posted = self._posted()
+      except Exception:
+        if not self.leaving.is_set():
+          self._end(f"{self.name(0)}, the coordinator, is gone")
+        return
+      self._end_for(posted)
+      lost = [i for i in range(self.count) if i not in live and i not in posted]
+      if lost and not self.leaving.is_set():
+        self._end(f"{', '.join(map(self.name, lost))} {'is' if len(lost) == 1 else 'are'} gone")
+
+  def _end_for(self, posted: dict[int, str]) -> None:
+    errors = [i for i, message in posted.items() if message and i != self.index]
+    if errors and not self.leaving.wait(_GRACE_SECONDS):
+      self._end(f"{self.name(errors[0])} stopped: {posted[errors[0]]}")
+
+  def _end(self, reason: str) -> NoReturn:
+    print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
+          "from the last checkpoint", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):
+      self._post(reason)
+    _exit()
+
+  def _name_a_lost_coordinator(self) -> None:
+    host, _, port = self.address.rpartition(":")
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def on_abort(number):  # in JAX's thread, after it has written its own account of it
+      try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      except OSError:
+        self._end(f"{self.name(0)}, the coordinator, is gone")
+      libc.signal(number, None)  # some other abort: the default, as soon as this returns
+
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = ctypes.c_int, ctypes.c_void_p
+    libc.signal.restype = ctypes.c_void_p
+    self._on_abort = on_abort  # kept alive
+    libc.signal(signal.SIGABRT, ctypes.cast(on_abort, ctypes.c_void_p))
+
+  def tell(self, error: BaseException) -> None:
+    if self.told or getattr(error, "agreed", False):
+      return
+    self.told = True
+    text = one_line(str(error))
+    if not isinstance(error, UserError):
+      if re.match(r"[A-Z_]+: ", text):
+        # Of a program: most probably another process is lost, and `watch` will say which.
+        time.sleep(HEARTBEAT_SECONDS + 10)
+      text = f"{type(error).__name__}: {text}"
+
+    def insist():  # what is still to be tidied may wait for the others in vain
+      time.sleep(4 * _GRACE_SECONDS)
+      if isinstance(error, UserError):
+        print(text, file=sys.stderr)
+      else:
+        traceback.print_exception(error)
+      _exit(2 if isinstance(error, UserError) else 1)
+
+    with contextlib.suppress(Exception):
+      self._post(text[:2000])
+    threading.Thread(target=insist, daemon=True).start()
+
+  def leave(self, error: BaseException | None) -> None:
+    if error is None or getattr(error, "agreed", False):
+      self._post("")
+    else:
+      self.tell(error)
+    end = time.monotonic() + (2 * _GRACE_SECONDS if self.told else 24 * 3600)
+    with contextlib.suppress(Exception):
+      while len(self._posted()) < self.count and time.monotonic() < end:
+        time.sleep(0.1)
+    self.leaving.set()
+
+    def others_left():
+      with contextlib.suppress(Exception):
+        while len(self.client.get_live_nodes(list(range(self.count)))) > 1:
+          time.sleep(0.1)
+
+    if not self.index:  # the coordinator goes last
+      last = threading.Thread(target=others_left, daemon=True)
+      last.start()
+      last.join(_GRACE_SECONDS if self.told else 60)
+    with contextlib.suppress(Exception):
+      jax.distributed.shutdown()
+
+
+def _exit(code: int = 1) -> NoReturn:
+  """At once: the end of the interpreter would wait for threads that wait for lost processes."""
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+    sys.stderr.flush()
+  os._exit(code)
+
+
+_together: _Together | None = None
+
+
+# -- Agreeing -------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+  """Whether this process is the one that prints and writes what a run has once."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """The value of every process, in their order.
+
+  Args:
+    value: dicts with string keys, lists, strings, numbers, None and NumPy arrays.
+  """
+  return [value] if _together is None else _together.gather(value)
+
+
+def exchange(make: Callable[[], T], share: Callable[[T], Any] = lambda own: own
+             ) -> tuple[T, list[Any]]:
+  """What `make` gave here, and what `share` makes of it in every process, in their order.
+
+  Raises:
+    UserError: `make` raised it here or in another process; all processes raise one, which has an
+      attribute `agreed`.
+  """
+  error, own = None, None
+  try:
+    own = make()
+    given = {"value": share(own)}
+  except UserError as e:
+    error, given = e, {"error": str(e)}
+  everyone = gather(given)
+  for index, one in enumerate(everyone):
+    if "error" in one:
+      here = error or UserError(f"process {index}: {one['error']}")
+      here.agreed = True  # pyright: ignore[reportAttributeAccessIssue]
+      raise here
+  return own, [one["value"] for one in everyone]  # pyright: ignore[reportReturnType]
+
+
+def in_turn(make: Callable[[], T]) -> T:
+  """`make` here, but first in process 0 alone: what it leaves on disk is there for the others."""
+  def unless(other: bool) -> Any:
+    return None if other else make()
+
+  first, _ = exchange(lambda: unless(not is_first()), lambda _: None)
+  others, _ = exchange(lambda: unless(is_first()), lambda _: None)
+  return first if is_first() else others
+
+
+# -- Rows of a batch ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Which prompts of a batch are this process's.
+
+  Attributes:
+    count: P, of all processes together.
+    here: those that its devices hold, ascending.
+    owned: those of them that it answers for: several processes may hold the same.
+  """
+
+  count: int
+  here: tuple[int, ...]
+  owned: tuple[int, ...]
+
+  def spread(self, values: list[Any]) -> list[Any]:
+    """Values of the rows `here` at their places among P; the others are None."""
+    found: list[Any] = [None] * self.count
+    for row, value in zip(self.here, values, strict=True):
+      found[row] = value
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def own_rows(mesh: Mesh, count: int) -> Rows:
+  holders: list[set[int]] = [set() for _ in range(count)]
+  for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
+    for row in range(*index[0].indices(count)):
+      holders[row].add(device.process_index)
+  me = jax.process_index()
+  return Rows(count, tuple(row for row, who in enumerate(holders) if me in who),
+              tuple(row for row, who in enumerate(holders) if me == min(who)))
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """`jax.device_put` of host arrays that every process has whole."""
+  def one(sharding, part):
+    if sharding.is_fully_addressable:
+      return jax.device_put(part, sharding)
+    # device_put would compare the arrays of all processes.
+    return jax.tree.map(lambda a: _placed(np.shape(a), sharding, np.asarray(a).__getitem__), part)
+
+  return jax.tree.map(one, shardings, tree, is_leaf=lambda s: isinstance(s, jax.sharding.Sharding))
+
+
+def put_batch(mesh: Mesh, tree: Any) -> Any:
+  """Moves a pytree of host arrays with leading axis P, which every process has whole."""
+  return put(tree, batch_sharding(mesh))
+
+
+def put_rows(mesh: Mesh, tree: Any, rows: Rows) -> Any:
+  """Moves host arrays of the rows `here` onto the mesh: [len(rows.here), ...] -> [P, ...]."""
+  sharding = batch_sharding(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+  place = {row: i for i, row in enumerate(rows.here)}
+
+  def one(a):
+    def part(index):
+      return a[[place[row] for row in range(*index[0].indices(rows.count))]]
+
+    return _placed((rows.count, *a.shape[1:]), sharding, part)
+
+  return jax.tree.map(one, tree)
+
+
+def _placed(shape: tuple[int, ...], sharding: Any, part: Callable) -> jax.Array:
+  return jax.make_array_from_callback(shape, sharding, part)
+
+
+def everywhere(mesh: Mesh, key: jax.Array) -> jax.Array:
+  """A random key, the same in all processes, for programs on the mesh."""
+  if mesh.is_multi_process:
+    data = put(np.asarray(jax.random.key_data(key)), jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec()))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+  return key
+
+
+def taken(array: jax.Array) -> dict[int, np.ndarray]:
+  """The rows of a batch that this process holds, by number."""
+  if array.is_fully_addressable:
+    return dict(enumerate(np.asarray(array)))
+  found = {}
+  for shard in array.addressable_shards:
+    rows = range(*shard.index[0].indices(array.shape[0]))
+    found |= dict(zip(rows, np.asarray(shard.data), strict=True))
+  return found
+
+
+@contextlib.contextmanager
+def stopping_all() -> Iterator[None]:
+  """Around a run: an error that only this process has is told to the others before it tidies up."""
+  try:
+    yield
+  except BaseException as error:
+    stop_all(error)
+    raise
