@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from jaxrl_vlm import parallel
 from jaxrl_vlm.errors import UserError, one_line
 
 
@@ -21,6 +22,8 @@ class Unreadable(Exception):
   Attributes:
     steps: all that were found unreadable so far, for the next `Checkpoints`.
   """
+
+  agreed = True  # by all processes of the run
 
   def __init__(self, steps: frozenset[int]):
     super().__init__(f"unreadable checkpoints: {sorted(steps)}")
@@ -70,7 +73,7 @@ class Checkpoints:
     if self._manager.latest_step() == step:
       return
     need = sum(x.nbytes for x in jax.tree.leaves(state))
-    free = shutil.disk_usage(self.path).free
+    free = parallel.gather(shutil.disk_usage(self.path).free)[0]
     if free < 1.2 * need:
       raise UserError(
           f"{self.path}: disk full: a checkpoint needs {need / 2**20:.0f} MiB, "
@@ -90,11 +93,10 @@ class Checkpoints:
       UserError: there are checkpoints, but none can be read.
     """
     while (step := self._latest()) is not None:
-      try:
-        return dict(self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
-      except Exception as e:  # whatever was cut short or is missing, Orbax fails in another way
-        self._pass_over(step, e)
+      meta, error = self._read(step, "meta", ocp.args.JsonRestore())
+      if error is None:
+        return dict(meta)
+      self._pass_over(step, error)
     return None
 
   def restore(self, abstract_state: Any) -> Any:
@@ -106,18 +108,37 @@ class Checkpoints:
     """
     step = self._latest()
     assert step is not None, "restore() before a checkpoint was found by latest_meta()"
-    try:
-      state = self._manager.restore(
-          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))["state"]
-    except Exception as e:
-      self._pass_over(step, e)
-      raise Unreadable(self._unreadable) from e
+    state, error = self._read(step, "state", ocp.args.StandardRestore(abstract_state))
+    if error is not None:
+      self._pass_over(step, error)
+      raise Unreadable(self._unreadable) from error
     self._set_aside()
     return state
 
+  def _read(self, step: int, item: str, how: Any) -> tuple[Any, Exception | None]:
+    """An item of a step as far as it is this process's, or why one of the processes cannot read it.
+
+    Each reads for itself: one that fails must not leave the others waiting for it.
+    """
+    found, error = None, None
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read_{me}")
+    try:
+      handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(
+          multiprocessing_options=alone))
+      with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        found = reader.restore(
+            self.path / str(step), args=ocp.args.Composite(**{item: how}))[item]
+    except Exception as e:  # whatever was cut short or is missing, Orbax fails in another way
+      error = e
+    failed = [text for text in parallel.gather(repr(error) if error else "") if text]
+    return found, (error or OSError(failed[0])) if failed else None
+
   def _latest(self) -> int | None:
+    """As the first process sees the directory."""
     steps = set(self._manager.all_steps()) - self._unreadable
-    return max(steps, default=None)
+    return parallel.gather(max(steps, default=None))[0]
 
   def _pass_over(self, step: int, error: Exception) -> None:
     """From now on without `step`, if there is another."""
@@ -129,14 +150,18 @@ class Checkpoints:
 
   def _set_aside(self) -> None:
     """Renames what was passed over, now that an older checkpoint has proved to be readable."""
+    latest = self._latest()
     for step in sorted(self._unreadable):
       target = self.path / f"unreadable-{step}"
-      if jax.process_index() == 0 and (self.path / str(step)).exists():
+      if not parallel.is_first():
+        continue
+      if (self.path / str(step)).exists():
         shutil.rmtree(target, ignore_errors=True)
         (self.path / str(step)).rename(target)
       print(f"warning: the checkpoint of step {step} cannot be read and is now {target}; "
-            f"continuing from step {self._latest()}", file=sys.stderr)
+            f"continuing from step {latest}", file=sys.stderr)
     if self._unreadable:
+      parallel.gather(None)  # the first has moved them
       self._manager.reload()
 
   def wait(self) -> None:

@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from jaxrl_vlm import parallel
 from jaxrl_vlm.data.processor import Processor
-from jaxrl_vlm.errors import validation
+from jaxrl_vlm.errors import UserError, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards.pool import RewardPool
-from jaxrl_vlm.rollout import Sampling, with_text
+from jaxrl_vlm.rollout import Sampling, texts_of
 from jaxrl_vlm.types import Params, Prompt, Rollout
 
 
@@ -28,13 +28,13 @@ class Evaluation:
   Attributes:
     metrics: `accuracy`, `accuracy/<skill>` for every `meta["skill"]`, `reward`, `response_length`
       (tokens).
-    examples, texts, correct: what was asked [N], the answers [N][S], and the accuracy of each
-      f32[N, S].
+    examples, texts, correct: what was asked [N], the answers [N][S] (None where another process
+      has graded them), and the accuracy of each f32[N, S].
   """
 
   metrics: dict[str, float]
   examples: Sequence[Example]
-  texts: list[list[str]]
+  texts: list[list[str] | None]
   correct: np.ndarray
 
 
@@ -55,7 +55,7 @@ def evaluate(
     rollout: Callable[[Params, Prompt, jax.Array], Rollout], params: Params, processor: Processor,
     examples: Sequence[Example], pool: RewardPool, *, correct: Callable[..., np.ndarray],
     batch: int, mesh: Any, key: jax.Array, system: str | None = None) -> Evaluation:
-  """Answers every example and grades the answers.
+  """Answers every example and grades the answers; a process reads and grades its own rows.
 
   Args:
     rollout: a compiled program that draws S responses of each prompt.
@@ -68,30 +68,53 @@ def evaluate(
     key: decides what is drawn; of no effect on greedy answers.
     system: system prompt.
   """
-  texts: list[list[str]] = []
+  rows = parallel.own_rows(mesh, batch)
+  texts: list[list[str] | None] = [None] * len(examples)
   lengths: list[np.ndarray] = []
-  handles = []
+  handles, mine, wrong = [], [], []
   for start in range(0, len(examples), batch):
-    chunk = list(examples[start:start + batch])
-    filled = chunk + [chunk[-1]] * (batch - len(chunk))
-    with validation():
-      prompt = processor.collate([processor.encode(e, system) for e in filled])
-    result = with_text(
-        rollout(params, parallel.put_batch(mesh, prompt), jax.random.fold_in(key, start)),
-        processor)
-    rows = result.text[:len(chunk)]
+    last = min(start + batch, len(examples)) - 1
+
+    def encode(start=start, last=last):
+      with validation():
+        return [processor.encode(examples[min(start + row, last)], system) for row in rows.here]
+
+    encoded, sizes = parallel.exchange(encode, processor.sizes)
+    prompt = processor.collate(encoded, *map(max, zip(*sizes, strict=True)))
+    result = rollout(
+        params, parallel.put_rows(mesh, prompt, rows), jax.random.fold_in(key, start))
+    lengths.append(np.asarray(result.mask).sum(-1)[:last + 1 - start])
+    here = [row for row in rows.owned if start + row <= last]
+    answers = texts_of(result.tokens[here], result.mask[here], processor)
+    mine += [start + row for row in here]
+    for row, answer in zip(here, answers, strict=True):
+      texts[start + row] = answer
     # Grading of this batch goes on while the next is generated.
-    with validation():
-      handles.append(pool.submit(chunk, rows))
-    texts += rows
-    lengths.append(np.asarray(result.mask).sum(-1)[:len(chunk)])
-  graded = [handle.result() for handle in handles]
-  correct_each = np.concatenate([correct(g.components, g.total) for g in graded])
+    try:
+      with validation():
+        handles.append(pool.submit([examples[start + row] for row in here], answers))
+    except UserError as error:  # for all processes, at the end
+      wrong.append(error)
+
+  def grade() -> dict[str, Any]:
+    if wrong:
+      raise wrong[0]
+    graded = [handle.result() for handle in handles]
+    return {"which": mine, "skill": [str(examples[i].meta.get("skill", "")) for i in mine],
+            "correct": [correct(g.components, g.total) for g in graded],
+            "total": [g.total for g in graded]}
+
+  _, everyone = parallel.exchange(grade)
+  correct_each = np.zeros((len(examples), result.mask.shape[1]), np.float32)
+  total_each, skills = np.zeros_like(correct_each), np.full(len(examples), "", object)
+  for one in everyone:
+    which = one["which"]
+    skills[which] = one["skill"]
+    if which:
+      correct_each[which], total_each[which] = map(np.concatenate, (one["correct"], one["total"]))
   right = correct_each.mean(-1)
-  total = np.concatenate([g.total for g in graded]).mean(-1)
-  metrics = {"accuracy": float(right.mean()), "reward": float(total.mean()),
+  metrics = {"accuracy": float(right.mean()), "reward": float(total_each.mean(-1).mean()),
              "response_length": float(np.concatenate(lengths).mean())}
-  skills = np.array([str(e.meta.get("skill", "")) for e in examples])
   for skill in sorted(set(skills) - {""}):
     metrics[f"accuracy/{skill}"] = float(right[skills == skill].mean())
   return Evaluation(metrics, examples, texts, correct_each)

@@ -9,6 +9,7 @@ import contextlib
 import pathlib
 import time
 import types
+import uuid
 
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm import metrics
@@ -20,6 +21,9 @@ ABOUT = "Trains a vision-language model through the stages of a config."
 def train(config, workdir: str | pathlib.Path) -> None:
   """Runs `config` (as from a config file) in `workdir`, from its beginning or where it stopped.
 
+  In a run of many processes all call this, with the same config and a workdir that all see; the
+  first one prints and writes what there is once.
+
   Raises:
     UserError: something that the user can mend; the message names it. What was saved stays.
   """
@@ -27,11 +31,19 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
   parallel.choose_platform()
   parallel.cache_compilations()
+  parallel.join_processes()
   from jaxrl_vlm import report, stages
 
   workdir = pathlib.Path(workdir)
-  stages.check(config)
-  config_lib.check_workdir(workdir, config, may_change=stages.MAY_CHANGE)
+  _check_the_same(config)
+  parallel.in_turn(lambda: stages.check(config))
+  parallel.in_turn(
+      lambda: config_lib.check_workdir(workdir, config, may_change=stages.MAY_CHANGE))
+  _check_shared(workdir)
+  if not parallel.is_first():
+    with contextlib.suppress(stages.Stopped):
+      _save(stages.run_all(config, workdir), workdir)
+    return
   began = time.monotonic()
   try:
     run = stages.run_all(config, workdir)
@@ -58,6 +70,34 @@ finished in {metrics.duration(time.monotonic() - began)}
   checkpoints  {workdir / 'checkpoints'}""")
 
 
+def _check_the_same(config) -> None:
+  """UserError if processes of the run have other configs."""
+  from jaxrl_vlm import parallel
+
+  first, *others = map(config_lib.from_json, parallel.gather(config_lib.to_json(config)))
+  for index, other in enumerate(others, 1):
+    if lines := config_lib.diff(first, other):
+      raise UserError(f"--config: process {index} of this run has another one ({lines[0]})")
+
+
+def _check_shared(workdir: pathlib.Path) -> None:
+  """UserError if some process of the run does not see what the first one writes."""
+  from jaxrl_vlm import parallel
+
+  token = f".shared-{uuid.uuid4().hex}"
+  mark = workdir / parallel.gather(token)[0]
+  parallel.in_turn(lambda: mark.touch() if parallel.is_first() else None)
+  end = time.monotonic() + 10  # network file systems may need a moment
+  while not (seen := mark.exists()) and time.monotonic() < end:
+    time.sleep(0.2)
+  blind = [str(i) for i, sees in enumerate(parallel.gather(seen)) if not sees]
+  if parallel.is_first():
+    mark.unlink(missing_ok=True)
+  if blind:
+    raise UserError(f"--workdir={workdir}: process {', '.join(blind)} of this run does not see what "
+                    "process 0 writes there; expected a directory that all hosts share")
+
+
 def _save(run, workdir: pathlib.Path) -> str:
   """Writes the model and, where nothing but adapters trained, these; a line that says so."""
   from jaxrl_vlm import models
@@ -75,7 +115,14 @@ def _save(run, workdir: pathlib.Path) -> str:
 
 
 def main(args: types.SimpleNamespace) -> None:
-  train(args.config, args.workdir)
+  from jaxrl_vlm import parallel
+
+  try:
+    train(args.config, args.workdir)
+  except BaseException as error:
+    parallel.leave_processes(error)
+    raise
+  parallel.leave_processes()
 
 
 __all__ = ["UserError", "main", "train"]

@@ -134,9 +134,12 @@ class Sampler:
     self._admit = jax.jit(
         self._admit_, in_shardings=(param_shardings, batch, flight, rows, rows, rows, rows),
         out_shardings=flight, donate_argnums=2)
+    # What the host looks at: the responses of all processes.
+    seen = whole if mesh.is_multi_process else rows
     self._decode = jax.jit(
         self._decode_, in_shardings=(param_shardings, flight, rows, rows, whole),
-        out_shardings=(flight, rows), donate_argnums=1)
+        out_shardings=(flight, seen), donate_argnums=1)
+    self._places = rows
     self._move = jax.jit(
         self._move_, in_shardings=(flight, rows, rows), out_shardings=flight)
 
@@ -360,14 +363,17 @@ class Sampler:
 
     ended_rows: list[int] = []
 
-    flight = self._start(layout, prompt.tokens.shape[1])
+    def put(*numbers):
+      return parallel.put(numbers, self._places) if self.mesh.is_multi_process else numbers
+
+    flight, key = self._start(layout, prompt.tokens.shape[1]), parallel.everywhere(self.mesh, key)
     while schedule.waiting or schedule.alive.any():
       while (new := schedule.admit(most)) is not None:
-        flight = self._admit(params, prompt, flight, new.rows, new.slots, new.cells,
-                             by_part[np.arange(parts)[:, None], new.rows])
+        flight = self._admit(params, prompt, flight, *put(
+            new.rows, new.slots, new.cells, by_part[np.arange(parts)[:, None], new.rows]))
       while schedule.smaller():
-        flight = self._move(flight, *schedule.move())
-      flight, out = self._decode(params, flight, *schedule.places(), key)
+        flight = self._move(flight, *put(*schedule.move()))
+      flight, out = self._decode(params, flight, *put(*schedule.places()), key)
       tell(ended_rows)  # while the device works
       *out, done = jax.device_get(out)
 
@@ -387,8 +393,8 @@ class Sampler:
       # What later rollouts may want is compiled in the first: everybody has ended, nothing is done.
       self._compiled.add(prompt.tokens.shape)
       while schedule.smaller():
-        flight = self._move(flight, *schedule.move())
-        flight, _ = self._decode(params, flight, *schedule.places(), key)
+        flight = self._move(flight, *put(*schedule.move()))
+        flight, _ = self._decode(params, flight, *put(*schedule.places()), key)
     return Rollout(*(groups_of(a)[..., :sampling.max_tokens] for a in (tokens, mask, logp)))
 
   def _plan(self, prompts: int, length: int) -> tuple[Layout, int]:

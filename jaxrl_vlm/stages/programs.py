@@ -247,7 +247,7 @@ class Programs:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
     packing, whole = self.packed(mask), parallel.replicated(self.mesh)
     by_device = NamedSharding(self.mesh, Spec(None, None, parallel.ROWS))
-    return jax.device_put(packing, dataclasses.replace(
+    return parallel.put(packing, dataclasses.replace(
         packing, index=by_device, used=whole, order=None if packing.order is None else whole))
 
   def packed(self, mask: np.ndarray) -> Packing:

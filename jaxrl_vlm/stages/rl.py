@@ -20,7 +20,7 @@ from jaxrl_vlm.example import Example
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import Grading, RewardPool
-from jaxrl_vlm.rollout import Sampling, texts_of, with_text
+from jaxrl_vlm.rollout import Sampling, texts_of
 from jaxrl_vlm.stages.loading import objective_of, trainable_of
 from jaxrl_vlm.stages.optimizer import make_optimizer
 from jaxrl_vlm.stages.programs import Packing, Programs
@@ -36,19 +36,24 @@ _ROLLOUT, _MASK, _UPDATE, _AHEAD = range(4)
 class Groups:
   """P graded groups on the host. A row is one prompt and its G samples.
 
+  All processes have them, but for what is marked with *: None where a row is not this process's.
+
   Attributes:
-    examples, encoded, texts: [P], [P], [P][G].
+    places: [P]; batch and row of the data that each prompt comes from.
+    examples*, encoded*, texts*: [P], [P], [P][G].
     tokens, mask, logp: [P, G, T], as in Rollout.
     rewards: f32[P, G], total.
     components: by verifier, f32[P, G].
     failures: graders that failed, by kind.
     truncated: bool[P, G]; responses that fill the buffer without an end token.
     baseline: f32[P]; reward of the prompt's greedy response, if the objective wants it, else None.
+    weights: [P]; of the verifiers, by metric name, if the objective wants components, else {}.
   """
 
-  examples: list[Example]
-  encoded: list[EncodedPrompt]
-  texts: list[list[str]]
+  places: list[tuple[int, int]]
+  examples: list[Example | None]
+  encoded: list[EncodedPrompt | None]
+  texts: list[list[str] | None]
   tokens: np.ndarray
   mask: np.ndarray
   logp: np.ndarray
@@ -57,10 +62,12 @@ class Groups:
   failures: dict[str, int]
   truncated: np.ndarray
   baseline: np.ndarray | None
+  weights: list[dict[str, float]]
 
   def rows(self, index: Sequence[int] | np.ndarray) -> "Groups":
     chosen = [int(i) for i in index]
     return Groups(
+        places=[self.places[i] for i in chosen],
         examples=[self.examples[i] for i in chosen],
         encoded=[self.encoded[i] for i in chosen],
         texts=[self.texts[i] for i in chosen],
@@ -68,7 +75,8 @@ class Groups:
         rewards=self.rewards[chosen],
         components={k: v[chosen] for k, v in self.components.items()}, failures=self.failures,
         truncated=self.truncated[chosen],
-        baseline=None if self.baseline is None else self.baseline[chosen])
+        baseline=None if self.baseline is None else self.baseline[chosen],
+        weights=[self.weights[i] for i in chosen])
 
   def __add__(self, other: "Groups") -> "Groups":
     def join(a, b):
@@ -77,14 +85,16 @@ class Groups:
     names = self.components | other.components  # samples may bring verifiers of their own
     nothing = [np.full_like(g.rewards, np.nan) for g in (self, other)]
     return Groups(
-        self.examples + other.examples, self.encoded + other.encoded, self.texts + other.texts,
+        self.places + other.places, self.examples + other.examples,
+        self.encoded + other.encoded, self.texts + other.texts,
         join(self.tokens, other.tokens), join(self.mask, other.mask), join(self.logp, other.logp),
         join(self.rewards, other.rewards),
         {k: join(self.components.get(k, nothing[0]), other.components.get(k, nothing[1]))
          for k in names},
         {k: v + other.failures[k] for k, v in self.failures.items()},
         join(self.truncated, other.truncated),
-        None if self.baseline is None else join(self.baseline, other.baseline))
+        None if self.baseline is None else join(self.baseline, other.baseline),
+        self.weights + other.weights)
 
 
 @dataclasses.dataclass
@@ -92,19 +102,22 @@ class Drawn:
   """P prompts, whose responses are drawn and being graded.
 
   Attributes:
-    examples, encoded, texts: [P], [P], [P][G].
+    places, examples, encoded, texts: [P], as in Groups.
     prompt: on the device, with visual tokens.
     rollout: arrays on the host.
-    grading: of the responses.
+    grading: of the responses to the prompts that this process owns.
+    error: why they cannot be graded.
     greedy, greedy_grading: the greedy response of each prompt, if the objective wants it.
   """
 
-  examples: list[Example]
-  encoded: list[EncodedPrompt]
-  texts: list[list[str]]
+  places: list[tuple[int, int]]
+  examples: list[Any]
+  encoded: list[Any]
+  texts: list[Any]
   prompt: Prompt
-  rollout: Rollout
+  rollout: Any
   grading: Grading
+  error: UserError | None = None
   greedy: Rollout | None = None
   greedy_grading: Grading | None = None
 
@@ -152,7 +165,7 @@ def train(run: Run, index: int) -> None:
     for step in loop.steps():
       now = drawn or _draw(loop, run.random_key(_ROLLOUT, 0))
       if drawn is not None and programs.trains_vision:
-        now.prompt = _seen(loop, now.encoded)  # by the tower that will be updated
+        now.prompt = _seen_again(loop, now)  # by the tower that will be updated
       loop.ahead = drawn = None
       # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
       ahead = run.config.pipeline == "one_step_off" and not loop.saves(step)
@@ -179,7 +192,7 @@ def train(run: Run, index: int) -> None:
           scored.packing)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
-        _keep_rollouts(loop, groups, np.asarray(advantages))
+        _keep_rollouts(loop, groups, parallel.taken(advantages))
 
 
 def make_programs(config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstract_params: Params,
@@ -266,27 +279,35 @@ def sampling(stage: ConfigDict) -> Sampling:
 
 def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   """Draws responses of the next prompts; a group is graded as soon as it has ended."""
-  run, programs = loop.run, loop.programs
+  run, programs, rows = loop.run, loop.programs, loop.rows
   assert loop.pool is not None  # an RL stage always has one
+  batch = loop.data.given
   with loop.reading():
-    examples = next(loop.data)
-    encoded = run.encode(examples)
-    prompt = _seen(loop, encoded)
-  grading = loop.pool.begin(len(examples), loop.stage.num_samples)
-  texts: list[list[str]] = [[] for _ in examples]
+    examples, encoded, prompt = run.read(lambda: next(loop.data), rows.count)
+    prompt = _seen(loop, prompt)
+  place = {row: i for i, row in enumerate(rows.owned)}
+  drawn = Drawn(
+      [(batch, row) for row in range(rows.count)], examples, encoded, [None] * rows.count, prompt,
+      None, loop.pool.begin(len(place), loop.stage.num_samples))
 
-  def ended(rows, tokens, mask):
-    for row, new in zip(rows, texts_of(tokens, mask, run.processor), strict=True):
-      texts[row] = new
-    with loop.reading(), validation():
-      grading.add(rows, [examples[row] for row in rows], [texts[row] for row in rows])
+  def ended(which, tokens, mask):
+    mine = [i for i, row in enumerate(which) if row in place]
+    for i, new in zip(mine, texts_of(tokens[mine], mask[mine], run.processor), strict=True):
+      drawn.texts[which[i]] = new
+    which = [which[i] for i in mine]
+    try:
+      with validation():
+        drawn.grading.add([place[row] for row in which], [examples[row] for row in which],
+                          [drawn.texts[row] for row in which])
+    except UserError as error:  # not now: the others go on with the rollout
+      drawn.error = error
 
-  rollout = programs.rollout(loop.params, prompt, key, finished=ended)
-  drawn = Drawn(examples, encoded, texts, prompt, rollout, grading)
+  drawn.rollout = programs.rollout(loop.params, prompt, key, finished=ended)
   if "baseline" in programs.objective.advantage_needs:
-    drawn.greedy = with_text(programs.rollout_greedy(loop.params, prompt, jax.random.key(0)),
-                             run.processor)
-    drawn.greedy_grading = loop.pool.submit(examples, drawn.greedy.text)
+    drawn.greedy = programs.rollout_greedy(loop.params, prompt, jax.random.key(0))
+    mine = list(rows.owned)
+    texts = texts_of(drawn.greedy.tokens[mine], drawn.greedy.mask[mine], run.processor)
+    drawn.greedy_grading = loop.pool.submit([examples[row] for row in mine], texts)
   return drawn
 
 
@@ -309,20 +330,7 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
     scored = None
     if not objective.filter_groups:  # the device scores while the host grades
       scored = _score(loop, prompt, drawn.examples, rollout.tokens, rollout.mask)
-    graded = drawn.grading.result()
-    failures, baseline = collections.Counter(graded.failures), None
-    messages = dict(graded.messages)
-    if drawn.greedy_grading is not None:
-      of_greedy = drawn.greedy_grading.result()
-      baseline = of_greedy.total[:, 0]
-      failures.update(of_greedy.failures)
-      messages = {**of_greedy.messages, **messages}
-    for kind, message in messages.items():
-      run.progress.log(f"grader {kind}: {message}")
-    groups = Groups(
-        drawn.examples, drawn.encoded, drawn.texts, np.asarray(rollout.tokens),
-        np.asarray(rollout.mask), np.asarray(rollout.logp), graded.total, graded.components,
-        dict(failures), _truncated(loop, rollout), baseline)
+    groups = _graded(loop, drawn)
     batches.append(groups)
     if scored is not None:
       return groups, prompt, scored, _summary(loop, batches)
@@ -345,17 +353,81 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
     filler.mask = np.zeros_like(filler.mask)
     kept = kept + filler
   kept = kept.rows(range(want))
-  with loop.reading():
-    prompt = _seen(loop, kept.encoded)
+  prompt = _seen_again(loop, kept)
   return kept, prompt, _score(loop, prompt, kept.examples, kept.tokens, kept.mask), summary
 
 
-def _seen(loop: StageRun, encoded: list[EncodedPrompt]) -> Prompt:
-  """Prompts on the device, with their visual tokens; UserError if a step has no room for them."""
-  prompt = loop.run.processor.collate(encoded)
+def _graded(loop: StageRun, drawn: Drawn) -> Groups:
+  """What has been drawn, with its rewards, of which each process knows those of its own rows."""
+  rows, rollout = loop.rows, drawn.rollout
+  wants_weights = "components" in loop.programs.objective.advantage_needs
+
+  def grade() -> dict[str, Any]:
+    if drawn.error is not None:
+      raise drawn.error
+    graded = drawn.grading.result()
+    failures, messages = collections.Counter(graded.failures), dict(graded.messages)
+    baseline = None
+    if drawn.greedy_grading is not None:
+      of_greedy = drawn.greedy_grading.result()
+      baseline = of_greedy.total[:, 0]
+      failures.update(of_greedy.failures)
+      messages = {**of_greedy.messages, **messages}
+    weights = [_verifier_weights(loop, drawn.examples[row]) if wants_weights else {}
+               for row in rows.owned]
+    return {"rows": list(rows.owned), "total": graded.total, "components": graded.components,
+            "failures": dict(failures), "messages": messages, "baseline": baseline,
+            "weights": weights}
+
+  with loop.reading():
+    _, everyone = parallel.exchange(grade)
+  failures: collections.Counter[str] = collections.Counter()
+  messages: dict[str, str] = {}
+  weights: list[dict[str, float]] = [{}] * rows.count
+  total = np.zeros((rows.count, loop.stage.num_samples), np.float32)
+  components: dict[str, np.ndarray] = {}
+  baseline = None if drawn.greedy is None else np.zeros(rows.count, np.float32)
+  for one in everyone:
+    failures.update(one["failures"])
+    messages = {**one["messages"], **messages}
+    total[one["rows"]] = one["total"]
+    for name, values in one["components"].items():
+      components.setdefault(name, np.full_like(total, np.nan))[one["rows"]] = values
+    if baseline is not None:
+      baseline[one["rows"]] = one["baseline"]
+    for row, weight in zip(one["rows"], one["weights"], strict=True):
+      weights[row] = weight
+  for kind, message in messages.items():
+    loop.run.progress.log(f"grader {kind}: {message}")
+  return Groups(
+      drawn.places, drawn.examples, drawn.encoded, drawn.texts, np.asarray(rollout.tokens),
+      np.asarray(rollout.mask), np.asarray(rollout.logp), total, components, dict(failures),
+      _truncated(loop, rollout), baseline, weights)
+
+
+def _seen(loop: StageRun, prompt: Prompt) -> Prompt:
+  """Prompts on the device get their visual tokens; UserError if a step has no room for them."""
   prompts, length = prompt.tokens.shape
   _check_room(loop.programs, loop.stage, prompts, length, prompt.patches.shape[1])
-  return loop.programs.see(loop.params, parallel.put_batch(loop.run.mesh, prompt))
+  return loop.programs.see(loop.params, prompt)
+
+
+def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
+  """The prompts of groups, which may have moved to rows of other processes, on the device."""
+  def read() -> list[int]:
+    for row in loop.rows.here:
+      if groups.encoded[row] is None:
+        groups.examples[row] = loop.data.example(*groups.places[row])
+        groups.encoded[row] = loop.run.encode([groups.examples[row]])[0]
+    return loop.run.processor.sizes(mine())
+
+  def mine() -> list[Any]:
+    return [groups.encoded[row] for row in loop.rows.here]
+
+  with loop.reading():
+    _, sizes = parallel.exchange(read)
+    prompt = loop.run.processor.collate(mine(), *map(max, zip(*sizes, strict=True)))
+    return _seen(loop, parallel.put_rows(loop.run.mesh, prompt, loop.rows))
 
 
 def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:
@@ -369,7 +441,7 @@ def _truncated(loop: StageRun, rollout: Rollout) -> np.ndarray:
   return np.asarray(rollout.mask).all(axis=-1) & ~ended
 
 
-def _masked_source(loop: StageRun, examples: Sequence[Example], group: int) -> Prompt | None:
+def _masked_source(loop: StageRun, examples: Sequence[Any], group: int) -> Prompt | None:
   """Prompts whose images the host has corrupted, on the device; None if the device does that.
 
   A row for each prompt, or for each of the G samples of each prompt. The draws depend on the seed,
@@ -381,16 +453,19 @@ def _masked_source(loop: StageRun, examples: Sequence[Example], group: int) -> P
     return None
   random = objective.mask_kind in ("patches", "noise")
   rows = group if random and objective.mask_per == "sample" else 1
-  corrupted = [
-      corrupt_images(
-          example, kind=objective.mask_kind, seed=(run.config.seed, run.step, p, g),
-          rate=objective.mask_rate, patch=objective.mask_pixels, level=objective.mask_level,
-          noise=objective.mask_noise, blur=objective.mask_blur)
-      for p, example in enumerate(examples) for g in range(rows)]
-  return parallel.put_batch(run.mesh, run.processor.collate(run.encode(corrupted)))
+  prompts = parallel.own_rows(run.mesh, len(examples))
+
+  def corrupted() -> list[Example]:
+    return [corrupt_images(
+        examples[p], kind=objective.mask_kind, seed=(run.config.seed, run.step, p, g),
+        rate=objective.mask_rate, patch=objective.mask_pixels, level=objective.mask_level,
+        noise=objective.mask_noise, blur=objective.mask_blur)
+            for p in prompts.here for g in range(rows)]
+
+  return run.read(corrupted, len(examples) * rows)[2]
 
 
-def _score(loop: StageRun, prompt: Prompt, examples: Sequence[Example], tokens: Any, mask: Any
+def _score(loop: StageRun, prompt: Prompt, examples: Sequence[Any], tokens: Any, mask: Any
            ) -> Scored:
   """What the update needs of responses [P, G, T] besides their rewards."""
   run, programs, params = loop.run, loop.programs, loop.params
@@ -419,7 +494,7 @@ def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> d
   """What the objective's advantages want besides rewards and mask, on the device."""
   needs, more = loop.programs.objective.advantage_needs, {}
   if "components" in needs:
-    weights = [_verifier_weights(loop, example) for example in groups.examples]
+    weights = groups.weights
     # Whoever has judged stays, or every other set of verifiers would be another compilation.
     loop.verifiers |= {name for row in weights for name in row}
     nothing = np.full_like(groups.rewards, np.nan)
@@ -461,15 +536,18 @@ def _summary(loop: StageRun, drawn: list[Groups]) -> dict[str, float]:
   return {k: float(v) for k, v in values.items()}
 
 
-def _keep_rollouts(loop: StageRun, groups: Groups, advantages: np.ndarray) -> None:
-  """Writes some groups for the report."""
+def _keep_rollouts(loop: StageRun, groups: Groups, advantages: dict[int, np.ndarray]) -> None:
+  """Writes some groups for the report: of those that the first process has."""
+  if not parallel.is_first():
+    return
   lengths = groups.mask.sum(-1)
+  whole = [p for p, texts in enumerate(groups.texts) if texts is not None and p in advantages]
   kept = []
-  for p in range(min(loop.run.config.rollouts_kept, len(groups.examples))):
+  for p in whole[:loop.run.config.rollouts_kept]:
     kept.append((groups.examples[p], [
-        Sample(text=groups.texts[p][g], reward=float(groups.rewards[p, g]),
+        Sample(text=text, reward=float(groups.rewards[p, g]),
                components={k: float(v[p, g]) for k, v in groups.components.items()
                            if not np.isnan(v[p, g])},
-               advantage=float(advantages[p, g, 0]), length=int(lengths[p, g]))
-        for g in range(groups.rewards.shape[1])]))
+               advantage=float(advantages[p][g, 0]), length=int(lengths[p, g]))
+        for g, text in enumerate(groups.texts[p] or ())]))
   loop.run.rollouts.write(loop.run.step, loop.stage.kind, kept)

@@ -29,7 +29,7 @@ from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import make_sampler
 from jaxrl_vlm.stages.loading import load_model, model_path, trainable_of
 from jaxrl_vlm.stages.programs import Programs
-from jaxrl_vlm.types import Params
+from jaxrl_vlm.types import Params, Prompt
 
 # What the random key of an evaluation is for; far from the numbers of the stages' own purposes.
 _EVALUATION = 1000
@@ -37,6 +37,21 @@ _EVALUATION = 1000
 
 class Stopped(Exception):
   """The run was asked to stop and has saved; not an error."""
+
+  agreed = True  # all processes of the run stop at once
+
+
+class _Silent:
+  """Files and display of all processes but the first: whatever is called does nothing."""
+
+  def __getattr__(self, name: str) -> Callable:
+    return lambda *args, **kwargs: None
+
+  def __enter__(self) -> "_Silent":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    pass
 
 
 def source_spec(stage: ConfigDict, split: str) -> dict[str, Any]:
@@ -67,8 +82,9 @@ class Run:
     """`unreadable`: checkpoints to pass over, see `checkpoint.Unreadable`."""
     self.config, self.workdir = config, workdir
     self.mesh = parallel.make_mesh(config.mesh)
-    self.capacity = memory.SHARE * (
-        config.device_memory * memory.GIB or memory.capacity(self.mesh.local_devices[0]))
+    # What is planned with it must be the same in all processes.
+    self.capacity = memory.SHARE * (config.device_memory * memory.GIB or min(
+        parallel.gather(memory.capacity(self.mesh.local_devices[0]))))
     self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, unreadable)
     self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
     self.step: int = self.position["step"]
@@ -82,9 +98,13 @@ class Run:
         self.model.config, config.model.param_dtype, self.trainable)
     self.param_shardings = parallel.param_shardings(
         self.mesh, self.abstract_params, self.model.config.rules)
-    self.metrics = metrics_lib.MetricsWriter(workdir, start=self.step + 1 if self.step else 0)
-    self.rollouts = report.RolloutLog(workdir)
-    self.progress = metrics_lib.Progress(sum(s.steps for s in config.stages), config.log_every)
+    self.metrics: Any = _Silent()
+    self.rollouts: Any = _Silent()
+    self.progress: Any = _Silent()
+    if parallel.is_first():
+      self.metrics = metrics_lib.MetricsWriter(workdir, start=self.step + 1 if self.step else 0)
+      self.rollouts = report.RolloutLog(workdir)
+      self.progress = metrics_lib.Progress(sum(s.steps for s in config.stages), config.log_every)
     self.stop_signal = ""
     self.compilations = _count_compilations()
 
@@ -96,21 +116,28 @@ class Run:
 
   def _find_model(self) -> pathlib.Path:
     path, architecture = model_path(self.config, self.workdir), self.config.model.scratch
-    if architecture and not (path / "config.json").exists():  # written last
-      from jaxrl_vlm import scratch
 
-      scratch.create(path, architecture.to_dict(), self._some_texts(), self.config.seed)
+    def create():
+      if architecture and not (path / "config.json").exists():  # written last
+        from jaxrl_vlm import scratch
+
+        scratch.create(path, architecture.to_dict(), self._some_texts(), self.config.seed)
+
+    parallel.in_turn(create)
     return path
 
   def _some_texts(self, count: int = 4000) -> Iterator[str]:
     for stage in self.config.stages:
-      source = self.open_source(stage, "train")
+      source = self._open(stage, "train")
       for i in range(min(count, len(source))):
         example = source[i]
         yield from (example.question, example.target or example.answer)
 
   def open_source(self, stage: ConfigDict, split: str) -> sources.Source:
     """The stage's training examples, or its held-out questions with `eval.options` of their own."""
+    return parallel.in_turn(lambda: self._open(stage, split))  # one writes what is to be written
+
+  def _open(self, stage: ConfigDict, split: str) -> sources.Source:
     need = "target" if stage.kind == "sft" and split == "train" else "answer"
     return sources.open_source(source_spec(stage, split), split, need=need)
 
@@ -127,12 +154,36 @@ class Run:
     with validation():
       return [self.processor.encode(example, self.system) for example in examples]
 
+  def read(self, make: Callable[[], list[Example]], count: int
+           ) -> tuple[list[Any], list[Any], Prompt]:
+    """P prompts, each process reading those of its own rows.
+
+    Args:
+      make: examples of the rows `parallel.own_rows(mesh, P).here`.
+      count: P.
+
+    Returns:
+      examples and encoded, [P] with None for the rows of others, and the prompts on the mesh.
+
+    Raises:
+      UserError: in all processes, if one of them cannot read or encode an example.
+    """
+    def read():
+      examples = make()
+      return examples, self.encode(examples)
+
+    (examples, encoded), sizes = parallel.exchange(
+        read, lambda mine: self.processor.sizes(mine[1]))
+    rows = parallel.own_rows(self.mesh, count)
+    prompt = self.processor.collate(encoded, *map(max, zip(*sizes, strict=True)))
+    return rows.spread(examples), rows.spread(encoded), parallel.put_rows(self.mesh, prompt, rows)
+
   def random_key(self, purpose: int, *more: int) -> jax.Array:
     """A key that depends on the seed, the global step and the purpose, and on nothing else."""
     key = jax.random.key(self.config.seed)
     for number in (purpose, self.step, *more):
       key = jax.random.fold_in(key, number)
-    return key
+    return parallel.everywhere(self.mesh, key)
 
   @contextlib.contextmanager
   def running(self) -> Iterator[None]:
@@ -149,7 +200,7 @@ class Run:
       for number in (signal.SIGTERM, signal.SIGINT):
         old[number] = signal.signal(number, ask_to_stop)
     try:
-      with self.progress:
+      with self.progress, parallel.stopping_all():
         yield
     finally:
       for number, handler in old.items():
@@ -167,12 +218,14 @@ class StageRun:
       compares with them, else None.
     reference_is_base: adapters added nothing at the start: the reference has none.
     start: the step of this stage to begin with.
-    data: iterator of lists of P Examples.
+    rows: of the P prompts of a step, this process's.
+    data: iterator of lists of Examples, those of `rows`.
     pool: grades answers; None in a supervised stage that evaluates nothing.
     accuracy: the verifier that is called accuracy.
     generated_tokens: response tokens that the stage has generated so far; None if it never counted.
     ahead: state of `data` before the batch that is drawn ahead of its step, None if none is.
     verifiers: metric names of all that have had a weight in a reward of this stage.
+    stop: the signal that asked a process of the run to stop, as all of them know it.
   """
 
   def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool | None,
@@ -183,6 +236,7 @@ class StageRun:
     self.accuracy = self.stage.accuracy
     if self.stage.rewards and not self.accuracy:
       self.accuracy = rewards.metric_names(self.stage.rewards.to_dict())[0]
+    self.rows = parallel.own_rows(run.mesh, self.stage.prompts_per_step)
     self.data = data if data is not None else self._make_data()
     objective = programs.objective
     self.keep_reference = "ref" in (*objective.views, *objective.grad_views)
@@ -192,12 +246,13 @@ class StageRun:
     self._pending: tuple[int, Any, dict[str, float]] | None = None
     self._clock = time.monotonic()
     self._eval_rollout: Callable | None = None
-    self._eval_examples: list[Example] = []
+    self._eval_examples: Sequence[Example] = ()
     with validation(f"config.stages[{index}]: "):
       self._eval_sampling = evaluation_sampling(self.stage)
     self.generated_tokens: int | None = None
     self.ahead: Any = None
     self.verifiers: set[str] = set()
+    self.stop = ""
 
     position = run.position
     # From here on the stage has them: nothing else keeps a second copy alive.
@@ -236,7 +291,8 @@ class StageRun:
     stage = self.stage
     source = self.run.open_source(stage, "train")
     return pipeline.make_iterator(
-        source, batch_size=stage.prompts_per_step, seed=self.run.config.seed + self.index)
+        source, batch_size=stage.prompts_per_step, seed=self.run.config.seed + self.index,
+        rows=self.rows.here)
 
   def _restore(self) -> None:
     """The state, and the reference if there is one, from the newest checkpoint."""
@@ -261,6 +317,7 @@ class StageRun:
     while not self.ends(step):
       self._begun = step, self._data_state(), self.generated_tokens
       self.run.step += 1
+      self._agree_to_stop()
       yield step
       self._after_step(step)
       step += 1
@@ -271,9 +328,12 @@ class StageRun:
     """Of the data that no step has used."""
     return self.data.get_state() if self.ahead is None else self.ahead
 
+  def _agree_to_stop(self) -> None:
+    self.stop = next(filter(None, parallel.gather(self.run.stop_signal)), "")
+
   def saves(self, step: int) -> bool:
     """Whether a checkpoint follows the step that is being done, as far as is known."""
-    return bool(self.run.stop_signal or step + 1 >= self.stage.steps
+    return bool(self.stop or step + 1 >= self.stage.steps
                 or self.run.step % self.run.config.checkpoint.every == 0)
 
   def ends(self, done: int) -> bool:
@@ -343,7 +403,7 @@ class StageRun:
     last = self.ends(done)
     every = self.stage.eval.every
     evaluates = last or (every and done % every == 0)
-    stop = self.run.stop_signal  # one that comes from here on is for the next step
+    self._agree_to_stop()  # one that comes from here on is for the next step
     saves = last or self.saves(step)
     if evaluates or saves:
       # A run resumed from this checkpoint never comes back to this step's metrics.
@@ -351,9 +411,9 @@ class StageRun:
     accuracy = self._evaluate_and_log() if evaluates else None
     if saves:
       self._save(done, accuracy, self._data_state())
-    if stop and not (last and self.index == len(self.run.config.stages) - 1):
+    if self.stop and not (last and self.index == len(self.run.config.stages) - 1):
       self.run.checkpoints.wait()
-      raise Stopped(f"{stop}: stopped after step {self.run.step}")
+      raise Stopped(f"{self.stop}: stopped after step {self.run.step}")
 
   def _save(self, done: int, accuracy: float | None, data: Any) -> None:
     state: dict[str, Any] = {"train": self.state}
@@ -381,7 +441,7 @@ class StageRun:
     run = self.run
     if self._eval_rollout is None:
       source = run.open_source(self.stage, "test")
-      self._eval_examples = [source[i] for i in range(min(settings.examples, len(source)))]
+      self._eval_examples = _Some(source, min(settings.examples, len(source)))
       self._eval_rollout = make_sampler(
           run.model, run.mesh, self._eval_sampling, run.param_shardings,
           **run.config.rollout.to_dict(), room=self.programs.room,
@@ -402,6 +462,21 @@ class StageRun:
     run.progress.log(f"{self.stage.kind}  held-out after step {run.step}: {shown}")
     self._clock = time.monotonic()
     return result.metrics["accuracy"]
+
+
+class _Some(Sequence[Example]):
+  """The first examples of a source, each read when it is first asked for."""
+
+  def __init__(self, source: sources.Source, count: int):
+    self._read, self._count = functools.cache(source.__getitem__), count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: Any) -> Any:
+    if index not in range(self._count):
+      raise IndexError(index)
+    return self._read(index)
 
 
 def _copy(tree: Params) -> Params:

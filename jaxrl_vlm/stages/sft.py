@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrl_vlm import parallel
@@ -39,18 +41,34 @@ def train(run: Run, index: int) -> None:
     loop = StageRun(run, index, programs, pool)
     for _ in loop.steps():
       with loop.reading():
-        examples = next(loop.data)
-        prompt = run.processor.collate(run.encode(examples))
-        tokens, mask = collate_targets(run.processor, examples, stage.max_tokens)
+        examples, _, prompt = run.read(lambda: next(loop.data), loop.rows.count)
+        tokens, mask = _targets(run, loop.rows, examples, stage.max_tokens)
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)
       programs.check_update(
-          len(examples), prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:])
+          loop.rows.count, prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:])
       packing = programs.pack(mask)
-      prompt, tokens, experience = parallel.put_batch(run.mesh, (prompt, tokens, experience))
+      experience = parallel.put_batch(run.mesh, experience)
       loop.state, metrics = programs.update(
           loop.state, run.frozen, prompt, tokens, experience, run.random_key(0), None, packing)
       loop.log(metrics, {}, int(mask.sum()))
+
+
+def _targets(run: Run, rows: parallel.Rows, examples: list[Any], max_tokens: int
+             ) -> tuple[jax.Array, np.ndarray]:
+  """`collate_targets` of P examples, of which a process has those of its rows.
+
+  Tokens lie on the mesh; all processes have the mask.
+  """
+  def collate():
+    return collate_targets(run.processor, [examples[row] for row in rows.here], max_tokens)
+
+  (tokens, _), masks = parallel.exchange(
+      collate, lambda mine: {"rows": list(rows.here), "mask": mine[1]})
+  mask = np.zeros((rows.count, 1, max_tokens), bool)
+  for one in masks:
+    mask[one["rows"]] = one["mask"]
+  return parallel.put_rows(run.mesh, tokens, rows), mask
 
 
 def collate_targets(processor: Processor, examples: Sequence[Example], max_tokens: int
