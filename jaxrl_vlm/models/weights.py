@@ -295,7 +295,7 @@ def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
       index.unlink(missing_ok=True)
     hf = _with_dtype(json.loads(config.hf), params)
     write_file(path / "config.json", lambda f: f.write_text(json.dumps(hf, indent=2)))
-  if jax.process_count() > 1:
+  if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
     multihost_utils.sync_global_devices(f"saved {path}")
 
 
