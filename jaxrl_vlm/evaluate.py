@@ -92,7 +92,8 @@ def evaluate(
     # Grading of this batch goes on while the next is generated.
     try:
       with validation():
-        handles.append(pool.submit([examples[start + row] for row in here], answers))
+        if here:
+          handles.append(pool.submit([examples[start + row] for row in here], answers))
     except UserError as error:  # for all processes, at the end
       wrong.append(error)
 

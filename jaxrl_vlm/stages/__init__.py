@@ -25,7 +25,7 @@ KINDS = {"sft": sft.train, "rl": rl.train}
 # What a resumed run may set otherwise without becoming another run.
 MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.every",
               "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept",
-              "config.rollout.groups", "config.device_memory")
+              "config.rollout.groups", "config.device_memory", "config.mesh")
 
 
 def run_stage(run: Run, index: int) -> None:

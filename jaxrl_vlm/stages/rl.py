@@ -307,7 +307,8 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
     drawn.greedy = programs.rollout_greedy(loop.params, prompt, jax.random.key(0))
     mine = list(rows.owned)
     texts = texts_of(drawn.greedy.tokens[mine], drawn.greedy.mask[mine], run.processor)
-    drawn.greedy_grading = loop.pool.submit([examples[row] for row in mine], texts)
+    drawn.greedy_grading = loop.pool.begin(len(mine), 1)
+    drawn.greedy_grading.add(range(len(mine)), [examples[row] for row in mine], texts)
   return drawn
 
 

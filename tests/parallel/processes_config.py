@@ -1,0 +1,79 @@
+"""The config of runs of many processes: the RL stage of the tiny run, and what a test does to it.
+
+TEST is JSON: `config` (fields to set), `kill` ([process, seconds after its second step began]),
+`term` and `crash` ([process, number of the step]), `bad` ([process, number of the batch]).
+"""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+
+from jaxrl_vlm.config import override
+from tests import tiny_run
+
+
+def get_config():
+  asked = json.loads(os.environ.get("TEST", "{}"))
+  config = tiny_run.get_config()
+  _, rl = config.stages
+  rl.steps, rl.num_samples, rl.eval.examples, rl.objective.name = 4, 4, 6, "grpo"
+  rl.optimizer.learning_rate = 1e-4
+  config.stages = (rl,)
+  config.checkpoint.every, config.checkpoint.keep = 1, 10
+  config.log_every = 1
+  for field, value in asked.get("config", {}).items():
+    override(config, f"config.{field}", str(value))
+  _note_examples(asked.get("bad"))
+  _disturb(asked)
+  return config
+
+
+def _me() -> str:
+  return os.environ.get("JAX_PROCESS_ID", "0")
+
+
+def _note_examples(bad: list[int] | None) -> None:
+  """Writes what each process reads: batch, row and example, a line for each."""
+  from jaxrl_vlm.errors import UserError
+  from jaxrl_vlm.data import pipeline
+
+  following = pipeline.BatchIterator.__next__
+
+  def noted(self):
+    if bad and [_me(), self.given] == [str(bad[0]), bad[1]]:
+      raise UserError("example 'broken': its image does not decode")
+    batch, examples = self.given, following(self)
+    rows = range(len(examples)) if self._rows is None else self._rows
+    with open(pathlib.Path(os.environ["READ"]), "a") as file:
+      file.writelines(f"{batch} {row} {example.id}\n"
+                      for row, example in zip(rows, examples, strict=True))
+    return examples
+
+  pipeline.BatchIterator.__next__ = noted
+
+
+def _disturb(asked) -> None:
+  from jaxrl_vlm.stages.run import StageRun
+
+  steps = StageRun.steps
+  kill, term, crash = (asked.get(name) for name in ("kill", "term", "crash"))
+
+  def die(seconds):
+    time.sleep(seconds)
+    print(f"killed at {time.time()}", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  def disturbed(self):
+    for step in steps(self):
+      if kill and _me() == str(kill[0]) and step == 1:
+        threading.Thread(target=die, args=(kill[1],), daemon=True).start()
+      if term and [_me(), step] == [str(term[0]), term[1]]:
+        os.kill(os.getpid(), signal.SIGTERM)
+      if crash and [_me(), step] == [str(crash[0]), crash[1]]:
+        raise RuntimeError("a bug")
+      yield step
+
+  StageRun.steps = disturbed

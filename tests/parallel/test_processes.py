@@ -1,0 +1,302 @@
+"""Runs of many processes do what one process does, agree, and end together."""
+
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxrl_vlm import metrics
+from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.parallel import processes
+from tests import tiny_run
+
+STEPS = 4
+DAPO = {"stages[0].objective.name": "dapo", "stages[0].objective.max_tries": 3}
+
+
+class Ended(NamedTuple):
+  code: int
+  out: str
+  err: str
+  at: float
+
+
+def environment(index: int, count: int, devices: int, port: int, more: dict[str, Any], read: Any
+                ) -> dict[str, str]:
+  env = {name: value for name, value in os.environ.items()
+         if name not in processes._ENVIRONMENT}
+  env |= {
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # they compile in half the time
+      "TEST": json.dumps(more), "READ": str(read)}
+  if count > 1:
+    address = f"127.0.0.1:{port}"
+    env |= dict(zip(processes._ENVIRONMENT, (address, str(count), str(index)), strict=True))
+  return env
+
+
+def run(workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | None = None,
+        **more: Any) -> list[Ended]:
+  """Ends of `count` processes with so many devices each, all running the same command.
+
+  `more`: see `processes_config`; `each`: of single processes.
+  """
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  workdir.parent.mkdir(exist_ok=True)
+  logs = [workdir.parent / f"{workdir.name}.{i}" for i in range(count)]
+  started = []
+  for i, log in enumerate(logs):
+    mine = more | (each or {}).get(i, {})
+    with open(f"{log}.out", "w") as out, open(f"{log}.err", "w") as err:
+      started.append(subprocess.Popen(
+          [sys.executable, "-m", "jaxrl_vlm.train",
+           f"--config={pathlib.Path(__file__).with_name('processes_config.py')}",
+           f"--workdir={mine.pop('workdir', workdir)}"],
+          env=environment(i, count, devices, port, mine, f"{workdir}.read"), cwd=tiny_run.ROOT,
+          stdout=out, stderr=err))
+  ended: dict[int, float] = {}
+  try:
+    end = time.monotonic() + 400
+    while len(ended) < count and time.monotonic() < end:
+      time.sleep(0.1)
+      ended |= {i: time.time() for i, process in enumerate(started)
+                if i not in ended and process.poll() is not None}
+  finally:
+    for process in started:
+      process.kill()
+  return [Ended(process.wait(), pathlib.Path(f"{log}.out").read_text(),
+                pathlib.Path(f"{log}.err").read_text(), ended.get(i, float("inf")))
+          for i, (process, log) in enumerate(zip(started, logs, strict=True))]
+
+
+def finish(workdir: pathlib.Path, count: int, devices: int, **more: Any) -> list[Ended]:
+  ends = run(workdir, count, devices, **more)
+  assert [one.code for one in ends] == [0] * count, ends
+  return ends
+
+
+def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  return [{key: value for key, value in record.items() if not key.startswith("time/")}
+          for record in metrics.read(workdir)]
+
+
+def read(workdir: pathlib.Path) -> dict[tuple[int, int], str]:
+  """What was read as which row of which batch, by anyone; no row was ever another example."""
+  found: dict[tuple[int, int], str] = {}
+  for line in pathlib.Path(f"{workdir}.read").read_text().splitlines():
+    batch, row, example = line.split()
+    assert found.setdefault((int(batch), int(row)), example) == example
+  return found
+
+
+def texts(workdir: pathlib.Path) -> dict[tuple[int, str], Any]:
+  return {(step, group["id"]): [(s["text"], s["reward"]) for s in group["samples"]]
+          for path in (workdir / "rollouts").glob("step_*.jsonl")
+          for group in map(json.loads, path.read_text().splitlines())
+          for step in [group["step"]]}
+
+
+# Sums over devices of one process and of several are taken in another order. What is a difference
+# of nearly equal numbers, or of two policies that are one, is nothing but that.
+NOISE = ("objective/ref_kl", "objective/sampler_logp", "train/loss")
+
+
+def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
+  ours, theirs = records(workdir), records(alone)
+  assert [r.keys() for r in ours] == [r.keys() for r in theirs]
+  for a, b in zip(ours, theirs, strict=True):
+    for key, value in a.items():
+      if key.startswith("train/re") or key.startswith("eval/") or key.startswith("train/acc"):
+        assert value == b[key], (a["step"], key)  # tokens and rewards are the same
+      elif isinstance(value, float):
+        np.testing.assert_allclose(
+            value, b[key], rtol=1e-2, atol=1e-5 if key.startswith(NOISE) else 1e-7, err_msg=key)
+      else:
+        assert value == b[key], (a["step"], key)
+  seen = texts(workdir)
+  assert seen and seen.items() <= texts(alone).items()
+  assert read(workdir) == read(alone)
+  assert_same_model(workdir, alone)
+
+
+def assert_same_model(workdir: pathlib.Path, alone: pathlib.Path) -> None:
+  ours, theirs, start = (load_file(path / "model.safetensors") for path in (
+      workdir / "model", alone / "model", alone / "scratch"))
+  assert ours.keys() == theirs.keys()
+  # Adam divides by the gradient's size: where that is noise, so is the step, of at most the
+  # learning rate in each of STEPS.
+  moved = max(np.abs(theirs[name] - start[name]).max() for name in theirs)
+  apart = [np.abs(ours[name] - theirs[name]) for name in theirs]
+  assert max(a.max() for a in apart) < 0.2 * moved
+  assert max(a.mean() for a in apart) < 1e-3 * moved
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("alone") / "run"
+  finish(workdir, 1, 4)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+  """The uninterrupted run of two processes."""
+  workdir = tmp_path_factory.mktemp("two") / "run"
+  ends = finish(workdir, 2, 2)
+  # Only the first prints and writes.
+  assert "finished in" in ends[0].out and "finished" not in ends[1].out
+  return workdir
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(two, alone):
+  assert_same_run(two, alone)
+
+
+@pytest.mark.slow
+def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
+  alone, four = tmp_path / "alone", tmp_path / "four"
+  finish(alone, 1, 4, config=DAPO)
+  finish(four, 4, 1, config=DAPO)
+  assert max(r.get("train/tries", 0) for r in records(alone)) > 1  # rows moved
+  assert_same_run(four, alone)
+
+
+# -- Stopping together ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])  # process 0 is the coordinator
+def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, two, tmp_path):
+  workdir = tmp_path / "run"
+  ends = run(workdir, 2, 2, kill=[victim, random.Random(victim).uniform(0, 3)])
+  killed = re.search(r"killed at ([0-9.]+)", ends[victim].out)
+  assert killed and ends[victim].code == -signal.SIGKILL, ends
+  other = ends[1 - victim]
+  assert other.code not in (0, -signal.SIGKILL), other
+  assert other.at - float(killed[1]) < 60
+  host = re.escape(socket.gethostname())
+  assert re.search(rf"^process {victim} of 2 \(host {host}\)(, the coordinator,)? is gone; ",
+                   other.err, re.MULTILINE), other.err
+  assert not (workdir / "model").exists()
+
+  finish(workdir, 2, 2)
+  assert records(workdir) == records(two)
+  assert read(workdir) == read(two)
+  for name, value in load_file(workdir / "model" / "model.safetensors").items():
+    np.testing.assert_array_equal(
+        value, load_file(two / "model" / "model.safetensors")[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_and_other_processes_and_meshes_go_on(alone, tmp_path):
+  workdir = tmp_path / "run"
+  for count, devices, mesh, step in (
+      (2, 2, {}, 1), (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2)):
+    ends = run(workdir, count, devices, term=[count - 1, step], config=mesh)
+    assert [one.code for one in ends] == [0] * count, ends
+    assert f"SIGTERM: stopped after step {step + 1}; the same command continues." in ends[0].out
+    assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] and not (
+        workdir / "model").exists()
+  # Here two processes hold the same rows: `tensor` goes over both.
+  finish(workdir, 2, 2, config={"mesh.fsdp": 1, "mesh.tensor": 4})
+  assert [r["step"] for r in records(workdir) if "train/loss" in r] == [1, 2, 3, 4]
+  assert read(workdir) == read(alone)
+  assert_same_model(workdir, alone)
+
+
+@pytest.mark.slow
+def test_an_example_that_one_cannot_read_stops_all_after_what_is_done(two, tmp_path):
+  workdir = tmp_path / "run"
+  rarely = {"checkpoint.every": 50}
+  ends = run(workdir, 2, 2, bad=[1, 2], config=rarely)
+  assert [one.code for one in ends] == [2, 2], ends
+  message = "example 'broken': its image does not decode"
+  assert ends[0].err.splitlines()[-1] == f"process 1: {message}"
+  assert ends[1].err.splitlines()[-1] == message
+  assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["2"]
+  finish(workdir, 2, 2, config=rarely)
+  assert records(workdir) == records(two) and read(workdir) == read(two)
+
+
+@pytest.mark.slow
+def test_a_bug_in_one_process_ends_all_quickly(tmp_path):
+  began = time.monotonic()
+  ends = run(tmp_path / "run", 2, 2, crash=[1, 0])
+  assert [one.code for one in ends] == [1, 1], ends
+  assert "RuntimeError: a bug" in ends[1].err
+  assert re.search(r"^process 1 of 2 \(host .*\) stopped: RuntimeError: a bug; ", ends[0].err,
+                   re.MULTILINE), ends[0].err
+  assert abs(ends[0].at - ends[1].at) < 60 and time.monotonic() - began < 300
+
+
+@pytest.mark.slow
+def test_a_damaged_or_interrupted_checkpoint_is_read_by_nobody(two, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(two, workdir)
+  shutil.copy(f"{two}.read", f"{workdir}.read")
+  shutil.rmtree(workdir / "model")
+  checkpoints = workdir / "checkpoints"
+  shutil.copytree(checkpoints / "4", checkpoints / "5.orbax-checkpoint-tmp")
+  largest = max((p for p in (checkpoints / "4").rglob("*") if p.is_file()),
+                key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
+  ends = finish(workdir, 2, 2)
+  assert "the checkpoint of step 4 cannot be read" in ends[0].err
+  assert "cannot be read" not in ends[1].err
+  assert records(workdir) == records(two)
+  assert_same_model(workdir, two)
+
+
+def test_a_workdir_that_one_does_not_see_is_named(tmp_path):
+  ends = run(tmp_path / "run", 2, 1, each={1: {"workdir": str(tmp_path / "other")}})
+  assert [one.code for one in ends] == [2, 2], ends
+  line = (f"--workdir={tmp_path / 'run'}: process 1 of this run does not see what process 0 writes "
+          "there; expected a directory that all hosts share")
+  assert ends[0].err.splitlines()[-1] == line
+
+
+# -- Joining --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (("a:1", "2", ""), "JAX_PROCESS_ID: not set, but JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
+    (("a", "2", "1"), "JAX_COORDINATOR_ADDRESS='a': expected host:port of process 0"),
+    (("a:1", "2", "2"), "JAX_PROCESS_ID='2' and JAX_NUM_PROCESSES='2': expected 0 <= id < number"),
+    (("a:1", "two", "1"), "JAX_NUM_PROCESSES='two': expected 0 <= id < number"),
+])
+def test_an_incomplete_environment_is_one_line(given, message, monkeypatch):
+  for name, value in zip(processes._ENVIRONMENT, given, strict=True):
+    monkeypatch.setenv(name, value)
+  with pytest.raises(UserError, match=re.escape(message)):
+    processes.join_processes()
+
+
+def test_alone_there_is_nothing_to_join_and_everybody_agrees(monkeypatch):
+  for name in processes._ENVIRONMENT:
+    monkeypatch.delenv(name, raising=False)
+  processes.join_processes()
+  assert processes.gather({"a": 1.5}) == [{"a": 1.5}]
+  assert processes.exchange(lambda: 3, str) == (3, ["3"])
+  error = UserError("no")
+
+  def fail():
+    raise error
+
+  with pytest.raises(UserError) as raised:
+    processes.exchange(fail)
+  assert raised.value is error
