@@ -83,9 +83,10 @@ def evaluate(
     prompt = processor.collate(encoded, *map(max, zip(*sizes, strict=True)))
     result = rollout(
         params, parallel.put_rows(mesh, prompt, rows), jax.random.fold_in(key, start))
-    lengths.append(np.asarray(result.mask).sum(-1)[:last + 1 - start])
+    tokens, mask = np.asarray(result.tokens), np.asarray(result.mask)
+    lengths.append(mask.sum(-1)[:last + 1 - start])
     here = [row for row in rows.owned if start + row <= last]
-    answers = texts_of(result.tokens[here], result.mask[here], processor)
+    answers = texts_of(tokens[here], mask[here], processor)
     mine += [start + row for row in here]
     for row, answer in zip(here, answers, strict=True):
       texts[start + row] = answer
@@ -106,7 +107,7 @@ def evaluate(
             "total": [g.total for g in graded]}
 
   _, everyone = parallel.exchange(grade)
-  correct_each = np.zeros((len(examples), result.mask.shape[1]), np.float32)
+  correct_each = np.zeros((len(examples), mask.shape[1]), np.float32)
   total_each, skills = np.zeros_like(correct_each), np.full(len(examples), "", object)
   for one in everyone:
     which = one["which"]

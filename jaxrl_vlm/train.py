@@ -94,8 +94,9 @@ def _check_shared(workdir: pathlib.Path) -> None:
   if parallel.is_first():
     mark.unlink(missing_ok=True)
   if blind:
-    raise UserError(f"--workdir={workdir}: process {', '.join(blind)} of this run does not see what "
-                    "process 0 writes there; expected a directory that all hosts share")
+    raise UserError(
+        f"--workdir={workdir}: process {', '.join(blind)} of this run does not see what process 0 "
+        "writes there; expected a directory that all hosts share")
 
 
 def _save(run, workdir: pathlib.Path) -> str:

@@ -306,7 +306,8 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   if "baseline" in programs.objective.advantage_needs:
     drawn.greedy = programs.rollout_greedy(loop.params, prompt, jax.random.key(0))
     mine = list(rows.owned)
-    texts = texts_of(drawn.greedy.tokens[mine], drawn.greedy.mask[mine], run.processor)
+    tokens, mask = np.asarray(drawn.greedy.tokens), np.asarray(drawn.greedy.mask)
+    texts = texts_of(tokens[mine], mask[mine], run.processor)
     drawn.greedy_grading = loop.pool.begin(len(mine), 1)
     drawn.greedy_grading.add(range(len(mine)), [examples[row] for row in mine], texts)
   return drawn
@@ -418,8 +419,8 @@ def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
   def read() -> list[int]:
     for row in loop.rows.here:
       if groups.encoded[row] is None:
-        groups.examples[row] = loop.data.example(*groups.places[row])
-        groups.encoded[row] = loop.run.encode([groups.examples[row]])[0]
+        example = loop.data.example(*groups.places[row])
+        groups.examples[row], groups.encoded[row] = example, loop.run.encode([example])[0]
     return loop.run.processor.sizes(mine())
 
   def mine() -> list[Any]:

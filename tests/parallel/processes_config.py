@@ -37,8 +37,8 @@ def _me() -> str:
 
 def _note_examples(bad: list[int] | None) -> None:
   """Writes what each process reads: batch, row and example, a line for each."""
-  from jaxrl_vlm.errors import UserError
   from jaxrl_vlm.data import pipeline
+  from jaxrl_vlm.errors import UserError
 
   following = pipeline.BatchIterator.__next__
 
