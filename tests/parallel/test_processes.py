@@ -39,7 +39,6 @@ def environment(index: int, count: int, devices: int, port: int, more: dict[str,
          if name not in processes._ENVIRONMENT}
   env |= {
       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",  # they compile in half the time
       "TEST": json.dumps(more), "READ": str(read)}
   if count > 1:
     address = f"127.0.0.1:{port}"
