@@ -23,7 +23,7 @@ def get_config():
   rl.optimizer.learning_rate = 1e-4
   config.stages = (rl,)
   config.checkpoint.every, config.checkpoint.keep = 1, 10
-  config.log_every = 1
+  config.log_every, config.seed = 1, 3
   for field, value in asked.get("config", {}).items():
     override(config, f"config.{field}", str(value))
   _note_examples(asked.get("bad"))
