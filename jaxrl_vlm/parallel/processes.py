@@ -183,8 +183,10 @@ class _Together:
   def _end(self, reason: str) -> NoReturn:
     print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
           "from the last checkpoint", file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):
-      self._post(reason)
+    # The call would wait for a coordinator that is gone.
+    last_word = threading.Thread(target=self._post, args=(reason,), daemon=True)
+    last_word.start()
+    last_word.join(1.0)
     _exit()
 
   def _name_a_lost_coordinator(self) -> None:
