@@ -132,6 +132,7 @@ class _Together:
     self.address = str(state.coordinator_address)
     self.numbers = itertools.count()
     self.leaving, self.told = threading.Event(), False
+    self.error: BaseException | None = None  # that only this process has
     self.hosts: list[str] = [str(name) for name in self.gather(socket.gethostname())]
     if self.index:
       self._name_a_lost_coordinator()
@@ -181,6 +182,8 @@ class _Together:
       self._end(f"{self.name(errors[0])} stopped: {posted[errors[0]]}")
 
   def _end(self, reason: str) -> NoReturn:
+    if self.error is not None:  # the others are gone because of it
+      traceback.print_exception(self.error)
     print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
           "from the last checkpoint", file=sys.stderr, flush=True)
     # The call would wait for a coordinator that is gone.
@@ -225,6 +228,7 @@ class _Together:
         traceback.print_exception(error)
       _exit(2 if isinstance(error, UserError) else 1)
 
+    self.error = error
     with contextlib.suppress(Exception):
       self._post(text[:2000])
     threading.Thread(target=insist, daemon=True).start()
