@@ -219,7 +219,7 @@ def prompts(model: Model, patches: int, count: int) -> float:
   vision = model.config.vision
   tokens = patches // vision.spatial_merge_size**2
   features = tokens * model.config.hidden_size * model.item * (1 + len(vision.deepstack_layers))
-  return count * (4 * patches * vision.patch_dim + features)
+  return count * (model.item * patches * vision.patch_dim + features)
 
 
 def see(model: Model, patches: int, prompts: int) -> float:

@@ -155,6 +155,7 @@ class _Shapes:
     """Without visual tokens; so many rows for each prompt."""
     count = self.prompts * rows
     one = models.dummy_prompt(self.model, 1, self.length, self.patches)
+    one = dataclasses.replace(one, patches=one.patches.astype(jnp.dtype(self.model.dtype)))
     return jax.tree.map(lambda a: self.shape(a.dtype, count, *a.shape[1:]), one)
 
   def stats(self, full: bool = False) -> TokenStats:
@@ -257,10 +258,9 @@ class Plan:
       self.seen = jax.eval_shape(programs.see, self.abstract, self.prompt)
     self.one_prompt = size(self.seen, self.batch_at)
     # The prompts that are there: of this step, before dynamic sampling has chosen among them, of
-    # the step ahead. While a step draws, those of the one before still are.
+    # the step ahead.
     ahead = self.config.pipeline == "one_step_off"
     self.prompts_held = 1 + objective.filter_groups + ahead
-    self.before = 0.0 if ahead else self.one_prompt
     self.masked_rows = 0
     if "masked" in views and objective.mask_on == "original":
       random = objective.mask_kind in ("patches", "noise") and objective.mask_per == "sample"
@@ -339,7 +339,7 @@ class Plan:
     yield Piece(
         "see", "see", lambda: programs.see.lower(self.abstract, self.prompt),
         times=1 + programs.objective.filter_groups, flops=count, kernels=self._of_frames(),
-        alive=self._others("parameters", prompts=1) + self.before,
+        alive=self._others("parameters", prompts=1),
         places={0: self.params_at, 1: self.batch_at}, shares=self._tower())
 
   def _rollouts(self) -> Iterator[Piece]:
@@ -381,7 +381,7 @@ class Plan:
         "decode": prompts * flops.responses(self.model, [self.mean] * group, length)
                   / max(runs["decode"], 1)}
     kernels = rows * admitted * self._of_prompt()
-    here = self._others("parameters") + self.before
+    here = self._others("parameters")
     given = self.one_prompt if own else 0
     places: dict[str, dict[int, Any]] = {
         "reshard": {0: self.params_at, 1: self.batch_at},

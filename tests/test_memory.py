@@ -193,8 +193,8 @@ def test_scores_of_packed_responses_by_hand(config):
 
 
 def test_prompts_by_hand(config):
-  # 1,176 numbers of 4 bytes for a patch; 2,048 of 2 bytes for 4 of them.
-  assert memory.prompts(memory.Model(config), 4096, 3) == 3 * (4096 * 1176 * 4 + 1024 * 2048 * 2)
+  # 1,176 numbers of 2 bytes for a patch; 2,048 for 4 of them.
+  assert memory.prompts(memory.Model(config), 4096, 3) == 3 * 2 * (4096 * 1176 + 1024 * 2048)
 
   def need(devices, **fields):
     mesh = parallel.make_mesh({"fsdp": devices, "tensor": 1}, jax.devices()[:devices])

@@ -59,11 +59,11 @@ class VLM(nn.Module):
 
     The prefix stops before the last prompt token: that one opens every response stream.
     """
-    x = self.embed(prompt.tokens)
+    features = self.see(prompt).features
+    x = self.embed(parallel.after(self.config.mesh, prompt.tokens, features))
     index = prompt.feature_index
     is_image = index >= 0
     deepstack = None
-    features = self.see(prompt).features
     if features is not None:
       def placed(features):
         taken = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
@@ -105,7 +105,7 @@ class VLM(nn.Module):
     def of_samples(a):  # [rows] -> [rows, P·G / rows, 1]
       return jnp.broadcast_to(a.reshape(rows, 1, 1), (rows, p * g // rows, 1))
 
-    tokens = tokens.reshape(rows, -1, t)
+    tokens = parallel.after(self.config.mesh, tokens.reshape(rows, -1, t), prefix)
     inputs = jnp.concatenate([of_samples(last), tokens[..., :-1]], axis=-1)
     at = of_samples(prompt.next_position - 1) + jnp.arange(t)
     places = None

@@ -293,6 +293,7 @@ class Programs:
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
              packing: Packing | None = None) -> TokenStats:
     prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
+    params = parallel.after(self.mesh, params, prompt)
     stats = self._scored("", {"": (params, prompt)}, tokens, mask, packing)
     return self._ordered(packing, stats, back=True)
 
@@ -373,7 +374,11 @@ class Programs:
     """
     if isinstance(source, Prompt):
       return source
-    key = source.reshape(-1)
+    masked = self._masked(source.reshape(-1), params, dataclasses.replace(
+        prompt, patches=prompt.patches.astype(jnp.float32)), group)
+    return dataclasses.replace(masked, patches=masked.patches.astype(prompt.patches.dtype))
+
+  def _masked(self, key: Array, params, prompt: Prompt, group: int) -> Prompt:
     objective, vision = self.objective, self.model.config.vision
     black, white = self.black, self.white
     shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
@@ -419,6 +424,7 @@ class Programs:
 
   def _score_masked(self, params, prompt, tokens, mask, source, packing=None) -> TokenStats:
     prompt, tokens, mask, source = self._with_source(packing, (prompt, tokens, mask), source)
+    params = parallel.after(self.mesh, params, prompt)
     sides = {"masked": (params, self._corrupted(source, params, prompt, tokens.shape[1]))}
     if "masked" in self.objective.full_kl:
       sides[""] = params, prompt
@@ -427,6 +433,7 @@ class Programs:
 
   def _score_reference(self, params, reference, prompt, tokens, mask, packing=None) -> TokenStats:
     prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
+    params, reference = parallel.after(self.mesh, (params, reference), prompt)
     sides = {"": (params, prompt), "ref": (reference, prompt)}
     stats = self._scored("ref", sides, tokens, mask, packing)
     return self._ordered(packing, stats, back=True)
@@ -570,10 +577,10 @@ class Programs:
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
-    if "masked" not in self.objective.grad_views:
-      # All that the tower does with them; they weigh more than anything else that goes round.
-      prompt = dataclasses.replace(prompt, patches=prompt.patches.astype(self.model.config.dtype))
     batch = self._with_source(packing, (prompt, tokens, experience), source)
+    frozen, reference, given = parallel.after(
+        self.mesh, (frozen, reference, state.params), batch[0])
+    state = dataclasses.replace(state, params=given)
     if packing is not None:
       packing = dataclasses.replace(packing, order=None)
     if self.minibatches == 1:

@@ -191,6 +191,8 @@ def train(run: Run, index: int) -> None:
           run.random_key(_UPDATE) if scored.masked is None else scored.masked, reference,
           scored.packing)
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
+      # The next step draws with as much memory as the first.
+      del now, prompt, scored, experience, views, mask, rewards, logp, truncated
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
         _keep_rollouts(loop, groups, parallel.taken(advantages))
 
@@ -428,8 +430,7 @@ def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
 
   with loop.reading():
     _, sizes = parallel.exchange(read)
-    prompt = loop.run.processor.collate(mine(), *map(max, zip(*sizes, strict=True)))
-    return _seen(loop, parallel.put_rows(loop.run.mesh, prompt, loop.rows))
+    return _seen(loop, loop.run.place(mine(), sizes, loop.rows))
 
 
 def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:

@@ -2,6 +2,7 @@
 around a training step (metrics, checkpoints, evaluation, stopping)."""
 
 import contextlib
+import dataclasses
 import functools
 import pathlib
 import signal
@@ -175,8 +176,17 @@ class Run:
     (examples, encoded), sizes = parallel.exchange(
         read, lambda mine: self.processor.sizes(mine[1]))
     rows = parallel.own_rows(self.mesh, count)
+    return rows.spread(examples), rows.spread(encoded), self.place(encoded, sizes, rows)
+
+  def place(self, encoded: Sequence[EncodedPrompt], sizes: Sequence[Sequence[int]],
+            rows: parallel.Rows) -> Prompt:
+    """Encoded prompts of the rows `here` on the mesh; `sizes`: `processor.sizes` of each process.
+
+    Patches go as the tower takes them, in the dtype of activations.
+    """
     prompt = self.processor.collate(encoded, *map(max, zip(*sizes, strict=True)))
-    return rows.spread(examples), rows.spread(encoded), parallel.put_rows(self.mesh, prompt, rows)
+    patches = prompt.patches.astype(jnp.dtype(self.model.config.dtype))
+    return parallel.put_rows(self.mesh, dataclasses.replace(prompt, patches=patches), rows)
 
   def random_key(self, purpose: int, *more: int) -> jax.Array:
     """A key that depends on the seed, the global step and the purpose, and on nothing else."""
