@@ -35,7 +35,7 @@ _GIB = 2**30
 
 def cases() -> list[tuple[str, str]]:
   """(model, slice) by importance: some, then the middle sizes of every generation, then all."""
-  from jaxrl_vlm import roofline
+  from jaxrl_vlm.planning import roofline
 
   every = [(abs(i - 3), model, where.name) for model in MODELS for generation in GENERATIONS
            for i, where in enumerate(roofline.slices(roofline.CHIPS[generation]))]
@@ -57,7 +57,7 @@ def compiled(model: str, name: str, cache: pathlib.Path) -> dict:
 
   Called within `plan.compiler()`.
   """
-  from jaxrl_vlm import roofline
+  from jaxrl_vlm.planning import roofline
 
   where, request = roofline.find_slice(name), plan.Request(config_of(model), cache=cache)
   found: list[dict] = []
@@ -77,7 +77,8 @@ def _state(request: plan.Request, where) -> float:
   """Bytes of parameters and optimizer on a chip, if all chips share them evenly."""
   import jax
 
-  from jaxrl_vlm import models, step
+  from jaxrl_vlm import models
+  from jaxrl_vlm.planning import step
 
   shapes = models.abstract_params(step.architecture(copy.deepcopy(request.config)))
   return 12 * sum(x.size for x in jax.tree.leaves(shapes)) / where.chips

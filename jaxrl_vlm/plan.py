@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxrl_vlm import config as config_lib
-from jaxrl_vlm.compiled import Request, compiler, plan_stage, prepare, say, topology
 from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.planning.compiled import Request, compiler, plan_stage, prepare, say, topology
 
 ABOUT = ("Compiles every program of a config for a TPU topology, on a machine without a TPU: "
          "memory on each chip, and the least time of a step.")
@@ -63,7 +63,7 @@ def complaint(request: Request, result: dict[str, Any], where: Any) -> str:
 
 def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], where: Any) -> str:
   """Which one field saves most, by the formulas of memory.py."""
-  from jaxrl_vlm import roofline
+  from jaxrl_vlm.planning import roofline
 
   index, name = result["stage"], worst["program"]
   name = "rollout" if worst["part"] == "rollout" else name
@@ -79,7 +79,7 @@ def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], wher
   larger = [s for s in roofline.slices(where.chip) if s.chips > where.chips]
   for bigger in larger[:1]:
     with contextlib.suppress(UserError):
-      fitted = _fitted(request.config, index, bigger.chips)
+      fitted = _fitted(request.config, index, bigger)
       more = before - _formula(fitted, request, index, bigger, name)
       text += f"; {bigger.name} {more / _GIB:.1f} GiB"
   return text
@@ -87,7 +87,8 @@ def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], wher
 
 def _formula(config: Any, request: Request, index: int, where: Any, name: str) -> float:
   """Bytes on a chip while the program of this name runs, or for "rollout" any of a rollout's."""
-  from jaxrl_vlm import memory, step
+  from jaxrl_vlm import memory
+  from jaxrl_vlm.planning import step
 
   model = step.architecture(config)
   length, patches = step.buckets(config, model, request.length, request.patches)
@@ -97,12 +98,13 @@ def _formula(config: Any, request: Request, index: int, where: Any, name: str) -
   if name == "rollout":
     sampler = programs.rollout
     groups = sampler.groups_at_once(shapes.prompts, length)
-    return holds + sampler.need(groups, shapes.prompts, length)
+    return holds + sampler.copied + sampler.need(groups, shapes.prompts, length)
   if name.startswith("score"):
     rows = plan.rows_of("masked" if name == "score_masked" else "")
     here = shapes.prompts // (programs.minibatches * programs.microbatches * plan.rows)
     return holds + memory.score(memory.Model(plan.model, plan.mesh.shape["tensor"]), length,
-                                here * rows, shapes.tokens, programs.part_tokens)
+                                here, rows, shapes.tokens,
+                                programs.part_of(shapes.tokens, here * shapes.group))
   return holds + programs.update_bytes(
       shapes.prompts, length, patches, shapes.group, shapes.tokens)
 
@@ -121,7 +123,12 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
   def set_mesh(c, tensor):
     c.mesh.fsdp, c.mesh.tensor = -1, tensor
 
+  tensor = 2 * result["mesh"]["tensor"]
   if name == "rollout":
+    shared = max(2 * config.rollout.tensor, 2 * tensor)
+    if config.rollout.tensor and where.chips % shared == 0:
+      yield (f"config.rollout.tensor={shared}",
+             changed(lambda c: setattr(c.rollout, "tensor", shared)))
     groups = (result["groups_at_once"] or 0) // 2
     if groups:
       yield (f"config.rollout.groups={groups}",
@@ -142,7 +149,9 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
              changed(lambda c: setattr(c.stages[index], "part_tokens", half)))
     if name == "update" and config.model.remat != "full":
       yield "config.model.remat=full", changed(lambda c: setattr(c.model, "remat", "full"))
-  tensor = 2 * result["mesh"]["tensor"]
+    if stage.optimizer.moments == "float32":
+      yield (f"config.stages[{index}].optimizer.moments=host",
+             changed(lambda c: setattr(c.stages[index].optimizer, "moments", "host")))
   if where.chips % tensor == 0:
     yield f"config.mesh.tensor={tensor}", changed(lambda c: set_mesh(c, tensor))
 
@@ -150,13 +159,18 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
 # -- Search ---------------------------------------------------------------------------------------
 
 
-def _fitted(config: Any, index: int, chips: int, tensor: int = 0) -> Any:
-  """The config for so many chips: as many microbatches as set, or else as its prompts allow.
+def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
+  """The config for a slice: as many microbatches as set, or else as its prompts allow.
+
+  Where rollouts have a layout of their own, as many chips as set share the weights, or more, so
+  that these leave two thirds of a chip to other things.
 
   Raises:
     UserError: its prompts cannot be split over so many.
   """
-  tensor = tensor or config.mesh.tensor
+  from jaxrl_vlm.planning import step
+
+  chips, tensor = where.chips, tensor or config.mesh.tensor
   rows, stage = chips // tensor, config.stages[index]
   each, rest = divmod(stage.prompts_per_step // stage.get("minibatches", 1), rows)
   if rest or not each:
@@ -165,6 +179,12 @@ def _fitted(config: Any, index: int, chips: int, tensor: int = 0) -> Any:
         f"{rows} rows of chips in {stage.get('minibatches', 1)} minibatches")
   other = copy.deepcopy(config)
   other.mesh.slice, other.mesh.fsdp, other.mesh.tensor = 1, rows, tensor
+  if config.rollout.tensor:
+    weights = step.weights(step.architecture(config))
+    least = min(max(tensor, config.rollout.tensor), chips)
+    shares = [n for n in range(tensor, chips + 1, tensor) if chips % n == 0 and n >= least]
+    other.rollout.tensor = next(
+        (n for n in shares if weights / n <= where.chip.memory / 3), shares[-1])
   other.stages[index].microbatches = max(
       n for n in range(1, each + 1) if each % n == 0 and n <= max(stage.microbatches, 1))
   return other
@@ -176,14 +196,14 @@ def meshes(request: Request, index: int, where: Any) -> list[tuple[int, Request]
   The formulas are within a factor of two of the compiler: what would not fit at half of what they
   say is left out.
   """
-  from jaxrl_vlm import step
+  from jaxrl_vlm.planning import step
 
   model, found = step.architecture(request.config), []
   for tensor in (1, 2, 4, 8, 16):
     if where.chips % tensor or model.num_heads % tensor:
       continue
     with contextlib.suppress(UserError):
-      config = _fitted(request.config, index, where.chips, tensor)
+      config = _fitted(request.config, index, where, tensor)
       length, patches = step.buckets(config, model, request.length, request.patches)
       plan = step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
                        request.response_tokens)
@@ -202,7 +222,7 @@ def smallest(request: Request, index: int, chip: Any) -> tuple[Any, dict[str, An
   Raises:
     UserError: there is none.
   """
-  from jaxrl_vlm import roofline
+  from jaxrl_vlm.planning import roofline
 
   for where in roofline.slices(chip):
     for tensor, asked in meshes(request, index, where):
@@ -328,7 +348,7 @@ def main(args: Any) -> None:
   if not args.config.stages:
     raise UserError("config.stages=(): expected at least one stage")
   prepare()
-  from jaxrl_vlm import roofline
+  from jaxrl_vlm.planning import roofline
 
   chip = roofline.find_chip(args.topology) if search and ":" not in args.topology else None
   where = None if chip is not None else roofline.find_slice(args.topology)

@@ -12,12 +12,11 @@ ROOT = pathlib.Path(__file__).parent.parent / PACKAGE
 # From the top down. A part is a module or a subpackage of jaxrl_vlm; a new one needs a place here.
 LAYERS = (
   {"train", "plan", "convert", "view"},  # entry points: nothing imports them
-  {"compiled"},
-  {"step"},
+  {"planning"},
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},
   {"objectives", "models", "rewards", "data", "checkpoint", "metrics", "views",
-   "packing", "flops", "memory", "roofline"},
+   "packing", "flops", "memory"},
   {"types", "config", "parallel"},
   {"example", "errors", "hf_config"},
 )

@@ -12,11 +12,12 @@ import types
 import pytest
 
 from benchmarks import plan as benchmark
-from jaxrl_vlm import compiled, flops, models, plan, roofline, step
 from jaxrl_vlm import config as config_lib
+from jaxrl_vlm import flops, models, plan
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.models.published import CONFIGS
-from jaxrl_vlm.parallel.hlo import Cost
+from jaxrl_vlm.planning import compiled, roofline, step
+from jaxrl_vlm.planning.hlo import Cost
 from jaxrl_vlm.rollout.schedule import Layout
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,6 +42,7 @@ def get_config():
           "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
           "fullatt_block_indexes": (1,)}}
   c.prompt_buckets, c.patch_buckets = (256,), (256,)
+  c.rollout.tensor = 2
   stage = base.rl()
   stage.steps, stage.prompts_per_step, stage.num_samples, stage.max_tokens = 1, 8, 2, 256
   stage.objective.name = "vppo"
@@ -49,8 +51,8 @@ def get_config():
   c.stages = (stage,)
   return c
 """
-PROGRAMS = ["init_state", "see", "admit", "decode", "move", "score", "score_masked", "advantages",
-            "compare", "update"]
+PROGRAMS = ["init_state", "see", "reshard", "admit", "decode", "move", "score", "score_masked",
+            "advantages", "compare", "update"]
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ def _chunk(cells: Cells) -> dict[str, Array]:
 class Sampler:
   """(params, prompt, key) -> Rollout, for one model, mesh and way of sampling.
 
-  `mesh`, `params_at` and `batch_at` are where parameters and prompts lie while it draws.
+  `mesh`, `params_at` and `batch_at` are where parameters and prompts lie while it draws, `copied`
+  how many bytes on each device the parameters are besides those that it is given.
 
   What is drawn for a sample depends on the key, on its number in the batch and on its own tokens:
   neither on the chunk nor on what else is decoded beside it.
@@ -98,15 +99,15 @@ class Sampler:
     for name, value, least in (("chunk", chunk, 1), ("groups", groups, 0)):
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
-    batch, self.reshard = parallel.batch_sharding(mesh), None
+    batch, self.reshard, self.copied = parallel.batch_sharding(mesh), None, 0
     if tensor:
       given, mesh = (param_shardings, batch), parallel.with_tensor(mesh, tensor)
       model = model.on(mesh, parallel.ROLLOUT_RULES)
       shapes = models.abstract_params(model.config, model.config.dtype)
       param_shardings = parallel.param_shardings(mesh, shapes, parallel.ROLLOUT_RULES)
       batch = parallel.batch_sharding(mesh)
-      # Besides those of training.
-      room = room and max(room - memory.held(shapes, param_shardings), 1.0)
+      self.copied = memory.held(shapes, param_shardings)
+      room = room and max(room - self.copied, 1.0)
 
       def resharded(params, prompt):
         cast = jax.tree.map(lambda a, like: a.astype(like.dtype), params, shapes)

@@ -191,7 +191,7 @@ class Programs:
     devices = parallel.rows(self.mesh)
     here = prompts // (self.minibatches * count * devices)
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
-    part = self._part(tokens, here * group)
+    part = self.part_of(tokens, here * group)
 
     def rows(view):
       return group if view == "masked" and objective.mask_per == "sample" else 1
@@ -211,7 +211,7 @@ class Programs:
     # there twice.
     return max(4 * given, 2 * given + working)
 
-  def _part(self, tokens: int, responses: int) -> int:
+  def part_of(self, tokens: int, responses: int) -> int:
     """Response tokens that pass through the model together on each device.
 
     Where a batch is small, so are its parts: the last one is half empty on average.
@@ -255,7 +255,7 @@ class Programs:
     p, g, t = mask.shape
     splits, devices = self.minibatches * self.microbatches, parallel.rows(self.mesh)
     here = p // splits // devices * g
-    room = self._part(t, here)
+    room = self.part_of(t, here)
     size, tile = block_shape(t, attention.answers(self.model.config, room))
     each = -(-t // size)
     room = -(-max(room // size, each) // tile) * tile

@@ -23,7 +23,6 @@ from jaxrl_vlm.parallel import processes
 from tests import tiny_run
 
 STEPS = 4
-DAPO = {"stages[0].objective.name": "dapo", "stages[0].objective.max_tries": 3}
 
 
 class Ended(NamedTuple):
@@ -168,9 +167,13 @@ def test_two_processes_are_as_one(two, alone):
 
 @pytest.mark.slow
 def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
+  # Half of the groups, of two samples each, are of one mind.
+  (tmp_path / "odd.py").write_text("def odd(example, text):\n  return len(text) % 2\n")
+  dapo = {"stages[0].objective.name": "dapo", "stages[0].objective.max_tries": 3,
+          "stages[0].num_samples": 2, "stages[0].rewards": {f"{tmp_path / 'odd.py'}:odd": 1.0}}
   alone, four = tmp_path / "alone", tmp_path / "four"
-  finish(alone, 1, 4, config=DAPO)
-  finish(four, 4, 1, config=DAPO)
+  finish(alone, 1, 4, config=dapo)
+  finish(four, 4, 1, config=dapo)
   assert max(r.get("train/tries", 0) for r in records(alone)) > 1  # rows moved
   assert_same_run(four, alone)
 

@@ -48,7 +48,7 @@ class Piece:
     places: by number of the argument, where what outlives the program lies: it counts also where
       the program has no use for all of it.
     steps: how often its loops run whose length the data decide.
-    shares: how often the branches of its conditions are taken (`parallel.hlo`).
+    shares: how often the branches of its conditions are taken (`planning.hlo`).
   """
 
   name: str
@@ -115,6 +115,12 @@ def architecture(config: ConfigDict) -> models.ModelConfig:
   with validation():
     return found.replace(
         lora=lora_of(config), rules=parallel.rules_of(config.sharding.to_dict()))
+
+
+def weights(model: models.ModelConfig) -> float:
+  """Bytes of all parameters in the dtype of activations."""
+  return sum(x.size * x.dtype.itemsize
+             for x in jax.tree.leaves(models.abstract_params(model, model.dtype)))
 
 
 def frame(model: models.ModelConfig, patches: int) -> flops.Frame:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from jaxrl_vlm.parallel import hlo
+from jaxrl_vlm.planning import hlo
 
 
 def shape(*sizes, dtype=jnp.float32):

@@ -103,7 +103,7 @@ def compile_piece(piece: Any, where: Any, request: Request) -> dict[str, Any]:
   """Memory and cost of one program: compiled, or from the cache."""
   import jax
 
-  from jaxrl_vlm.parallel import hlo
+  from jaxrl_vlm.planning import hlo
 
   began = time.monotonic()
   lowered = piece.lower()
@@ -178,7 +178,7 @@ def plan_stage(request: Request, index: int, where: Any, all_of_it: bool = True)
     where: `roofline.Slice`.
     all_of_it: otherwise the first program that does not fit ends it.
   """
-  from jaxrl_vlm import step
+  from jaxrl_vlm.planning import step
 
   model = step.architecture(request.config)
   devices = topology(where)
@@ -217,8 +217,8 @@ def topology(where: Any) -> Sequence[Any]:
 
 
 def _row(piece: Any, result: dict[str, Any], where: Any) -> dict[str, Any]:
-  from jaxrl_vlm import roofline
-  from jaxrl_vlm.parallel.hlo import Cost
+  from jaxrl_vlm.planning import roofline
+  from jaxrl_vlm.planning.hlo import Cost
 
   peak = result["needs"] + result["unused"] + piece.alive
   row = {

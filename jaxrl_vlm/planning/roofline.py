@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 from jaxrl_vlm.errors import UserError, hint
-from jaxrl_vlm.parallel.hlo import Cost
+from jaxrl_vlm.planning.hlo import Cost
 
 GIB = 2**30
 
