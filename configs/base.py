@@ -67,7 +67,8 @@ def optimizer() -> ConfigDict:
   c.weight_decay = 0.01  # decoupled, times the learning rate
   c.clip_norm = 1.0  # global gradient norm
   # Of AdamW: "float32"; "bfloat16", half the memory, rounded up or down at random so that small
-  # changes add up; "host": float32 in the hosts' memory, which every update fetches and returns.
+  # changes add up; "host": float32 in the hosts' memory, which every update fetches, when
+  # there is little else on the devices, and returns.
   c.moments = "float32"
   return c
 
@@ -87,7 +88,7 @@ def _common(kind: str) -> ConfigDict:
   c = ConfigDict()
   c.kind = kind  # "sft" or "rl"
   c.steps = 0  # at least 1; of RL: rollouts
-  c.prompts_per_step = 0  # P; a multiple of mesh.slice x mesh.fsdp x microbatches
+  c.prompts_per_step = 0  # P; a multiple of mesh.slice x mesh.fsdp x microbatches x minibatches
   c.max_tokens = 256  # T, the most tokens of a response
   c.data = data()
   c.optimizer = optimizer()

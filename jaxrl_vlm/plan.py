@@ -170,7 +170,7 @@ def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
   """
   from jaxrl_vlm.planning import step
 
-  chips, tensor = where.chips, tensor or config.mesh.tensor
+  chips, tensor = where.chips, tensor or max(config.mesh.tensor, 1)
   rows, stage = chips // tensor, config.stages[index]
   each, rest = divmod(stage.prompts_per_step // stage.get("minibatches", 1), rows)
   if rest or not each:

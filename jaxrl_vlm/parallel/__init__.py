@@ -18,22 +18,24 @@ from jaxrl_vlm.parallel.mesh import (
     split_over,
     with_tensor,
 )
-from jaxrl_vlm.parallel.platform import cache_compilations, choose_platform
-from jaxrl_vlm.parallel.processes import (
+from jaxrl_vlm.parallel.placement import (
     Rows,
     everywhere,
+    own_rows,
+    put,
+    put_batch,
+    put_rows,
+    taken,
+)
+from jaxrl_vlm.parallel.platform import cache_compilations, choose_platform
+from jaxrl_vlm.parallel.processes import (
     exchange,
     gather,
     in_turn,
     is_first,
     join_processes,
     leave_processes,
-    own_rows,
-    put,
-    put_batch,
-    put_rows,
     stopping_all,
-    taken,
 )
 
 __all__ = ["AXES", "ROLLOUT_RULES", "ROWS", "RULES", "Rows", "Rules", "after", "batch_sharding",

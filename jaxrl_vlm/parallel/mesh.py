@@ -135,11 +135,13 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Spec:
   for pattern, names in _LOGICAL:
     if re.search(rf"(^|/){pattern}$", path):
       taken: list[str] = []
-      spec: list[Any] = [None] * (len(shape) - len(names))
-      for name, size in zip(names, shape[len(spec):], strict=True):
+      spec: list[Any] = [None] * len(shape)
+      first = len(shape) - len(names)
+      for i in sorted(range(len(names)), key=lambda i: names[i] != "vocab"):  # it chooses first
+        name, size = names[i], shape[first + i]
         axes = split_over(mesh, rules, name, size, taken) if name else ()
         taken += axes
-        spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+        spec[first + i] = axes if len(axes) > 1 else axes[0] if axes else None
       return Spec(*spec)
   return Spec()
 
@@ -187,16 +189,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
   """Rows [P, ...] of arrays that are split as `batch_sharding` says, in another order i32[P].
 
-  Shards go round in a ring: no device ever holds all of them.
+  None goes from one slice to another. Within a slice shards go round in a ring: no device ever
+  holds all of them.
   """
-  size = rows(mesh)
-  if size == 1:
+  size = mesh.shape["fsdp"]
+  if rows(mesh) == 1:
     return jax.tree.map(lambda a: jnp.take(a, order, axis=0), tree)
 
   def local(order, tree):
-    here = len(order) // size
-    me = jax.lax.axis_index(ROWS)
-    mine = jax.lax.dynamic_slice_in_dim(order, me * here, here)
+    here = len(order) // rows(mesh)
+    me, first = jax.lax.axis_index("fsdp"), jax.lax.axis_index("slice") * size * here
+    mine = jax.lax.dynamic_slice_in_dim(order, first + me * here, here) - first
 
     def take(into, shards, i):  # `shards` of the device i places further
       at = mine - (me + i) % size * here
@@ -211,7 +214,7 @@ def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
     def step(i, state):
       taken, passing = state
       passing = jax.lax.ppermute(
-          passing, ROWS, [(source, (source - 1) % size) for source in range(size)])
+          passing, "fsdp", [(source, (source - 1) % size) for source in range(size)])
       return take(taken, passing, i), passing
 
     return jax.lax.fori_loop(1, size, step, (take(tree, tree, 0), tree))[0]

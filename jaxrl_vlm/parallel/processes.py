@@ -9,8 +9,6 @@ All processes make the same calls of `gather` and `exchange` in the same order, 
 
 import contextlib
 import ctypes
-import dataclasses
-import functools
 import itertools
 import os
 import re
@@ -25,12 +23,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import numpy as np
 from flax import serialization
-from jax.sharding import Mesh
 
 from jaxrl_vlm.errors import UserError, one_line
-from jaxrl_vlm.parallel.mesh import batch_sharding
 
 HEARTBEAT_SECONDS = 20  # a process that is silent for so long is taken for lost
 _GRACE_SECONDS = 5  # for a process to end with an error of its own before another's ends it
@@ -54,7 +49,10 @@ def join_processes() -> None:
     UserError: only some of the variables are set, or not to what they should be.
   """
   global _together
-  if _together is not None or jax.distributed.is_initialized():
+  if _together is not None:
+    return
+  if jax.distributed.is_initialized():  # by somebody else
+    _together = _Together() if jax.process_count() > 1 else None
     return
   given = _from_environment()
   if given.get("num_processes") == 1 or not (given or _in_cluster()):
@@ -95,11 +93,19 @@ def _in_cluster() -> bool:
   """Whether JAX finds itself among several processes."""
   from jax._src import clusters
 
-  with contextlib.suppress(Exception), warnings.catch_warnings():  # a cluster of another kind
+  with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for kind in clusters.ClusterEnv._cluster_types:
-      if not kind.opt_in_only_method and kind.is_env_present():
+      if kind.opt_in_only_method or not kind.is_env_present():
+        continue
+      try:
         return kind.get_process_count() > 1
+      except Exception as error:  # whatever asking a cluster may raise
+        raise UserError(
+            f"{kind.__name__}: how many processes this run has could not be found out "
+            f"({one_line(str(error))[:200]}); set {', '.join(_ENVIRONMENT)} in each of them, or "
+            "JAX_NUM_PROCESSES=1, JAX_PROCESS_ID=0 and JAX_COORDINATOR_ADDRESS=localhost:1 if this "
+            "is the only one") from error
   return False
 
 
@@ -178,7 +184,8 @@ class _Together:
 
   def _end_for(self, posted: dict[int, str]) -> None:
     errors = [i for i, message in posted.items() if message and i != self.index]
-    if errors and not self.leaving.wait(_GRACE_SECONDS):
+    # Who has an error of its own ends by itself.
+    if errors and not self.leaving.wait(_GRACE_SECONDS) and self.error is None:
       self._end(f"{self.name(errors[0])} stopped: {posted[errors[0]]}")
 
   def _end(self, reason: str) -> NoReturn:
@@ -221,7 +228,7 @@ class _Together:
       text = f"{type(error).__name__}: {text}"
 
     def insist():  # what is still to be tidied may wait for the others in vain
-      time.sleep(4 * _GRACE_SECONDS)
+      time.sleep(8 * _GRACE_SECONDS)
       if isinstance(error, UserError):
         print(text, file=sys.stderr)
       else:
@@ -316,98 +323,6 @@ def in_turn(make: Callable[[], T]) -> T:
   first, _ = exchange(lambda: unless(not is_first()), lambda _: None)
   others, _ = exchange(lambda: unless(is_first()), lambda _: None)
   return first if is_first() else others
-
-
-# -- Rows of a batch ------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """Which prompts of a batch are this process's.
-
-  Attributes:
-    count: P, of all processes together.
-    here: those that its devices hold, ascending.
-    owned: those of them that it answers for: several processes may hold the same.
-  """
-
-  count: int
-  here: tuple[int, ...]
-  owned: tuple[int, ...]
-
-  def spread(self, values: list[Any]) -> list[Any]:
-    """Values of the rows `here` at their places among P; the others are None."""
-    found: list[Any] = [None] * self.count
-    for row, value in zip(self.here, values, strict=True):
-      found[row] = value
-    return found
-
-
-@functools.lru_cache(maxsize=64)
-def own_rows(mesh: Mesh, count: int) -> Rows:
-  holders: list[set[int]] = [set() for _ in range(count)]
-  for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
-    for row in range(*index[0].indices(count)):
-      holders[row].add(device.process_index)
-  me = jax.process_index()
-  return Rows(count, tuple(row for row, who in enumerate(holders) if me in who),
-              tuple(row for row, who in enumerate(holders) if me == min(who)))
-
-
-def put(tree: Any, shardings: Any) -> Any:
-  """`jax.device_put` of host arrays that every process has whole."""
-  def one(sharding, part):
-    if sharding.is_fully_addressable:
-      return jax.device_put(part, sharding)
-    # device_put would compare the arrays of all processes.
-    return jax.tree.map(lambda a: _placed(np.shape(a), sharding, np.asarray(a).__getitem__), part)
-
-  return jax.tree.map(one, shardings, tree, is_leaf=lambda s: isinstance(s, jax.sharding.Sharding))
-
-
-def put_batch(mesh: Mesh, tree: Any) -> Any:
-  """Moves a pytree of host arrays with leading axis P, which every process has whole."""
-  return put(tree, batch_sharding(mesh))
-
-
-def put_rows(mesh: Mesh, tree: Any, rows: Rows) -> Any:
-  """Moves host arrays of the rows `here` onto the mesh: [len(rows.here), ...] -> [P, ...]."""
-  sharding = batch_sharding(mesh)
-  if sharding.is_fully_addressable:
-    return jax.device_put(tree, sharding)
-  place = {row: i for i, row in enumerate(rows.here)}
-
-  def one(a):
-    def part(index):
-      return a[[place[row] for row in range(*index[0].indices(rows.count))]]
-
-    return _placed((rows.count, *a.shape[1:]), sharding, part)
-
-  return jax.tree.map(one, tree)
-
-
-def _placed(shape: tuple[int, ...], sharding: Any, part: Callable) -> jax.Array:
-  return jax.make_array_from_callback(shape, sharding, part)
-
-
-def everywhere(mesh: Mesh, key: jax.Array) -> jax.Array:
-  """A random key, the same in all processes, for programs on the mesh."""
-  if mesh.is_multi_process:
-    data = put(np.asarray(jax.random.key_data(key)), jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec()))
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-  return key
-
-
-def taken(array: jax.Array) -> dict[int, np.ndarray]:
-  """The rows of a batch that this process holds, by number."""
-  if array.is_fully_addressable:
-    return dict(enumerate(np.asarray(array)))
-  found = {}
-  for shard in array.addressable_shards:
-    rows = range(*shard.index[0].indices(array.shape[0]))
-    found |= dict(zip(rows, np.asarray(shard.data), strict=True))
-  return found
 
 
 @contextlib.contextmanager

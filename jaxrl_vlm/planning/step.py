@@ -263,10 +263,8 @@ class Plan:
     if self.stage.kind == "rl":
       self.seen = jax.eval_shape(programs.see, self.abstract, self.prompt)
     self.one_prompt = size(self.seen, self.batch_at)
-    # The prompts that are there: of this step, before dynamic sampling has chosen among them, of
-    # the step ahead.
     ahead = self.config.pipeline == "one_step_off"
-    self.prompts_held = 1 + objective.filter_groups + ahead
+    self.prompts_held = 1 + ahead
     self.masked_rows = 0
     if "masked" in views and objective.mask_on == "original":
       random = objective.mask_kind in ("patches", "noise") and objective.mask_per == "sample"

@@ -543,7 +543,7 @@ def generate(
     device = next((min(s.device_set, key=lambda d: d.id) for s in placed if s is not None),
                   jax.devices()[0])
     mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, [device])
-  shardings = parallel.param_shardings(mesh, params)
+  shardings = parallel.param_shardings(mesh, params, model.config.rules)
   rollout = make_sampler(model, mesh, sampling, shardings)(
       params, parallel.put_batch(mesh, prompt), key)
   return rollout if processor is None else with_text(rollout, processor)

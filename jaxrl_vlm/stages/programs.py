@@ -199,6 +199,9 @@ class Programs:
     need = memory.update(
         model, length, patches, here, group, tokens, part, self.gradient, self.trains_vision,
         (1, *map(rows, objective.grad_views)))
+    if self._on_host:  # the optimizer's state comes and goes when there is nothing else
+      moments = memory.held(self.abstract_state.opt_state, self._on_device)
+      need = max(need, self.gradient + 2 * moments)
     scores = [memory.score(model, length, here, rows(view), tokens, part)
               for view in objective.views]
     given = memory.prompts(model, patches, prompts // devices)
@@ -232,10 +235,12 @@ class Programs:
       most = prompts // self.minibatches // parallel.rows(self.mesh)
       fits = [n for n in range(1, most + 1)
               if most % n == 0 and self.update_bytes(*sizes, n) <= self.room]
+      remat = self.model.config.remat
       advice = (f"microbatches={fits[0]} fits" if fits else
-                "no number of microbatches fits: use more devices, config.model.remat='full', "
-                f"smaller config.prompt_buckets or {self.fields}part_tokens, or train adapters "
-                "(config.model.lora)")
+                "no number of microbatches fits: use more devices, "
+                + ("" if remat == "full" else "config.model.remat='full', ")
+                + f"{self.fields}optimizer.moments='host', smaller config.prompt_buckets or "
+                f"{self.fields}part_tokens, or train adapters (config.model.lora)")
       raise UserError(
           f"{self.fields}microbatches={self.microbatches}: an update with prompts of "
           f"{length} tokens and {patches} patches needs {need / memory.GIB:.1f} GiB on a device "
@@ -264,7 +269,13 @@ class Programs:
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
     order = None
     if devices > 1:
-      order = balanced(lengths.sum(axis=1), devices, self.microbatches, self.minibatches)
+      # Within each slice: between them there is only a slow network.
+      slices = self.mesh.shape["slice"]
+      loads = lengths.sum(axis=1).reshape(slices, -1)
+      order = np.concatenate([
+          i * p // slices + balanced(
+              load, devices // slices, self.microbatches, self.minibatches)
+          for i, load in enumerate(loads)]).astype(np.int32)
       lengths = lengths[order]
     return Packing(*packer(lengths, t), size, tile, order)
 
@@ -298,12 +309,19 @@ class Programs:
     return self._ordered(packing, stats, back=True)
 
   def _scored(self, name: str, sides: Mapping[str, tuple[Params, Prompt]], tokens: Array,
-              mask: Array, packing: Packing | None, pieces: int = 1) -> TokenStats:
-    """Stats of one of the sides, one piece of the batch after another."""
+              mask: Array, packing: Packing | None, pieces: int = 1,
+              source: Array | Prompt | None = None) -> TokenStats:
+    """Stats of one of the sides, one piece of the batch after another.
+
+    With a `source` the side "masked" is that of the corrupted prompts.
+    """
     params = {key: side[0] for key, side in sides.items()}
 
-    def piece(prompts, tokens, mask, *packed):
+    def piece(prompts, source, tokens, mask, *packed):
       given = {key: (params[key], prompt) for key, prompt in prompts.items()}
+      if source is not None:
+        clean = given["masked"]
+        given["masked"] = clean[0], self._corrupted(source, *clean, tokens.shape[1])
       prefixes = {key: self._read(*side, side[1].tokens.shape[0] // tokens.shape[0])
                   for key, side in given.items()}
       if packing is None:
@@ -318,7 +336,7 @@ class Programs:
       kl = zeros if name in self.objective.full_kl else None
       return jax.lax.fori_loop(0, used, part, TokenStats(zeros, zeros, kl))
 
-    batch = {key: side[1] for key, side in sides.items()}, tokens, mask
+    batch = {key: side[1] for key, side in sides.items()}, source, tokens, mask
     if packing is None and pieces == 1:
       return piece(*batch)
     count = pieces if packing is None else len(packing.used)
@@ -425,10 +443,10 @@ class Programs:
   def _score_masked(self, params, prompt, tokens, mask, source, packing=None) -> TokenStats:
     prompt, tokens, mask, source = self._with_source(packing, (prompt, tokens, mask), source)
     params = parallel.after(self.mesh, params, prompt)
-    sides = {"masked": (params, self._corrupted(source, params, prompt, tokens.shape[1]))}
+    sides = {"masked": (params, prompt)}
     if "masked" in self.objective.full_kl:
       sides[""] = params, prompt
-    stats = self._scored("masked", sides, tokens, mask, packing)
+    stats = self._scored("masked", sides, tokens, mask, packing, source=source)
     return self._ordered(packing, stats, back=True)
 
   def _score_reference(self, params, reference, prompt, tokens, mask, packing=None) -> TokenStats:

@@ -103,7 +103,7 @@ class Drawn:
 
   Attributes:
     places, examples, encoded, texts: [P], as in Groups.
-    prompt: on the device, with visual tokens.
+    prompt: on the device, with visual tokens, as long as it is wanted.
     rollout: arrays on the host.
     grading: of the responses to the prompts that this process owns.
     error: why they cannot be graded.
@@ -114,7 +114,7 @@ class Drawn:
   examples: list[Any]
   encoded: list[Any]
   texts: list[Any]
-  prompt: Prompt
+  prompt: Any
   rollout: Any
   grading: Grading
   error: UserError | None = None
@@ -311,7 +311,11 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
     tokens, mask = np.asarray(drawn.greedy.tokens), np.asarray(drawn.greedy.mask)
     texts = texts_of(tokens[mine], mask[mine], run.processor)
     drawn.greedy_grading = loop.pool.begin(len(mine), 1)
-    drawn.greedy_grading.add(range(len(mine)), [examples[row] for row in mine], texts)
+    try:
+      with validation():
+        drawn.greedy_grading.add(range(len(mine)), [examples[row] for row in mine], texts)
+    except UserError as error:
+      drawn.error = drawn.error or error
   return drawn
 
 
@@ -339,6 +343,7 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
     if scored is not None:
       return groups, prompt, scored, _summary(loop, batches)
 
+    drawn.prompt = prompt = None  # those of the groups that are kept are seen again
     with validation():
       keep = objective.kept(
           loop.correct(groups.components, groups.rewards), groups.rewards, groups.components)

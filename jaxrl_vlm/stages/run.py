@@ -326,8 +326,14 @@ class StageRun:
     step = self.start
     while not self.ends(step):
       self._begun = step, self._data_state(), self.generated_tokens
-      self.run.step += 1
       self._agree_to_stop()
+      if self.stop:  # asked to since the step before was ended
+        if step > self.start:
+          self._flush()
+          self._save(step, None, self._begun[1])
+        self.run.checkpoints.wait()
+        raise Stopped(f"{self.stop}: stopped after step {self.run.step}")
+      self.run.step += 1
       yield step
       self._after_step(step)
       step += 1
