@@ -22,7 +22,7 @@ def get_config():
   c.model.min_pixels = 256 * 28 * 28
   c.model.max_pixels = 1280 * 28 * 28
   c.model.remat = "full"
-  c.rollout.tensor = 4  # of the chips; less than four gives too little room beside weights
+  c.rollout.tensor = 4
   c.prompt_buckets = (1024, 2048, 4096)
   c.patch_buckets = (1024, 2560, 5120)
 

@@ -557,6 +557,14 @@ def test_watch_gives_up_when_nothing_gets_further(world):
   assert "costs money until tpu_scripts/delete.sh" in result.stderr
 
 
+def test_watch_waits_long_for_a_tpu_that_is_not_to_be_had(world):
+  world.answer(["tpu-vm create", [["ERROR: there is no more capacity in the zone", 1]]])
+  result = world.script("watch.sh", CONFIG, CREATES="12")
+  assert result.returncode == 1
+  assert result.stderr.count("ERROR: there is no more capacity in the zone") == 12
+  assert "my-tpu: could not be had 12 times in a row; giving up" in result.stderr
+
+
 def test_watch_does_not_touch_what_does_not_answer(world):
   set_up(world)
   before = names(world)

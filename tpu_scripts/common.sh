@@ -14,6 +14,7 @@ trap 'rm -rf "$SCRATCH"' EXIT
 
 POLL=${POLL:-30}                # seconds between two looks
 RELAUNCHES=${RELAUNCHES:-5}     # launches from the same checkpoint before watching gives up
+CREATES=${CREATES:-1000}        # times in a row that a TPU may not be had before watching gives up
 MOUNT=${MOUNT:-/bucket}         # where every host sees the bucket
 
 declare -A EXAMPLE=(
@@ -127,7 +128,7 @@ pack() {
 
 # What a host does with it, in its home directory. Under a running run no file is changed.
 UNPACK='if [ -x jaxrl_vlm/tpu_scripts/worker.sh ]; then jaxrl_vlm/tpu_scripts/worker.sh idle ||'
-UNPACK+=' exit 1; fi; mkdir -p jaxrl_vlm && tar -xzf jaxrl_vlm.tar.gz -C jaxrl_vlm'
+UNPACK+=' exit 1; fi; mkdir -p jaxrl_vlm && rm -rf jaxrl_vlm/{jaxrl_vlm,configs} && tar -xzf jaxrl_vlm.tar.gz -C jaxrl_vlm'
 
 # -- Cloud TPUs -----------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ state_of_workers() {
 #               DONE (not empty: the final model is written); fails where something did not answer
 #   relaunch    from STATE; fails where a command did
 watch_run() {
-  local last=- tries=0 failures=0 mixed=0
+  local last=- tries=0 failures=0 mixed=0 creates=0
   while :; do
     STATE="" STEP="" DONE=""
     if ! look; then
@@ -215,7 +216,12 @@ watch_run() {
     say "$1: $STATE, checkpoint ${STEP:-none}; launch $((tries + 1)) of $RELAUNCHES from there"
     if relaunch; then
       ((++tries))
-      failures=0
+      failures=0 creates=0
+    elif [[ $STATE == gone ]]; then  # nothing is free at the moment, most probably
+      if ((++creates >= CREATES)); then
+        say "$1: could not be had $creates times in a row; giving up. The reason stands above."
+        return 1
+      fi
     else
       ((++failures < 10)) || break
     fi
