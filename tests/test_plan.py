@@ -132,7 +132,7 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
       "--config.stages[0].max_tokens=32", "--config.rollout.groups=8")
   assert done.returncode == 2, done.stderr
   message = done.stderr.splitlines()[-1]
-  assert message.startswith("v5e:2x2: score_masked does not fit (nor ")
+  assert message.startswith("v5e:2x2: update does not fit (nor ")
   assert "more than the 15.75 there are: prompts " in message
   assert "by formula config.stages[0].microbatches=4 helps most" in message
   assert "v5e:2x4 " in message

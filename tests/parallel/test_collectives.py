@@ -28,7 +28,7 @@ COUNTS = {
     "fsdp x tensor": {
         "see": (13, 5, 0, 0, 0), "score": (25, 8, 4, 1, 11), "score_masked": (37, 13, 4, 1, 14),
         "update": (84, 40, 5, 4, 18), "reshard": (30, 0, 0, 20, 30), "admit": (0, 5, 0, 0, 0),
-        "decode": (0, 10, 0, 0, 0), "move": (0, 0, 0, 0, 0)},
+        "decode": (4, 12, 0, 0, 0), "move": (0, 0, 0, 0, 0)},
 }
 
 
@@ -105,6 +105,9 @@ def test_nothing_is_gathered_but_what_must_be(name, axes, tensor):
       "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
       "gradients of what was looked up": {(P, LENGTH, WIDTH), (*blocks, WIDTH)},
   }
+  if tensor:
+    drawn = P * G // (8 // tensor)
+    expected["what each part of the vocabulary says of a cell"] = {(drawn, tensor)}
   if split > 1:  # heads of queries, keys and values that lie in one array are not its halves
     wide = {(P // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
     expected["the tower's activations"] = wide | {
