@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import parallel
+from jaxrl_vlm.models import layers
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.models.vlm import VLM, head_of, response_logits
 from jaxrl_vlm.types import Array, Params, Prompt, Rollout, TokenStats
@@ -122,14 +123,12 @@ def _over_vocabulary(
   """
   config = model.config
   heads = tuple(head_of(config, tree) for tree in params)
-  mesh, over = config.mesh, ()
+  mesh, over, shared, others = config.mesh, (), (), ()
   if mesh is not None and mesh.size > 1:
-    over = parallel.split_over(mesh, config.rules, "vocab", config.vocab_size)
+    over, shared, others = layers.vocabulary(config, mesh, config.vocab_size)
   if not over or mesh is None:
     parts = [_Part(config, head, temperature) for head in heads]
     return _in_chunks(functools.partial(function, *parts), arrays, chunk, axis)
-  shared = tuple(name for name in parallel.ROWS if name in over)
-  others = tuple(name for name in over if name not in shared)
 
   def local(heads, arrays):
     def one(*arrays):

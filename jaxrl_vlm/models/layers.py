@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import parallel
@@ -111,6 +112,14 @@ class Dense(nn.Module):
     return y
 
 
+def vocabulary(config: ModelConfig, mesh: Mesh, size: int
+               ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+  """Axes of the mesh that split a vocabulary; those of them that split prompts too; the others."""
+  vocab = parallel.split_over(mesh, config.rules, "vocab", size)
+  shared = tuple(axis for axis in vocab if axis in parallel.ROWS)
+  return vocab, shared, tuple(axis for axis in vocab if axis not in shared)
+
+
 def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
   """Rows of the embedding [V, D] in `config.dtype`: i32[P, ...] -> [P, ..., D].
 
@@ -122,9 +131,7 @@ def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
   mesh = config.mesh
   if mesh is None or mesh.size == 1:
     return jnp.take(table, tokens, axis=0)
-  vocab = parallel.split_over(mesh, config.rules, "vocab", len(table))
-  shared = tuple(axis for axis in parallel.ROWS if axis in vocab)
-  others = tuple(axis for axis in vocab if axis not in shared)
+  vocab, shared, others = vocabulary(config, mesh, len(table))
   count, parts = (math.prod(mesh.shape[axis] for axis in axes) for axes in (shared, others))
   few = tokens.size // parallel.rows(mesh) * count <= len(table)
 

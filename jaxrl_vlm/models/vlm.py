@@ -134,24 +134,21 @@ class VLM(nn.Module):
 
   def response_logits(self, hidden: Array, temperature: Array | float = 1.0) -> Array:
     """`response_logits` of the whole vocabulary, f32[P, ..., V] of hidden [P, ..., D]."""
-    config, mesh, vocab = self.config, self.config.mesh, ()
-    if mesh is not None:
-      # Each device has its part of the vocabulary, for the tokens of all that share it: the weights
-      # are not gathered.
-      vocab = parallel.split_over(mesh, config.rules, "vocab", config.vocab_size)
-      hidden = parallel.constrained(mesh, hidden, _without(parallel.ROWS, vocab))
-    logits = response_logits(config, self._head(), hidden, temperature)
+    config, mesh = self.config, self.config.mesh
+    if mesh is None:
+      return response_logits(config, self._head(), hidden, temperature)
+    # Each device has its part of the vocabulary, for the tokens of all that share it: the weights
+    # are not gathered.
+    vocab, shared, others = layers.vocabulary(config, mesh, config.vocab_size)
+    rows = tuple(axis for axis in parallel.ROWS if axis not in shared)
+    logits = response_logits(
+        config, self._head(), parallel.constrained(mesh, hidden, rows), temperature)
     middle = [None] * (logits.ndim - 2)
-    logits = parallel.constrained(mesh, logits, _without(parallel.ROWS, vocab), *middle, vocab)
-    return parallel.constrained(
-        mesh, logits, parallel.ROWS, *middle, _without(vocab, parallel.ROWS))
+    logits = parallel.constrained(mesh, logits, rows, *middle, vocab)
+    return parallel.constrained(mesh, logits, parallel.ROWS, *middle, others)
 
   def _head(self) -> Array:
     return self.tokens.embedding.T if self.config.tied else self.head
-
-
-def _without(axes: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
-  return tuple(axis for axis in axes if axis not in others)
 
 
 def head_of(config: ModelConfig, params: Params) -> Array:

@@ -173,8 +173,9 @@ class _Together:
         self._end_for(self._posted())
         live = self.client.get_live_nodes(list(range(self.count)))  # waits for all that live
         posted = self._posted()
-      except Exception:
+      except Exception as error:  # of its client, which has several kinds
         if not self.leaving.is_set():
+          print(f"{type(error).__name__}: {one_line(str(error))[:300]}", file=sys.stderr)
           self._end(f"{self.name(0)}, the coordinator, is gone")
         return
       self._end_for(posted)
