@@ -30,8 +30,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
   from jaxrl_vlm import parallel
 
   parallel.choose_platform()
-  parallel.cache_compilations()
   parallel.join_processes()
+  parallel.cache_compilations()
   from jaxrl_vlm import report, stages
 
   workdir = pathlib.Path(workdir)

@@ -1,20 +1,21 @@
-"""Set before jax is imported: the CPU, eight virtual devices, one cache of compiled programs."""
+"""The CPU, eight virtual devices and quick compiling, all set before jax is first used."""
 
 import os
 import pathlib
 
+import jax
 import pytest
 
 from tests import tiny_run
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-      os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+os.environ["XLA_FLAGS"] = tiny_run.xla_flags(8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# One cache of compiled programs for all test processes and runs.
+# For the runs that tests start; as in those, nothing is kept of several CPU devices.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxrl_vlm/xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture
@@ -31,8 +32,6 @@ def few_compiled_programs():
   yield
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
-    import jax
-
     jax.clear_caches()
 
 

@@ -29,6 +29,13 @@ ARCHITECTURE = {
 BOARDS = {"live": True, "train": 64, "test": 8, "tasks": ("read", "colour"), "style": "direct"}
 
 
+def xla_flags(devices: int) -> str:
+  """XLA_FLAGS for so many virtual CPU devices; programs are compiled quickly, for they are small
+  and run a few times."""
+  return (f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+          "--xla_llvm_disable_expensive_passes=true")
+
+
 def variety(example, text: str) -> float:
   """A reward that random text earns in different amounts, so that groups have advantages."""
   del example

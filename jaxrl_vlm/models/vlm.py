@@ -60,7 +60,7 @@ class VLM(nn.Module):
     The prefix stops before the last prompt token: that one opens every response stream.
     """
     features = self.see(prompt).features
-    x = self.embed(parallel.after(self.config.mesh, prompt.tokens, features))
+    x = self.embed(prompt.tokens)
     index = prompt.feature_index
     is_image = index >= 0
     deepstack = None
@@ -105,7 +105,7 @@ class VLM(nn.Module):
     def of_samples(a):  # [rows] -> [rows, P·G / rows, 1]
       return jnp.broadcast_to(a.reshape(rows, 1, 1), (rows, p * g // rows, 1))
 
-    tokens = parallel.after(self.config.mesh, tokens.reshape(rows, -1, t), prefix)
+    tokens = tokens.reshape(rows, -1, t)
     inputs = jnp.concatenate([of_samples(last), tokens[..., :-1]], axis=-1)
     at = of_samples(prompt.next_position - 1) + jnp.arange(t)
     places = None

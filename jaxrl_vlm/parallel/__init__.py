@@ -6,7 +6,6 @@ from jaxrl_vlm.parallel.mesh import (
     ROWS,
     RULES,
     Rules,
-    after,
     batch_sharding,
     constrained,
     make_mesh,
@@ -38,7 +37,7 @@ from jaxrl_vlm.parallel.processes import (
     stopping_all,
 )
 
-__all__ = ["AXES", "ROLLOUT_RULES", "ROWS", "RULES", "Rows", "Rules", "after", "batch_sharding",
+__all__ = ["AXES", "ROLLOUT_RULES", "ROWS", "RULES", "Rows", "Rules", "batch_sharding",
            "cache_compilations", "choose_platform", "constrained", "everywhere", "exchange",
            "gather", "in_turn", "is_first", "join_processes", "leave_processes", "make_mesh",
            "own_rows", "param_shardings", "put", "put_batch", "put_rows", "reordered", "replicated",

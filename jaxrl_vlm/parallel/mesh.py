@@ -166,17 +166,6 @@ def constrained(mesh: Mesh | None, a: jax.Array, *axes: Any) -> jax.Array:
   return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, Spec(*axes)))
 
 
-def after(mesh: Mesh | None, a: Any, *others: Any) -> Any:
-  """`a`, within a program, once the others are there; only on several virtual CPU devices.
-
-  Where parts of a program need not wait for each other and both exchange something, XLA for CPU may
-  begin with one part on one device and with the other on another, and wait for ever.
-  """
-  if mesh is None or mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
-    return a
-  return jax.lax.optimization_barrier((a, others))[0]
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Arrays whose leading axis is P prompts."""
   return NamedSharding(mesh, Spec(ROWS))

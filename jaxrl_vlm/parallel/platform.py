@@ -1,6 +1,4 @@
-"""Which backend an ordinary run uses, and where compiled programs are kept.
-
-Call before the first use of jax."""
+"""Which backend an ordinary run uses, and where compiled programs are kept."""
 
 import glob
 import importlib.util
@@ -9,6 +7,8 @@ import os
 
 def choose_platform() -> None:
   """Keeps an installed libtpu from disturbing machines without a TPU.
+
+  Call before the first use of jax.
 
   libtpu is also a compiler that runs anywhere (the extra `plan`), but JAX takes its presence for
   a TPU, complains and waits. Where no TPU device exists this names the other platforms to JAX.
@@ -35,12 +35,16 @@ def choose_platform() -> None:
 def cache_compilations() -> None:
   """Keeps compiled programs on disk, so that a repeated or resumed run starts at once.
 
-  In $JAXRL_VLM_CACHE/xla or ~/.cache/jaxrl_vlm/xla; JAX_COMPILATION_CACHE_DIR overrides it.
+  In $JAXRL_VLM_CACHE/xla or ~/.cache/jaxrl_vlm/xla; JAX_COMPILATION_CACHE_DIR overrides it. Call
+  once all processes of the run have joined. On several CPU devices nothing is kept: XLA for CPU
+  forgets the order of the collectives of a program when it writes it, so that devices which read
+  it begin with different ones and wait for each other for ever.
   """
-  if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-    return
   import jax
 
-  cache = os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
-  jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "xla"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if jax.default_backend() == "cpu" and jax.device_count() > 1:
+    jax.config.update("jax_enable_compilation_cache", False)
+  elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    cache = os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
+    jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -304,7 +304,6 @@ class Programs:
   def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
              packing: Packing | None = None) -> TokenStats:
     prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
-    params = parallel.after(self.mesh, params, prompt)
     stats = self._scored("", {"": (params, prompt)}, tokens, mask, packing)
     return self._ordered(packing, stats, back=True)
 
@@ -442,7 +441,6 @@ class Programs:
 
   def _score_masked(self, params, prompt, tokens, mask, source, packing=None) -> TokenStats:
     prompt, tokens, mask, source = self._with_source(packing, (prompt, tokens, mask), source)
-    params = parallel.after(self.mesh, params, prompt)
     sides = {"masked": (params, prompt)}
     if "masked" in self.objective.full_kl:
       sides[""] = params, prompt
@@ -451,7 +449,6 @@ class Programs:
 
   def _score_reference(self, params, reference, prompt, tokens, mask, packing=None) -> TokenStats:
     prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
-    params, reference = parallel.after(self.mesh, (params, reference), prompt)
     sides = {"": (params, prompt), "ref": (reference, prompt)}
     stats = self._scored("ref", sides, tokens, mask, packing)
     return self._ordered(packing, stats, back=True)
@@ -596,9 +593,6 @@ class Programs:
     `reference`: all its parameters, if the objective wants its gradient view, else None.
     """
     batch = self._with_source(packing, (prompt, tokens, experience), source)
-    frozen, reference, given = parallel.after(
-        self.mesh, (frozen, reference, state.params), batch[0])
-    state = dataclasses.replace(state, params=given)
     if packing is not None:
       packing = dataclasses.replace(packing, order=None)
     if self.minibatches == 1:

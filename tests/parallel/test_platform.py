@@ -39,5 +39,14 @@ def test_compiled_programs_are_kept(monkeypatch, variables, expected):
     monkeypatch.setenv(name, value)
   chosen = {}
   monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
   platform.cache_compilations()
   assert chosen.get("jax_compilation_cache_dir") == expected
+  assert "jax_enable_compilation_cache" not in chosen
+
+
+def test_several_cpu_devices_keep_nothing(monkeypatch):
+  chosen = {}
+  monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
+  platform.cache_compilations()
+  assert chosen == {"jax_enable_compilation_cache": False}

@@ -37,7 +37,7 @@ def environment(index: int, count: int, devices: int, port: int, more: dict[str,
   env = {name: value for name, value in os.environ.items()
          if name not in processes._ENVIRONMENT}
   env |= {
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+      "XLA_FLAGS": tiny_run.xla_flags(devices),
       "TEST": json.dumps(more), "READ": str(read)}
   if count > 1:
     address = f"127.0.0.1:{port}"
