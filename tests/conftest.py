@@ -11,10 +11,15 @@ from tests import tiny_run
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = tiny_run.xla_flags(8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# For the runs that tests start; as in those, nothing is kept of several CPU devices.
+# Compiled programs, for all test processes and the runs that they start; as in those, nothing is
+# kept of several CPU devices (`parallel.cache_compilations`).
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxrl_vlm/xla"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
+  jax.config.update(name.lower(), os.environ[name])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs",
+    float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]))
 jax.config.update("jax_enable_compilation_cache", False)
 
 

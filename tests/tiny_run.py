@@ -92,12 +92,14 @@ def get_lora_config():
 
 
 def use_one_device() -> None:
-  """From now on meshes have the first of this process's devices."""
+  """From now on meshes have the first of this process's devices, and programs are kept on disk."""
   import jax
 
   from jaxrl_vlm import parallel
 
   parallel.make_mesh = functools.partial(parallel.make_mesh, devices=jax.devices()[:1])
+  parallel.cache_compilations = lambda: None
+  _keep_programs(True)
 
 
 @contextlib.contextmanager
@@ -105,12 +107,21 @@ def one_device() -> Iterator[None]:
   """`use_one_device` for as long as it is entered."""
   from jaxrl_vlm import parallel
 
-  before = parallel.make_mesh
+  before = parallel.make_mesh, parallel.cache_compilations
   use_one_device()
   try:
     yield
   finally:
-    parallel.make_mesh = before
+    parallel.make_mesh, parallel.cache_compilations = before
+    _keep_programs(False)
+
+
+def _keep_programs(keep: bool) -> None:
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  jax.config.update("jax_enable_compilation_cache", keep)
+  compilation_cache.reset_cache()  # else what was found at the first program holds
 
 
 def signal_at_step() -> None:

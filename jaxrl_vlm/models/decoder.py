@@ -457,9 +457,7 @@ class Decoder(nn.Module):
     axes = _rotary_axes(config)
     every = angles(config.rope_theta, config.rope_factor, axes)
     near = angles(config.sliding_rope_theta, 1.0, axes) if config.sliding_window else None
-    # Else XLA for CPU computes them again for each layer and head. Only then: without a loop over
-    # layers that waits for them, prompts of two views become independent loops, and with
-    # collectives in both XLA for several CPU devices can wait for ever.
+    # Else XLA for CPU computes them again for each layer and head, and here for every token.
     if cells is not None:
       every, near = jax.lax.optimization_barrier(jax.tree.map(layers.turns, (every, near)))
     sliding = jnp.array(config.sliding_layers or (False,) * config.num_layers)

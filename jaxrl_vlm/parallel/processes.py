@@ -176,12 +176,13 @@ class _Together:
       except Exception as error:  # of its client, which has several kinds
         if not self.leaving.is_set():
           print(f"{type(error).__name__}: {one_line(str(error))[:300]}", file=sys.stderr)
-          self._end(f"{self.name(0)}, the coordinator, is gone")
+          self._end(f"{self.name(0)}, the coordinator, is gone", os.EX_TEMPFAIL)
         return
       self._end_for(posted)
       lost = [i for i in range(self.count) if i not in live and i not in posted]
       if lost and not self.leaving.is_set():
-        self._end(f"{', '.join(map(self.name, lost))} {'is' if len(lost) == 1 else 'are'} gone")
+        self._end(f"{', '.join(map(self.name, lost))} {'is' if len(lost) == 1 else 'are'} gone",
+                  os.EX_TEMPFAIL)
 
   def _end_for(self, posted: dict[int, str]) -> None:
     errors = [i for i, message in posted.items() if message and i != self.index]
@@ -189,7 +190,8 @@ class _Together:
     if errors and not self.leaving.wait(_GRACE_SECONDS) and self.error is None:
       self._end(f"{self.name(errors[0])} stopped: {posted[errors[0]]}")
 
-  def _end(self, reason: str) -> NoReturn:
+  def _end(self, reason: str, code: int = 1) -> NoReturn:
+    """Code 75, EX_TEMPFAIL, tells a lost process from one that failed."""
     if self.error is not None:  # the others are gone because of it
       traceback.print_exception(self.error)
     print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
@@ -198,7 +200,7 @@ class _Together:
     last_word = threading.Thread(target=self._post, args=(reason,), daemon=True)
     last_word.start()
     last_word.join(1.0)
-    _exit()
+    _exit(code)
 
   def _name_a_lost_coordinator(self) -> None:
     host, _, port = self.address.rpartition(":")
@@ -208,7 +210,7 @@ class _Together:
       try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
       except OSError:
-        self._end(f"{self.name(0)}, the coordinator, is gone")
+        self._end(f"{self.name(0)}, the coordinator, is gone", os.EX_TEMPFAIL)
       libc.signal(number, None)  # some other abort: the default, as soon as this returns
 
     libc = ctypes.CDLL(None)
@@ -265,7 +267,7 @@ class _Together:
       jax.distributed.shutdown()
 
 
-def _exit(code: int = 1) -> NoReturn:
+def _exit(code: int) -> NoReturn:
   """At once: the end of the interpreter would wait for threads that wait for lost processes."""
   with contextlib.suppress(Exception):
     sys.stdout.flush()

@@ -86,7 +86,7 @@ class Sampler:
     samples_field: what the config calls the number of samples, for messages.
     tensor: devices that share the weights, in a layout of their own, into which `reshard` takes
       parameters and prompts; 0 for that of `mesh` and `param_shardings`.
-    layers: of the model that decoding takes as one loop; 0: all, but on one CPU 1: there a loop
+    layers: of the model that decoding takes as one loop; 0: all, but on CPU 1: there a loop
       over layers copies the weights, keys and values of each out of the stack, for every token.
   """
 
@@ -121,10 +121,8 @@ class Sampler:
     self.chunk = min(chunk, sampling.max_tokens)
     self.groups, self.parts, self.prefix_dtype = groups, parallel.rows(mesh), prefix_dtype
     self.room, self.samples_field = room, samples_field
-    # On several, XLA for CPU can wait for ever: for collectives of layers that need not wait for
-    # each other.
-    apart = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    self.layers = layers or (1 if apart else model.config.num_layers)
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    self.layers = layers or (1 if cpu else model.config.num_layers)
     self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (NamedSharding(mesh, spec) for spec in (
@@ -321,8 +319,8 @@ class Sampler:
 
   def __call__(self, params: Params, prompt: Prompt, key: Array,
                limits: np.ndarray | None = None,
-               finished: Callable[[list[int], np.ndarray, np.ndarray], None] | None = None
-               ) -> Rollout:
+               finished: Callable[[list[int], np.ndarray, np.ndarray], None] | None = None,
+               each_chunk: Callable[[], None] | None = None) -> Rollout:
     """Draws G responses of each prompt.
 
     Args:
@@ -332,6 +330,7 @@ class Sampler:
       limits: i32[P, G]; the most tokens of each response, if that is less than `max_tokens`.
       finished: called as soon as all samples of some prompts have ended, with the numbers of these
         prompts and their tokens and mask [n, G, T].
+      each_chunk: called while the device works on a chunk; what it raises ends the rollout.
 
     Returns:
       Rollout of host arrays [P, G, T].
@@ -376,6 +375,8 @@ class Sampler:
         flight = self._move(flight, *put(*schedule.move()))
       flight, out = self._decode(params, flight, *put(*schedule.places()), key)
       tell(ended_rows)  # while the device works
+      if each_chunk is not None:
+        each_chunk()
       *out, done = jax.device_get(out)
 
       alive = schedule.alive

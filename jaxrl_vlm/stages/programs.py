@@ -425,8 +425,7 @@ class Programs:
   def _with_source(self, packing: Packing | None, batch: tuple, source: Array | Prompt) -> tuple:
     """A batch (prompt, tokens, ...) in the packing's order, and what masks each of its rows.
 
-    Of a key that is keys [P] or [P, G]. A source that is a prompt goes along in one ring: two that
-    need not wait for each other can make XLA for several CPU devices wait for ever.
+    Of a key that is keys [P] or [P, G].
     """
     prompts, group = batch[1].shape[:2]
     if isinstance(source, Prompt):

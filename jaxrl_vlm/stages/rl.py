@@ -14,131 +14,22 @@ from jaxrl_vlm import memory, parallel
 from jaxrl_vlm import rewards as verifiers
 from jaxrl_vlm.data import sources
 from jaxrl_vlm.data.corrupt import corrupt_images
-from jaxrl_vlm.data.processor import EncodedPrompt
 from jaxrl_vlm.errors import UserError, hint, validation
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.report import Sample
-from jaxrl_vlm.rewards.pool import Grading, RewardPool
+from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling, texts_of
+from jaxrl_vlm.stages.groups import Drawn, Groups, Scored
 from jaxrl_vlm.stages.loading import objective_of, trainable_of
 from jaxrl_vlm.stages.optimizer import make_optimizer
-from jaxrl_vlm.stages.programs import Packing, Programs
+from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.stages.run import Run, StageRun, source_spec
 from jaxrl_vlm.types import Experience, Params, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
 
 # What a random key is for.
 _ROLLOUT, _MASK, _UPDATE, _AHEAD = range(4)
-
-
-@dataclasses.dataclass
-class Groups:
-  """P graded groups on the host. A row is one prompt and its G samples.
-
-  All processes have them, but for what is marked with *: None where a row is not this process's.
-
-  Attributes:
-    places: [P]; batch and row of the data that each prompt comes from.
-    examples*, encoded*, texts*: [P], [P], [P][G].
-    tokens, mask, logp: [P, G, T], as in Rollout.
-    rewards: f32[P, G], total.
-    components: by verifier, f32[P, G].
-    failures: graders that failed, by kind.
-    truncated: bool[P, G]; responses that fill the buffer without an end token.
-    baseline: f32[P]; reward of the prompt's greedy response, if the objective wants it, else None.
-    weights: [P]; of the verifiers, by metric name, if the objective wants components, else {}.
-  """
-
-  places: list[tuple[int, int]]
-  examples: list[Example | None]
-  encoded: list[EncodedPrompt | None]
-  texts: list[list[str] | None]
-  tokens: np.ndarray
-  mask: np.ndarray
-  logp: np.ndarray
-  rewards: np.ndarray
-  components: dict[str, np.ndarray]
-  failures: dict[str, int]
-  truncated: np.ndarray
-  baseline: np.ndarray | None
-  weights: list[dict[str, float]]
-
-  def rows(self, index: Sequence[int] | np.ndarray) -> "Groups":
-    chosen = [int(i) for i in index]
-    return Groups(
-        places=[self.places[i] for i in chosen],
-        examples=[self.examples[i] for i in chosen],
-        encoded=[self.encoded[i] for i in chosen],
-        texts=[self.texts[i] for i in chosen],
-        tokens=self.tokens[chosen], mask=self.mask[chosen], logp=self.logp[chosen],
-        rewards=self.rewards[chosen],
-        components={k: v[chosen] for k, v in self.components.items()}, failures=self.failures,
-        truncated=self.truncated[chosen],
-        baseline=None if self.baseline is None else self.baseline[chosen],
-        weights=[self.weights[i] for i in chosen])
-
-  def __add__(self, other: "Groups") -> "Groups":
-    def join(a, b):
-      return np.concatenate([a, b])
-
-    names = self.components | other.components  # samples may bring verifiers of their own
-    nothing = [np.full_like(g.rewards, np.nan) for g in (self, other)]
-    return Groups(
-        self.places + other.places, self.examples + other.examples,
-        self.encoded + other.encoded, self.texts + other.texts,
-        join(self.tokens, other.tokens), join(self.mask, other.mask), join(self.logp, other.logp),
-        join(self.rewards, other.rewards),
-        {k: join(self.components.get(k, nothing[0]), other.components.get(k, nothing[1]))
-         for k in names},
-        {k: v + other.failures[k] for k, v in self.failures.items()},
-        join(self.truncated, other.truncated),
-        None if self.baseline is None else join(self.baseline, other.baseline),
-        self.weights + other.weights)
-
-
-@dataclasses.dataclass
-class Drawn:
-  """P prompts, whose responses are drawn and being graded.
-
-  Attributes:
-    places, examples, encoded, texts: [P], as in Groups.
-    prompt: on the device, with visual tokens, as long as it is wanted.
-    rollout: arrays on the host.
-    grading: of the responses to the prompts that this process owns.
-    error: why they cannot be graded.
-    greedy, greedy_grading: the greedy response of each prompt, if the objective wants it.
-  """
-
-  places: list[tuple[int, int]]
-  examples: list[Any]
-  encoded: list[Any]
-  texts: list[Any]
-  prompt: Any
-  rollout: Any
-  grading: Grading
-  error: UserError | None = None
-  greedy: Rollout | None = None
-  greedy_grading: Grading | None = None
-
-
-@dataclasses.dataclass
-class Scored:
-  """Responses on the device, and what is known of them before they are graded.
-
-  Attributes:
-    tokens, mask: [P, G, T].
-    packing: of the mask.
-    masked: prompts under images that the host has corrupted; None if the device does that.
-    views: TokenStats by name: `old` (current parameters, clean image), where it is scored, and the
-      objective's views.
-  """
-
-  tokens: jax.Array
-  mask: jax.Array
-  packing: Packing
-  masked: Prompt | None
-  views: dict[str, Any]
 
 
 def train(run: Run, index: int) -> None:
@@ -163,22 +54,26 @@ def train(run: Run, index: int) -> None:
     loop = StageRun(run, index, programs, pool)
     drawn = None
     for step in loop.steps():
-      now = drawn or _draw(loop, run.random_key(_ROLLOUT, 0))
-      if drawn is not None and programs.trains_vision:
-        now.prompt = _seen_again(loop, now)  # by the tower that will be updated
-      loop.ahead = drawn = None
-      # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
-      ahead = run.config.pipeline == "one_step_off" and not loop.saves(step)
-      if ahead and not objective.filter_groups:
-        loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
-      groups, prompt, scored, sampled = _collect(loop, now)
-      if ahead and objective.filter_groups:  # which may have wanted more of the data
-        loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
-      views, mask = scored.views, scored.mask
-      rewards, logp, truncated = parallel.put_batch(
-          run.mesh, (groups.rewards, groups.logp, groups.truncated))
-      advantages = programs.advantages(
-          rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective)
+      with loop.before_update():
+        now = drawn or _draw(loop, run.random_key(_ROLLOUT, 0))
+        if drawn is not None and programs.trains_vision:
+          now.prompt = _seen_again(loop, now)  # by the tower that will be updated
+        loop.ahead = drawn = None
+        # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
+        ahead = run.config.pipeline == "one_step_off" and not loop.saves(step)
+        if ahead and not objective.filter_groups:
+          loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
+        groups, prompt, scored, sampled = _collect(loop, now)
+        if ahead and objective.filter_groups:  # which may have wanted more of the data
+          loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
+        views, mask = scored.views, scored.mask
+        rewards, logp, truncated = parallel.put_batch(
+            run.mesh, (groups.rewards, groups.logp, groups.truncated))
+        advantages = programs.advantages(
+            rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective)
+        # The update cannot be ended once it waits for the device.
+        jax.block_until_ready(advantages)
+        loop.stop_if_asked()
       experience = Experience(
           mask=mask, advantages=advantages, old=views.pop("old", None), rewards=rewards,
           views=views, sampler_logp=logp, truncated=truncated)
@@ -284,9 +179,8 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   run, programs, rows = loop.run, loop.programs, loop.rows
   assert loop.pool is not None  # an RL stage always has one
   batch = loop.data.given
-  with loop.reading():
-    examples, encoded, prompt = run.read(lambda: next(loop.data), rows.count)
-    prompt = _seen(loop, prompt)
+  examples, encoded, prompt = run.read(lambda: next(loop.data), rows.count)
+  prompt = _seen(loop, prompt)
   place = {row: i for i, row in enumerate(rows.owned)}
   drawn = Drawn(
       [(batch, row) for row in range(rows.count)], examples, encoded, [None] * rows.count, prompt,
@@ -304,9 +198,11 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
     except UserError as error:  # not now: the others go on with the rollout
       drawn.error = error
 
-  drawn.rollout = programs.rollout(loop.params, prompt, key, finished=ended)
+  drawn.rollout = programs.rollout(
+      loop.params, prompt, key, finished=ended, each_chunk=loop.stop_if_asked)
   if "baseline" in programs.objective.advantage_needs:
-    drawn.greedy = programs.rollout_greedy(loop.params, prompt, jax.random.key(0))
+    drawn.greedy = programs.rollout_greedy(
+        loop.params, prompt, jax.random.key(0), each_chunk=loop.stop_if_asked)
     mine = list(rows.owned)
     tokens, mask = np.asarray(drawn.greedy.tokens), np.asarray(drawn.greedy.mask)
     texts = texts_of(tokens[mine], mask[mine], run.processor)
@@ -388,8 +284,7 @@ def _graded(loop: StageRun, drawn: Drawn) -> Groups:
             "failures": dict(failures), "messages": messages, "baseline": baseline,
             "weights": weights}
 
-  with loop.reading():
-    _, everyone = parallel.exchange(grade)
+  _, everyone = parallel.exchange(grade)
   failures: collections.Counter[str] = collections.Counter()
   messages: dict[str, str] = {}
   weights: list[dict[str, float]] = [{}] * rows.count
@@ -433,9 +328,8 @@ def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
   def mine() -> list[Any]:
     return [groups.encoded[row] for row in loop.rows.here]
 
-  with loop.reading():
-    _, sizes = parallel.exchange(read)
-    return _seen(loop, loop.run.place(mine(), sizes, loop.rows))
+  _, sizes = parallel.exchange(read)
+  return _seen(loop, loop.run.place(mine(), sizes, loop.rows))
 
 
 def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:

@@ -37,7 +37,7 @@ _EVALUATION = 1000
 
 
 class Stopped(Exception):
-  """The run was asked to stop and has saved; not an error."""
+  """The run was asked to stop, and has saved where it comes to its caller; not an error."""
 
   agreed = True  # all processes of the run stop at once
 
@@ -202,8 +202,8 @@ class Run:
       if self.stop_signal:  # asked twice: at once
         raise KeyboardInterrupt
       self.stop_signal = signal.Signals(number).name
-      print(f"{self.stop_signal}: saving after this step, then stopping "
-            "(once more stops at once)", file=sys.stderr, flush=True)
+      print(f"{self.stop_signal}: saving and stopping (once more stops at once)",
+            file=sys.stderr, flush=True)
 
     old = {}
     with contextlib.suppress(ValueError):  # not the main thread: a notebook's own affair
@@ -281,7 +281,11 @@ class StageRun:
         start = _copy(start)
       self.state = programs.init_state(start)
       del start
-      self._evaluate_and_log()
+    if not self.start or position.get("evaluate"):
+      try:
+        self._evaluate_and_log()
+      except Stopped:
+        raise self._stopped() from None
 
   @property
   def params(self) -> Params:
@@ -326,13 +330,6 @@ class StageRun:
     step = self.start
     while not self.ends(step):
       self._begun = step, self._data_state(), self.generated_tokens
-      self._agree_to_stop()
-      if self.stop:  # asked to since the step before was ended
-        if step > self.start:
-          self._flush()
-          self._save(step, None, self._begun[1])
-        self.run.checkpoints.wait()
-        raise Stopped(f"{self.stop}: stopped after step {self.run.step}")
       self.run.step += 1
       yield step
       self._after_step(step)
@@ -346,6 +343,16 @@ class StageRun:
 
   def _agree_to_stop(self) -> None:
     self.stop = next(filter(None, parallel.gather(self.run.stop_signal)), "")
+
+  def stop_if_asked(self) -> None:
+    """Raises Stopped, in all processes, if one of them was asked to stop."""
+    self._agree_to_stop()
+    if self.stop:
+      raise Stopped
+
+  def _stopped(self) -> Stopped:
+    self.run.checkpoints.wait()
+    return Stopped(f"{self.stop}: stopped after step {self.run.step}")
 
   def saves(self, step: int) -> bool:
     """Whether a checkpoint follows the step that is being done, as far as is known."""
@@ -365,18 +372,24 @@ class StageRun:
     self.generated_tokens = (self.generated_tokens or 0) + tokens
 
   @contextlib.contextmanager
-  def reading(self) -> Iterator[None]:
-    """Around what reads the user's data: an error there first saves the steps that are done."""
+  def before_update(self) -> Iterator[None]:
+    """Around what a step does before it changes anything.
+
+    Where that is ended, by an error in the user's data or as the run is to stop, the steps that are
+    done are saved: who continues begins with this one.
+    """
     try:
+      self.stop_if_asked()
       yield
-    except UserError:
-      done, data, generated = self._begun
+    except (UserError, Stopped) as ended:
+      done, data, self.generated_tokens = self._begun  # without what this step has sampled already
       self.run.step -= 1
       if done:
         self._flush()
-        self.generated_tokens = generated  # without what this step has sampled already
         self._save(done, None, data)
-        self.run.checkpoints.wait()
+      if isinstance(ended, Stopped):
+        raise self._stopped() from None
+      self.run.checkpoints.wait()
       raise
 
   def log(self, device_metrics: Any, host_metrics: dict[str, float], tokens: int) -> None:
@@ -418,20 +431,22 @@ class StageRun:
     done = step + 1
     last = self.ends(done)
     every = self.stage.eval.every
-    evaluates = last or (every and done % every == 0)
-    self._agree_to_stop()  # one that comes from here on is for the next step
-    saves = last or self.saves(step)
-    if evaluates or saves:
+    evaluate = bool(last or (every and done % every == 0))
+    self._agree_to_stop()  # one that comes from here on is for the evaluation or the next step
+    if evaluate or last or self.saves(step):
       # A run resumed from this checkpoint never comes back to this step's metrics.
       self._flush()
-    accuracy = self._evaluate_and_log() if evaluates else None
-    if saves:
-      self._save(done, accuracy, self._data_state())
-    if self.stop and not (last and self.index == len(self.run.config.stages) - 1):
-      self.run.checkpoints.wait()
-      raise Stopped(f"{self.stop}: stopped after step {self.run.step}")
+    accuracy = None
+    if evaluate and not self.stop:
+      with contextlib.suppress(Stopped):
+        accuracy, evaluate = self._evaluate_and_log(), False
+    if last or self.saves(step):
+      self._save(done, accuracy, self._data_state(), evaluate)
+    if self.stop and (evaluate or not last or self.index < len(self.run.config.stages) - 1):
+      raise self._stopped()
 
-  def _save(self, done: int, accuracy: float | None, data: Any) -> None:
+  def _save(self, done: int, accuracy: float | None, data: Any, evaluate: bool = False) -> None:
+    """`evaluate`: whoever continues from here begins with that."""
     state: dict[str, Any] = {"train": self.state}
     if self.reference:
       state["reference"] = self.reference
@@ -439,7 +454,7 @@ class StageRun:
     self.run.checkpoints.save(
         self.run.step, state,
         {"stage": self.index, "stage_step": done, "step": self.run.step,
-         "generated_tokens": self.generated_tokens, "data": data}, accuracy)
+         "generated_tokens": self.generated_tokens, "data": data, "evaluate": evaluate}, accuracy)
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
     """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""
@@ -462,8 +477,9 @@ class StageRun:
           run.model, run.mesh, self._eval_sampling, run.param_shardings,
           **run.config.rollout.to_dict(), room=self.programs.room,
           samples_field=f"config.stages[{self.index}].eval.samples")
+    rollout = functools.partial(self._eval_rollout, each_chunk=self.stop_if_asked)
     return evaluate(
-        self._eval_rollout, self.params, run.processor, self._eval_examples, self.pool,
+        rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,
         key=run.random_key(_EVALUATION), system=run.system)
 

@@ -40,13 +40,13 @@ def train(run: Run, index: int) -> None:
   with grading as pool:
     loop = StageRun(run, index, programs, pool)
     for _ in loop.steps():
-      with loop.reading():
+      with loop.before_update():
         examples, _, prompt = run.read(lambda: next(loop.data), loop.rows.count)
         tokens, mask = _targets(run, loop.rows, examples, stage.max_tokens)
+        programs.check_update(
+            loop.rows.count, prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:])
       experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
                               old=None, rewards=None)
-      programs.check_update(
-          loop.rows.count, prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:])
       packing = programs.pack(mask)
       experience = parallel.put_batch(run.mesh, experience)
       loop.state, metrics = programs.update(

@@ -1,7 +1,9 @@
 """The config of runs of many processes: the RL stage of the tiny run, and what a test does to it.
 
-TEST is JSON: `config` (fields to set), `kill` ([process, seconds after its second step began]),
-`term` and `crash` ([process, number of the step]), `bad` ([process, number of the batch]).
+TEST is JSON: `sft` (a step of it comes first), `config` (fields to set), `kill` ([process, seconds
+after its second step began, or null: while its second checkpoint is written]),
+`term` ([process, number of the step, how often it has looked in this step whether it is asked to
+stop]), `crash` ([process, number of the step]), `bad` ([process, number of the batch]).
 """
 
 import json
@@ -18,10 +20,11 @@ from tests import tiny_run
 def get_config():
   asked = json.loads(os.environ.get("TEST", "{}"))
   config = tiny_run.get_config()
-  _, rl = config.stages
+  sft, rl = config.stages
   rl.steps, rl.num_samples, rl.eval.examples, rl.objective.name = 4, 4, 6, "grpo"
   rl.optimizer.learning_rate = 1e-4
-  config.stages = (rl,)
+  sft.steps = 1
+  config.stages = (sft, rl) if asked.get("sft") else (rl,)
   config.checkpoint.every, config.checkpoint.keep = 1, 10
   config.log_every, config.seed = 1, 3
   for field, value in asked.get("config", {}).items():
@@ -56,8 +59,17 @@ def _note_examples(bad: list[int] | None) -> None:
 
 
 def _disturb(asked) -> None:
+  from jaxrl_vlm import checkpoint
   from jaxrl_vlm.stages.run import StageRun
 
+  save = checkpoint.Checkpoints.save
+
+  def saved(self, step, *given):
+    save(self, step, *given)
+    if kill and kill[1] is None and [_me(), step] == [str(kill[0]), 2]:
+      die(0)  # it is written in the background
+
+  checkpoint.Checkpoints.save = saved
   steps = StageRun.steps
   kill, term, crash = (asked.get(name) for name in ("kill", "term", "crash"))
 
@@ -68,12 +80,19 @@ def _disturb(asked) -> None:
 
   def disturbed(self):
     for step in steps(self):
-      if kill and _me() == str(kill[0]) and step == 1:
+      if kill and kill[1] is not None and _me() == str(kill[0]) and step == 1:
         threading.Thread(target=die, args=(kill[1],), daemon=True).start()
-      if term and [_me(), step] == [str(term[0]), term[1]]:
-        os.kill(os.getpid(), signal.SIGTERM)
+      self.looks = 0
       if crash and [_me(), step] == [str(crash[0]), crash[1]]:
         raise RuntimeError("a bug")
       yield step
 
-  StageRun.steps = disturbed
+  look = StageRun.stop_if_asked
+
+  def looked(self):
+    if term and [_me(), self.run.step, getattr(self, "looks", 0)] == [str(term[0]), *term[1:]]:
+      os.kill(os.getpid(), signal.SIGTERM)
+    self.looks = getattr(self, "looks", 0) + 1
+    look(self)
+
+  StageRun.steps, StageRun.stop_if_asked = disturbed, looked

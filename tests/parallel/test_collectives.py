@@ -47,7 +47,8 @@ def lowered(axes, tensor):
   params, shape = models.abstract_params(config), jax.ShapeDtypeStruct
   programs = Programs(
       models.VLM(config), parallel.make_mesh(axes), objectives.create("vppo", kl_coef=0.1),
-      optax.adamw(1e-3), params, sampling=Sampling(G, T), rollout={"tensor": tensor},
+      optax.adamw(1e-3), params, sampling=Sampling(G, T),
+      rollout={"tensor": tensor, "layers": LAYERS},
       black=np.zeros(config.vision.patch_dim, np.float32))
   prompt = jax.tree.map(
       lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, P, LENGTH, PATCHES))

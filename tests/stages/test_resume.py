@@ -21,10 +21,11 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_vlm import checkpoint, objectives, train
+from jaxrl_vlm import checkpoint, metrics, objectives, train
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.data import digit_boards, pipeline, sources
 from jaxrl_vlm.errors import UserError
+from jaxrl_vlm.stages.run import StageRun
 from tests import tiny_run
 
 CONFIG = """\
@@ -128,6 +129,40 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
   scratch = load_file(workdir / "scratch" / "model.safetensors")
   trained = weights(workdir)
   assert not [name for name in scratch if np.array_equal(trained[name], scratch[name])]
+
+
+@pytest.mark.parametrize(("step", "look", "done"), [
+    pytest.param(7, 2, 6, id="in the first rollout"),
+    pytest.param(8, 2, 7, id="in a rollout"),
+    pytest.param(8, 3, 7, id="before the update"),
+    pytest.param(8, 4, 8, id="in the last evaluation"),
+])
+def test_asked_within_a_step_it_stops_there(
+    step, look, done, workdir, finished, one_device, monkeypatch, capsys):
+  shutil.rmtree(workdir / "checkpoints" / "8")  # continues from step 6
+  looks, stop_if_asked = collections.Counter(), StageRun.stop_if_asked
+
+  def looked(self):
+    looks[self.run.step] += 1
+    if (self.run.step, looks[self.run.step]) == (step, look):
+      os.kill(os.getpid(), signal.SIGTERM)
+    stop_if_asked(self)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(StageRun, "stop_if_asked", looked)
+    train.train(tiny_run.get_config(), workdir)
+  out = capsys.readouterr().out
+  assert f"SIGTERM: stopped after step {done}; the same command continues." in out
+  assert looks[step] == look and not (workdir / "model").exists()
+  assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == done
+  train.train(tiny_run.get_config(), workdir)
+  assert_same_model(workdir, finished)
+
+  def records(folder):
+    return [{key: value for key, value in record.items() if not key.startswith("time/")}
+            for record in metrics.read(folder)]
+
+  assert records(workdir) == records(finished)
 
 
 def test_a_finished_run_only_shows_its_result_again(workdir, finished, one_device, capsys):
