@@ -39,7 +39,8 @@ def _me() -> str:
 
 
 def _note_examples(bad: list[int] | None) -> None:
-  """Writes what each process reads: batch, row and example, a line for each."""
+  """Writes what each process reads: seed of the stage's data, batch, row and example, a line each.
+  """
   from jaxrl_vlm.data import pipeline
   from jaxrl_vlm.errors import UserError
 
@@ -51,7 +52,8 @@ def _note_examples(bad: list[int] | None) -> None:
     batch, examples = self.given, following(self)
     rows = range(len(examples)) if self._rows is None else self._rows
     with open(pathlib.Path(os.environ["READ"]), "a") as file:
-      file.writelines(f"{batch} {row} {example.id}\n"
+      seed = self.get_state()["seed"]
+      file.writelines(f"{seed} {batch} {row} {example.id}\n"
                       for row, example in zip(rows, examples, strict=True))
     return examples
 

@@ -92,12 +92,12 @@ def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
           for record in metrics.read(workdir)]
 
 
-def read(workdir: pathlib.Path) -> dict[tuple[int, int], str]:
+def read(workdir: pathlib.Path) -> dict[tuple[str, ...], str]:
   """What was read as which row of which batch, by anyone; no row was ever another example."""
-  found: dict[tuple[int, int], str] = {}
+  found: dict[tuple[str, ...], str] = {}
   for line in pathlib.Path(f"{workdir}.read").read_text().splitlines():
-    batch, row, example = line.split()
-    assert found.setdefault((int(batch), int(row)), example) == example
+    *place, example = line.split()
+    assert found.setdefault(tuple(place), example) == example
   return found
 
 
