@@ -19,11 +19,15 @@ TOWER, TOWER_HIDDEN = 16, 48
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 # At most so many of each kind in a program's text, as KINDS; loops count once. With 8 devices on
-# fsdp, drawing in the layout of training; on 4 x 2, drawing with weights in four parts.
+# fsdp, or 2 x 4, drawing in the layout of training; on 4 x 2, drawing with weights in four parts.
 COUNTS = {
     "fsdp": {
         "see": (8, 0, 0, 0, 0), "score": (20, 4, 4, 0, 10), "score_masked": (28, 5, 4, 0, 13),
         "update": (61, 20, 5, 0, 15), "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 0, 0),
+        "move": (0, 0, 0, 0, 0)},
+    "slice x fsdp": {
+        "see": (8, 1, 0, 0, 0), "score": (20, 4, 4, 0, 10), "score_masked": (28, 5, 4, 0, 13),
+        "update": (61, 25, 5, 0, 15), "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 1, 0),
         "move": (0, 0, 0, 0, 0)},
     "fsdp x tensor": {
         "see": (13, 5, 0, 0, 0), "score": (25, 8, 4, 1, 11), "score_masked": (37, 13, 4, 1, 14),
@@ -95,16 +99,18 @@ def one_layer(params, fsdp: int, tensor: int) -> set[tuple[int, ...]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "axes", "tensor"), [
-    ("fsdp", {"fsdp": 8}, 0), ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4)])
+    ("fsdp", {"fsdp": 8}, 0), ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4),
+    ("slice x fsdp", {"slice": 2, "fsdp": 4}, 0)])
 def test_nothing_is_gathered_but_what_must_be(name, axes, tensor):
   params, blocks, programs = lowered(axes, tensor)
   rows, split = axes["fsdp"], axes.get("tensor", 1)
   weights = one_layer(params, rows, split)
-  cells = (rows, P // rows * G)
+  here = P // axes.get("slice", 1)  # prompts of a slice: nothing is gathered from another
+  cells, blocks = (rows, here // rows * G), (rows, *blocks[1:])
   expected = {
-      "tokens, of all devices that share the vocabulary": {(P, LENGTH), blocks, cells},
+      "tokens, of all devices that share the vocabulary": {(here, LENGTH), blocks, cells},
       "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
-      "gradients of what was looked up": {(P, LENGTH, WIDTH), (*blocks, WIDTH)},
+      "gradients of what was looked up": {(here, LENGTH, WIDTH), (*blocks, WIDTH)},
   }
   if tensor:
     drawn = P * G // (8 // tensor)
