@@ -131,8 +131,10 @@ def compile_piece(piece: Any, where: Any, request: Request) -> dict[str, Any]:
         "aliased": memory.alias_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "unused": unused(compiled, lowered, piece.places)}
     # What the compiler holds against the memory of a chip; its temporaries count some of what is
-    # written over arguments twice.
-    result["needs"] = memory.peak_memory_in_bytes
+    # written over arguments twice. It counts what lies in the host's memory too.
+    result["needs"] = memory.peak_memory_in_bytes - (
+        memory.host_argument_size_in_bytes + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes + memory.host_temp_size_in_bytes)
     result["cost"] = dataclasses.asdict(hlo.analyse(
         compiled.as_text(), piece.steps, piece.shares))
   result["compile_seconds"] = round(time.monotonic() - began, 1)

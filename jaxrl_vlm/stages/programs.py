@@ -201,7 +201,7 @@ class Programs:
         (1, *map(rows, objective.grad_views)))
     if self._on_host:  # the optimizer's state comes and goes when there is nothing else
       moments = memory.held(self.abstract_state.opt_state, self._on_device)
-      need = max(need, self.gradient + 2 * moments)
+      need = max(need, self.gradient + moments)  # XLA takes a parameter after the other
     scores = [memory.score(model, length, here, rows(view), tokens, part)
               for view in objective.views]
     given = memory.prompts(model, patches, prompts // devices)

@@ -187,8 +187,6 @@ assert config.head_dim == 128
 config = config.replace(
     attention=models.choose_attention("auto", mesh.devices.flat, config))
 params = models.abstract_params(config)
-programs = Programs(
-    models.VLM(config), mesh, objectives.create("grpo"), optax.sgd(1e-3), params)
 shape = jax.ShapeDtypeStruct
 prompt = jax.tree.map(
     lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, P, 256, 256))
@@ -197,11 +195,16 @@ key = jax.eval_shape(lambda: jax.random.key(0))
 stats = TokenStats(number, number)
 experience = Experience(mask=mask, advantages=number, old=stats,
                         rewards=shape((P, G), "float32"), views={"ref": stats})
-packing = jax.tree.map(
-    lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
-text = programs.update.lower(
-    programs.abstract_state, {}, prompt, tokens, experience, key, None, packing).compile().as_text()
-print(*sorted(re.findall(r"%splash_mha_([a-z]+)_\\S+ = .*tpu_custom_call", text)))
+for on_host in (False, True):
+  programs = Programs(models.VLM(config), mesh, objectives.create("grpo"), optax.adamw(1e-3),
+                      params, state_on_host=on_host)
+  packing = jax.tree.map(
+      lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
+  update = programs.update.lower(
+      programs.abstract_state, {}, prompt, tokens, experience, key, None, packing).compile()
+  memory = update.memory_analysis()
+  print(*sorted(re.findall(r"%splash_mha_([a-z]+)_\\S+ = .*tpu_custom_call", update.as_text())),
+        memory.argument_size_in_bytes, memory.host_argument_size_in_bytes)
 """
 
 
@@ -333,12 +336,16 @@ def test_what_only_some_objectives_want_compiles():
 
 @pytest.mark.slow
 def test_the_attention_of_an_update_is_splash():
-  """Forward and the two of the gradient: of the tower, of prompts, of packed responses."""
+  """Forward and the two of the gradient: of the tower, of prompts, of packed responses. With
+  moments on the host, which then take nothing of the devices."""
   pytest.importorskip("libtpu")
   done = python(SPLASH, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
                 JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
   assert done.returncode == 0, done.stderr
-  assert done.stdout.split() == ["dkv"] * 3 + ["dq"] * 3 + ["fwd"] * 3
+  here, away = (line.split() for line in done.stdout.splitlines())
+  assert here[:-2] == away[:-2] == ["dkv"] * 3 + ["dq"] * 3 + ["fwd"] * 3
+  (all_here, nothing), (rest, moments) = (map(int, line[-2:]) for line in (here, away))
+  assert nothing == 0 and moments > rest and abs(all_here - rest - moments) < 1e-3 * all_here
 
 
 @pytest.mark.slow

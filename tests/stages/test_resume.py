@@ -165,6 +165,21 @@ def test_asked_within_a_step_it_stops_there(
   assert records(workdir) == records(finished)
 
 
+@pytest.mark.parametrize("moments", ["host", "bfloat16"])
+def test_moments_of_another_kind_are_resumed(moments, tmp_path, one_device):
+  config = supervised(4)
+  config.stages[0].optimizer.moments = moments
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  train.train(config, whole)
+  shutil.copytree(whole, workdir)
+  shutil.rmtree(workdir / "model")
+  for step in (3, 4):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+  train.train(config, workdir)
+  assert_same_model(workdir, whole)
+  assert_equal_trees(saved_state(workdir, 4)["opt_state"], saved_state(whole, 4)["opt_state"])
+
+
 def test_a_finished_run_only_shows_its_result_again(workdir, finished, one_device, capsys):
   before = (workdir / "metrics.jsonl").read_text()
   train.train(tiny_run.get_config(), workdir)
