@@ -30,16 +30,18 @@ MODELS = ("Qwen2.5-VL-7B", "Qwen2.5-VL-32B", "Qwen2.5-VL-72B", "Qwen2.5-VL-3B", 
 GENERATIONS = ("v5e", "v5p", "v6e")
 FIRST = (("Qwen2.5-VL-7B", "v5e:4x4"), ("Qwen2.5-VL-32B", "v5p:2x2x4"),
          ("Qwen2.5-VL-72B", "v5p:2x4x4"))
+SIZES = (16, 64, 256, 4, 32, 128, 8)
 _GIB = 2**30
 
 
 def cases() -> list[tuple[str, str]]:
-  """(model, slice) by importance: some, then the middle sizes of every generation, then all."""
+  """(model, slice) by importance: some, then 16, 64, 256 and 4 chips of all, then the others."""
   from jaxrl_vlm.planning import roofline
 
-  every = [(abs(i - 3), model, where.name) for model in MODELS for generation in GENERATIONS
-           for i, where in enumerate(roofline.slices(roofline.CHIPS[generation]))]
-  rest = [(model, name) for _, model, name in sorted(every, key=lambda case: case[0])]
+  every = [(where.chips, model, where.name) for model in MODELS for generation in GENERATIONS
+           for where in roofline.slices(roofline.CHIPS[generation])]
+  rest = [(model, name) for _, model, name in sorted(
+      every, key=lambda case: SIZES.index(case[0]))]
   return list(dict.fromkeys((*FIRST, *rest)))
 
 

@@ -42,16 +42,21 @@ class MetricsWriter:
   Args:
     workdir: made if it does not exist.
     start: the first step that this writer will write, 0 for a new run.
+    keep: how many records at most are from before; None: all that are of earlier steps. The
+      evaluation of a step may have been written by an earlier life and be due all the same.
+
+  Attributes:
+    records: how many there are.
 
   Raises:
     UserError: a file cannot be written (full disk, permissions); names it.
   """
 
-  def __init__(self, workdir: str | os.PathLike, start: int = 0):
+  def __init__(self, workdir: str | os.PathLike, start: int = 0, keep: int | None = None):
     self._path = pathlib.Path(workdir) / METRICS_FILE
     try:
       self._path.parent.mkdir(parents=True, exist_ok=True)
-      _drop_from(self._path, start)
+      self.records = _drop_from(self._path, start, keep)
       self._events = _EventFile(self._path.parent / TENSORBOARD_DIR, start)
     except OSError as error:
       raise _cannot_write(error, self._path) from error
@@ -74,6 +79,7 @@ class MetricsWriter:
     try:
       with open(self._path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
+      self.records += 1
       self._events.write(int(step), numbers)
     except OSError as error:
       raise _cannot_write(error, self._path) from error
@@ -126,23 +132,26 @@ def _cannot_write(error: OSError, path: pathlib.Path) -> UserError:
       " same command resumes the run")
 
 
-def _drop_from(path: pathlib.Path, start: int) -> None:
-  """Moves records of step >= start, and a line that a kill cut short, to `DROPPED_FILE`."""
+def _drop_from(path: pathlib.Path, start: int, keep: int | None) -> int:
+  """Moves records of step >= start, those behind the first `keep`, and a line that a kill cut
+  short, to `DROPPED_FILE`; how many are left."""
   if not path.exists():
-    return
+    return 0
   kept, dropped = [], []
   text = path.read_text(encoding="utf-8", errors="replace")
   for line in text.splitlines():
     record = _parse(line)
-    (kept if record is not None and record["step"] < start else dropped).append(line + "\n")
+    known = record is not None and record["step"] < start and (keep is None or len(kept) < keep)
+    (kept if known else dropped).append(line + "\n")
   if not dropped and text.endswith("\n"):
-    return
+    return len(kept)
   # First the copy, then the removal: a kill in between leaves a line in both files, never in none.
   with open(path.with_name(DROPPED_FILE), "a", encoding="utf-8") as file:
     file.writelines(dropped)
     file.flush()
     os.fsync(file.fileno())
   write_atomically(path, "".join(kept))
+  return len(kept)
 
 
 def _parse(line: str) -> Record | None:

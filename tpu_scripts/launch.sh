@@ -4,7 +4,7 @@
 #
 #   launch.sh [--detach] [--dry-run] configs/NAME.py [FLAGS OF THE RUN]
 #   launch.sh --follow      shows worker 0's output again, from its beginning
-#   launch.sh --stop        saves after the current step and stops
+#   launch.sh --stop        saves and stops
 #
 #   --detach    returns as soon as the run is started
 #

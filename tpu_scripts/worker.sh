@@ -7,7 +7,7 @@
 #   worker.sh idle                          fails if a run is going on
 #   worker.sh status [WORKDIR]              one line; of a WORKDIR also what is there
 #   worker.sh follow                        what the run prints, until it ends; then its status
-#   worker.sh stop                          saves after the current step and stops
+#   worker.sh stop                          saves and stops
 #   worker.sh pod WORKDIR LAUNCH ARG...     trains in the foreground, in a container
 #
 # What a run prints goes to a file here, copied to WORKDIR/logs/LAUNCH every minute: a bucket keeps
@@ -171,10 +171,12 @@ stop() {
   fi
 }
 
-# A run that SIGTERM stopped ends with status 0 too; its container must be started again.
+# A run that SIGTERM stopped ends with status 0 too; its container must be started again. With 75
+# the run itself says that another is gone: if that one has failed, it should be heard first.
 pod() {
   local code=0
   FORWARD=1 keep "$@" || code=$?
+  if ((code == 75)); then sleep "${OTHERS_SECONDS:-20}"; fi
   if ((code == 0)) && [[ ! -e $1/model/config.json ]]; then code=75; fi
   exit "$code"
 }

@@ -41,9 +41,11 @@ def cache_compilations() -> None:
   it begin with different ones and wait for each other for ever.
   """
   import jax
+  from jax.experimental.compilation_cache import compilation_cache
 
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks at that once
   elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
     jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "xla"))

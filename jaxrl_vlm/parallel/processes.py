@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -139,6 +139,8 @@ class _Together:
     self.numbers = itertools.count()
     self.leaving, self.told = threading.Event(), False
     self.error: BaseException | None = None  # that only this process has
+    self.live: Collection[int] = range(self.count)
+    self.ending = threading.RLock()
     self.hosts: list[str] = [str(name) for name in self.gather(socket.gethostname())]
     if self.index:
       self._name_a_lost_coordinator()
@@ -157,50 +159,79 @@ class _Together:
       client.key_value_delete(f"{_PREFIX}/gather/{number - 1}/{self.index}")
     return [serialization.msgpack_restore(found[str(i)])[0] for i in range(self.count)]
 
-  # What a process has to say at its end: "" if that is in good order.
+  # What a process has to say at its end: its exit status, and why; 0 if all is in good order.
 
-  def _post(self, message: str) -> None:
-    self.client.key_value_set(f"{_PREFIX}/end/{self.index}", message or "-", True)
+  def _post(self, code: int = 0, reason: str = "") -> None:
+    self.client.key_value_set(f"{_PREFIX}/end/{self.index}", f"{code} {reason}", True)
 
-  def _posted(self) -> dict[int, str]:
-    return {int(key.rpartition("/")[2]): text.removeprefix("-")
-            for key, text in self.client.key_value_dir_get(f"{_PREFIX}/end")}
+  def _posted(self) -> dict[int, tuple[int, str]]:
+    found = {}
+    for key, text in self.client.key_value_dir_get(f"{_PREFIX}/end"):
+      code, _, reason = text.partition(" ")
+      found[int(key.rpartition("/")[2])] = int(code), reason
+    return found
 
   def watch(self) -> None:
     """Ends this process when another is lost, or says that it will not go on."""
     while not self.leaving.wait(1.0):
       try:
-        self._end_for(self._posted())
-        live = self.client.get_live_nodes(list(range(self.count)))  # waits for all that live
+        self._follow(self._posted())
+        self.live = self.client.get_live_nodes(list(range(self.count)))  # waits for all that live
         posted = self._posted()
       except Exception as error:  # of its client, which has several kinds
         if not self.leaving.is_set():
           print(f"{type(error).__name__}: {one_line(str(error))[:300]}", file=sys.stderr)
           self._end(f"{self.name(0)}, the coordinator, is gone", os.EX_TEMPFAIL)
         return
-      self._end_for(posted)
-      lost = [i for i in range(self.count) if i not in live and i not in posted]
+      lost = [i for i in range(self.count) if i not in self.live and i not in posted]
       if lost and not self.leaving.is_set():
         self._end(f"{', '.join(map(self.name, lost))} {'is' if len(lost) == 1 else 'are'} gone",
                   os.EX_TEMPFAIL)
+      self._follow(posted)
 
-  def _end_for(self, posted: dict[int, str]) -> None:
-    errors = [i for i, message in posted.items() if message and i != self.index]
+  def _follow(self, posted: dict[int, tuple[int, str]]) -> None:
+    """Ends this process if another has ended for an error, or because it misses a third."""
+    ended = {i: end for i, end in posted.items() if end[0] and i != self.index}
+    for code, reason in ended.values():
+      if code == os.EX_TEMPFAIL and self.error is None:
+        self._end(reason, code)
     # Who has an error of its own ends by itself.
-    if errors and not self.leaving.wait(_GRACE_SECONDS) and self.error is None:
-      self._end(f"{self.name(errors[0])} stopped: {posted[errors[0]]}")
+    if ended and not self.leaving.wait(_GRACE_SECONDS) and self.error is None:
+      first = min(ended)
+      self._end(f"{self.name(first)} stopped: {ended[first][1]}", 1)
 
-  def _end(self, reason: str, code: int = 1) -> NoReturn:
-    """Code 75, EX_TEMPFAIL, tells a lost process from one that failed."""
+  def _end(self, reason: str, code: int) -> NoReturn:
+    """Code 75, EX_TEMPFAIL, is of a process that misses another, not of one that failed."""
+    self._alone()
     if self.error is not None:  # the others are gone because of it
-      traceback.print_exception(self.error)
+      self._fail(self.error)
     print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
           "from the last checkpoint", file=sys.stderr, flush=True)
+
+    def last_word():
+      self._post(code, reason)
+      while not self.index and not {*self.live} <= {*self._posted()}:
+        time.sleep(0.1)  # the coordinator goes last: without it nobody knows who is lost
+
     # The call would wait for a coordinator that is gone.
-    last_word = threading.Thread(target=self._post, args=(reason,), daemon=True)
-    last_word.start()
-    last_word.join(1.0)
+    speaking = threading.Thread(target=last_word, daemon=True)
+    speaking.start()
+    speaking.join(1.0 if self.index else 2 * _GRACE_SECONDS)
     _exit(code)
+
+  def _alone(self) -> None:
+    """Comes back in one thread alone: several may find out at once that this process must end."""
+    if not self.ending.acquire(blocking=False):
+      threading.Event().wait()
+
+  def _fail(self, error: BaseException) -> NoReturn:
+    """Ends this process by an error of its own."""
+    self._alone()
+    if isinstance(error, UserError):
+      print(one_line(str(error)), file=sys.stderr)
+    else:
+      traceback.print_exception(error)
+    _exit(2 if isinstance(error, UserError) else 1)
 
   def _name_a_lost_coordinator(self) -> None:
     host, _, port = self.address.rpartition(":")
@@ -232,20 +263,16 @@ class _Together:
 
     def insist():  # what is still to be tidied may wait for the others in vain
       time.sleep(8 * _GRACE_SECONDS)
-      if isinstance(error, UserError):
-        print(text, file=sys.stderr)
-      else:
-        traceback.print_exception(error)
-      _exit(2 if isinstance(error, UserError) else 1)
+      self._fail(error)
 
     self.error = error
     with contextlib.suppress(Exception):
-      self._post(text[:2000])
+      self._post(2 if isinstance(error, UserError) else 1, text[:2000])
     threading.Thread(target=insist, daemon=True).start()
 
   def leave(self, error: BaseException | None) -> None:
     if error is None or getattr(error, "agreed", False):
-      self._post("")
+      self._post()
     else:
       self.tell(error)
     end = time.monotonic() + (2 * _GRACE_SECONDS if self.told else 24 * 3600)
@@ -253,6 +280,8 @@ class _Together:
       while len(self._posted()) < self.count and time.monotonic() < end:
         time.sleep(0.1)
     self.leaving.set()
+    if self.error is not None:  # JAX may abort any moment: its coordinator ends for the same error
+      self._fail(self.error)
 
     def others_left():
       with contextlib.suppress(Exception):
@@ -262,7 +291,7 @@ class _Together:
     if not self.index:  # the coordinator goes last
       last = threading.Thread(target=others_left, daemon=True)
       last.start()
-      last.join(_GRACE_SECONDS if self.told else 60)
+      last.join(60)
     with contextlib.suppress(Exception):
       jax.distributed.shutdown()
 

@@ -393,10 +393,12 @@ class Sampler:
 
     if prompt.tokens.shape not in self._compiled:
       # What later rollouts may want is compiled in the first: everybody has ended, nothing is done.
-      self._compiled.add(prompt.tokens.shape)
       while schedule.smaller():
         flight = self._move(flight, *put(*schedule.move()))
         flight, _ = self._decode(params, flight, *put(*schedule.places()), key)
+        if each_chunk is not None:
+          each_chunk()
+      self._compiled.add(prompt.tokens.shape)
     return Rollout(*(groups_of(a)[..., :sampling.max_tokens] for a in (tokens, mask, logp)))
 
   def _plan(self, prompts: int, length: int) -> tuple[Layout, int]:

@@ -103,7 +103,8 @@ class Run:
     self.rollouts: Any = _Silent()
     self.progress: Any = _Silent()
     if parallel.is_first():
-      self.metrics = metrics_lib.MetricsWriter(workdir, start=self.step + 1 if self.step else 0)
+      self.metrics = metrics_lib.MetricsWriter(
+          workdir, start=self.step + 1 if self.step else 0, keep=self.position.get("records"))
       self.rollouts = report.RolloutLog(workdir)
       self.progress = metrics_lib.Progress(sum(s.steps for s in config.stages), config.log_every)
     self.stop_signal = ""
@@ -384,7 +385,7 @@ class StageRun:
     except (UserError, Stopped) as ended:
       done, data, self.generated_tokens = self._begun  # without what this step has sampled already
       self.run.step -= 1
-      if done:
+      if done > self.start:
         self._flush()
         self._save(done, None, data)
       if isinstance(ended, Stopped):
@@ -431,7 +432,7 @@ class StageRun:
     done = step + 1
     last = self.ends(done)
     every = self.stage.eval.every
-    evaluate = bool(last or (every and done % every == 0))
+    evaluate = bool(self.stage.eval.examples and (last or (every and done % every == 0)))
     self._agree_to_stop()  # one that comes from here on is for the evaluation or the next step
     if evaluate or last or self.saves(step):
       # A run resumed from this checkpoint never comes back to this step's metrics.
@@ -454,7 +455,8 @@ class StageRun:
     self.run.checkpoints.save(
         self.run.step, state,
         {"stage": self.index, "stage_step": done, "step": self.run.step,
-         "generated_tokens": self.generated_tokens, "data": data, "evaluate": evaluate}, accuracy)
+         "generated_tokens": self.generated_tokens, "data": data, "evaluate": evaluate,
+         "records": self.run.metrics.records if parallel.is_first() else None}, accuracy)
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
     """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""

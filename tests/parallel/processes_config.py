@@ -92,9 +92,9 @@ def _disturb(asked) -> None:
   look = StageRun.stop_if_asked
 
   def looked(self):
-    if term and [_me(), self.run.step, getattr(self, "looks", 0)] == [str(term[0]), *term[1:]]:
+    if term and [_me(), self.run.step, self.looks] == [str(term[0]), *term[1:]]:
       os.kill(os.getpid(), signal.SIGTERM)
-    self.looks = getattr(self, "looks", 0) + 1
+    self.looks += 1
     look(self)
 
-  StageRun.steps, StageRun.stop_if_asked = disturbed, looked
+  StageRun.steps, StageRun.stop_if_asked, StageRun.looks = disturbed, looked, 0

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxrl_vlm import models, objectives, parallel
+from jaxrl_vlm.planning import hlo
 from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Experience, TokenStats
@@ -81,7 +82,14 @@ def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
       rf"= \(?\w+\[([\d,]*)\][^=]*? ({kinds})(?:-start)?\(", text)]
 
 
-def one_layer(params, fsdp: int, tensor: int) -> set[tuple[int, ...]]:
+def gathered_among(text: str) -> set[int]:
+  """Among how many devices each all-gather of a compiled program is."""
+  program = hlo.Program(text)
+  return {program.group(one) for computation in program.computations.values()
+          for one in computation.instructions.values() if one.op.startswith("all-gather")}
+
+
+def one_layer(params, tensor: int) -> set[tuple[int, ...]]:
   """Sizes of every parameter, without the axis of layers: whole, or split over `tensor`."""
   found = set()
   for keys, x in jax.tree.leaves_with_path(params):
@@ -104,7 +112,7 @@ def one_layer(params, fsdp: int, tensor: int) -> set[tuple[int, ...]]:
 def test_nothing_is_gathered_but_what_must_be(name, axes, tensor):
   params, blocks, programs = lowered(axes, tensor)
   rows, split = axes["fsdp"], axes.get("tensor", 1)
-  weights = one_layer(params, rows, split)
+  weights = one_layer(params, split)
   here = P // axes.get("slice", 1)  # prompts of a slice: nothing is gathered from another
   cells, blocks = (rows, here // rows * G), (rows, *blocks[1:])
   expected = {
@@ -121,7 +129,10 @@ def test_nothing_is_gathered_but_what_must_be(name, axes, tensor):
         (P // rows, PATCHES, 3, 2, TOWER // 2), (P // rows * PATCHES, TOWER)}
   assert set(programs) == set(COUNTS[name])
   for program, low in programs.items():
-    found = collectives(low.compile().as_text())
+    text = low.compile().as_text()
+    found = collectives(text)
+    if "slice" in axes:  # neither weights nor anything else comes from another slice
+      assert gathered_among(text) <= {rows}, program
     if program != "reshard":
       for kind, sizes in found:
         plain = tuple(n for n in sizes if n > 1)

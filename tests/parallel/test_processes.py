@@ -45,15 +45,19 @@ def environment(index: int, count: int, devices: int, port: int, more: dict[str,
   return env
 
 
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
 def run(workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | None = None,
         **more: Any) -> list[Ended]:
   """Ends of `count` processes with so many devices each, all running the same command.
 
   `more`: see `processes_config`; `each`: of single processes.
   """
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
+  port = free_port()
   workdir.parent.mkdir(exist_ok=True)
   logs = [workdir.parent / f"{workdir.name}.{i}" for i in range(count)]
   started = []
@@ -216,6 +220,8 @@ def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, aft
   assert re.search(rf"^process {victim} of 2 \(host {host}\)(, the coordinator,)? is gone; ",
                    other.err, re.MULTILINE), other.err
   assert not (workdir / "model").exists()
+  if after is None:
+    assert not (workdir / "checkpoints" / "2").exists()
 
   finish(workdir, 2, 2)
   assert records(workdir) == records(two)
@@ -228,15 +234,16 @@ def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, aft
 @pytest.mark.slow
 def test_sigterm_to_one_stops_all_and_other_processes_and_meshes_go_on(alone, tmp_path):
   workdir = tmp_path / "run"
+  rarely = {"checkpoint.every": 50}
   for count, devices, mesh, step, looks in (  # before a step, and in a rollout
-      (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2, 0), (2, 2, {}, 3, 1)):
-    ends = run(workdir, count, devices, term=[count - 1, step, looks], config=mesh)
+      (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2, 0), (2, 2, {}, 4, 1)):
+    ends = run(workdir, count, devices, term=[count - 1, step, looks], config=mesh | rarely)
     assert [one.code for one in ends] == [0] * count, ends
     assert f"SIGTERM: stopped after step {step - 1}; the same command continues." in ends[0].out
     assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] and not (
         workdir / "model").exists()
   # Here two processes hold the same rows: `tensor` goes over both.
-  finish(workdir, 2, 2, config={"mesh.fsdp": 1, "mesh.tensor": 4})
+  finish(workdir, 2, 2, config={"mesh.fsdp": 1, "mesh.tensor": 4} | rarely)
   assert [r["step"] for r in records(workdir) if "train/loss" in r] == [1, 2, 3, 4]
   assert read(workdir) == read(alone)
   assert_same_model(workdir, alone)
@@ -283,6 +290,55 @@ def test_a_damaged_or_interrupted_checkpoint_is_read_by_nobody(two, tmp_path):
   assert "cannot be read" not in ends[1].err
   assert records(workdir) == records(two)
   assert_same_model(workdir, two)
+
+
+SMALL = """
+import sys, time
+from jaxrl_vlm import parallel
+
+parallel.join_processes()
+print("joined", flush=True)
+try:
+  with parallel.stopping_all():
+    for turn in range(10000):
+      parallel.gather(turn)
+      time.sleep(0.1)
+      if turn == 20 and sys.argv[1] == "bug":
+        raise RuntimeError("a bug")
+except BaseException as error:
+  parallel.leave_processes(error)
+  raise
+"""
+
+
+@pytest.mark.parametrize("what", ["killed", "bug"])
+@pytest.mark.parametrize("victim", [0, 2])
+def test_every_one_of_many_names_the_same(victim, what):
+  port, started = free_port(), []
+  for i in range(4):
+    started.append(subprocess.Popen(
+        [sys.executable, "-c", SMALL, what if i == victim else ""], cwd=tiny_run.ROOT, text=True,
+        env=environment(i, 4, 1, port, {}, ""), stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+  for process in started:
+    assert process.stdout and process.stdout.readline() == "joined\n"
+  if what == "killed":
+    time.sleep(3)
+    started[victim].kill()
+  ends = [process.communicate(timeout=120)[1] for process in started]
+  codes = [process.returncode for process in started]
+  host = re.escape(socket.gethostname())
+  for i, (code, err) in enumerate(zip(codes, ends, strict=True)):
+    told = re.findall(
+        r"^(process \d) of 4 \(host .*?\)(.*); process \d of 4 \(host .*?\) stops too", err,
+        re.MULTILINE)
+    if i == victim:
+      assert not told and code == (-signal.SIGKILL if what == "killed" else 1), (codes, ends)
+      assert what == "killed" or "RuntimeError: a bug" in err
+      continue
+    assert [name for name, _ in told] == [f"process {victim}"], (codes, ends)
+    assert code == (os.EX_TEMPFAIL if what == "killed" else 1), (codes, ends)
+    assert re.search(rf"process {victim} of 4 \(host {host}\)", err)
+    assert told[0][1].endswith("is gone" if what == "killed" else "stopped: RuntimeError: a bug")
 
 
 def test_a_workdir_that_one_does_not_see_is_named(tmp_path):

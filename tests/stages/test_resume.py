@@ -131,15 +131,13 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
   assert not [name for name in scratch if np.array_equal(trained[name], scratch[name])]
 
 
-@pytest.mark.parametrize(("step", "look", "done"), [
-    pytest.param(7, 2, 6, id="in the first rollout"),
-    pytest.param(8, 2, 7, id="in a rollout"),
-    pytest.param(8, 3, 7, id="before the update"),
-    pytest.param(8, 4, 8, id="in the last evaluation"),
-])
-def test_asked_within_a_step_it_stops_there(
-    step, look, done, workdir, finished, one_device, monkeypatch, capsys):
-  shutil.rmtree(workdir / "checkpoints" / "8")  # continues from step 6
+def records(workdir: pathlib.Path) -> list[dict]:
+  return [{key: value for key, value in record.items() if not key.startswith("time/")}
+          for record in metrics.read(workdir)]
+
+
+def asked_at(step: int, look: int, workdir, monkeypatch) -> None:
+  """Continues a run; at its `look`-th look within a step at whether it is asked to stop, it is."""
   looks, stop_if_asked = collections.Counter(), StageRun.stop_if_asked
 
   def looked(self):
@@ -151,17 +149,36 @@ def test_asked_within_a_step_it_stops_there(
   with monkeypatch.context() as patch:
     patch.setattr(StageRun, "stop_if_asked", looked)
     train.train(tiny_run.get_config(), workdir)
+  assert looks[step] == look and not (workdir / "model").exists()
+
+
+@pytest.mark.parametrize(("step", "look", "done"), [
+    pytest.param(7, 2, 6, id="in the first rollout"),
+    pytest.param(8, 2, 7, id="in a rollout"),
+    pytest.param(8, 3, 7, id="before the update"),
+])
+def test_asked_within_a_step_it_stops_there(
+    step, look, done, workdir, finished, one_device, monkeypatch, capsys):
+  shutil.rmtree(workdir / "checkpoints" / "8")  # continues from step 6
+  asked_at(step, look, workdir, monkeypatch)
   out = capsys.readouterr().out
   assert f"SIGTERM: stopped after step {done}; the same command continues." in out
-  assert looks[step] == look and not (workdir / "model").exists()
   assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == done
   train.train(tiny_run.get_config(), workdir)
   assert_same_model(workdir, finished)
+  assert records(workdir) == records(finished)
 
-  def records(folder):
-    return [{key: value for key, value in record.items() if not key.startswith("time/")}
-            for record in metrics.read(folder)]
 
+def test_evaluations_that_were_stopped_are_done_once(
+    tmp_path, finished, one_device, monkeypatch, capsys):
+  workdir = tmp_path / "run"
+  for step, look, done in (
+      (3, 2, 3), (4, 2, 3),  # in the evaluation that begins the second stage, and just behind it
+      (8, 4, 8), (8, 1, 8)):  # in the last one, twice
+    asked_at(step, look, workdir, monkeypatch)
+    assert f"stopped after step {done}; " in capsys.readouterr().out
+  train.train(tiny_run.get_config(), workdir)
+  assert_same_model(workdir, finished)
   assert records(workdir) == records(finished)
 
 
