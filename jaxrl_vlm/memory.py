@@ -216,10 +216,15 @@ def score(model: Model, length: int, prompts: int, rows: int, tokens: int, part_
 
 def prompts(model: Model, patches: int, count: int) -> float:
   """Bytes of so many prompts with visual tokens; all else of them is little."""
+  return (count * model.item * patches * model.config.vision.patch_dim
+          + features(model, patches, count))
+
+
+def features(model: Model, patches: int, count: int) -> float:
+  """Bytes of the visual tokens of so many prompts."""
   vision = model.config.vision
   tokens = patches // vision.spatial_merge_size**2
-  features = tokens * model.config.hidden_size * model.item * (1 + len(vision.deepstack_layers))
-  return count * (model.item * patches * vision.patch_dim + features)
+  return count * tokens * model.config.hidden_size * model.item * (1 + len(vision.deepstack_layers))
 
 
 def see(model: Model, patches: int, prompts: int) -> float:

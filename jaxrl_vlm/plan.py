@@ -97,7 +97,7 @@ def _formula(config: Any, request: Request, index: int, where: Any, name: str) -
   holds, programs, shapes = sum(plan.holds.values()), plan.programs, plan.shapes
   if name == "rollout":
     sampler = programs.rollout
-    groups = sampler.groups_at_once(shapes.prompts, length)
+    groups = sampler.groups_at_once(shapes.prompts, length, patches)
     return holds + sampler.copied + sampler.need(groups, shapes.prompts, length)
   if name.startswith("score"):
     rows = plan.rows_of("masked" if name == "score_masked" else "")

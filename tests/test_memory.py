@@ -60,6 +60,14 @@ def test_groups_at_once_are_the_most_that_fit(config):
   assert whole.groups_at_once(64, 4096) < whole.groups_at_once(64, 512)
   small = sampler(config, 4e9, prefix_dtype="int8")
   assert small.groups_at_once(64, 4096) > whole.groups_at_once(64, 4096)
+  # The prompts are there too, 32 on each of two devices; and once more in another layout.
+  model, patches = memory.Model(config), 4096
+  given, copied = memory.prompts(model, patches, 32), memory.features(model, patches, 64)
+  assert 0.2e9 < given < 2e9 and 0.2e9 < copied < 2e9
+  assert sampler(config, 4e9 + given).groups_at_once(64, 1024, patches) == (
+      whole.groups_at_once(64, 1024))
+  apart, alone = (sampler(config, 12e9 + more, tensor=2) for more in (given + copied, 0))
+  assert apart.groups_at_once(64, 1024, patches) == alone.groups_at_once(64, 1024) < 64
   # What the config says counts, in whole devices, if it fits.
   assert sampler(config, 8e9, groups=3).groups_at_once(64, 1024) == 4
   assert sampler(config, 0, groups=64).groups_at_once(64, 1024) == 64

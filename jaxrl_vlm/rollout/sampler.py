@@ -100,6 +100,7 @@ class Sampler:
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
     batch, self.reshard, self.copied = parallel.batch_sharding(mesh), None, 0
+    self._given = parallel.rows(mesh)
     if tensor:
       given, mesh = (param_shardings, batch), parallel.with_tensor(mesh, tensor)
       model = model.on(mesh, parallel.ROLLOUT_RULES)
@@ -335,11 +336,11 @@ class Sampler:
     Returns:
       Rollout of host arrays [P, G, T].
     """
+    layout, most = self._plan(*prompt.tokens.shape, prompt.patches.shape[1])
     if self.reshard is not None:
       params, prompt = self.reshard(params, prompt)
     sampling, parts, chunk = self.sampling, self.parts, self.chunk
     p, g = prompt.tokens.shape[0], sampling.num_samples
-    layout, most = self._plan(p, prompt.tokens.shape[1])
     schedule = Schedule(p // parts, g, parts, ladder(layout))
 
     most_tokens = np.full((p, g), sampling.max_tokens, np.int32)
@@ -401,9 +402,10 @@ class Sampler:
       self._compiled.add(prompt.tokens.shape)
     return Rollout(*(groups_of(a)[..., :sampling.max_tokens] for a in (tokens, mask, logp)))
 
-  def _plan(self, prompts: int, length: int) -> tuple[Layout, int]:
+  def _plan(self, prompts: int, length: int, patches: int = 0) -> tuple[Layout, int]:
     """The layout to begin with, and how many prompts are admitted at once, for each part."""
-    groups, here = self.groups_at_once(prompts, length) // self.parts, prompts // self.parts
+    groups = self.groups_at_once(prompts, length, patches) // self.parts
+    here = prompts // self.parts
     slots, admitted = self._held_and_read(groups, here)
     g = self.sampling.num_samples
     return Layout(groups * g, slots), admitted
@@ -426,12 +428,13 @@ class Sampler:
         samples or self.sampling.num_samples, groups // self.parts, slots, admitted,
         self.sampling.max_tokens, self.chunk, self.prefix_dtype == "int8")
 
-  def groups_at_once(self, prompts: int, length: int) -> int:
+  def groups_at_once(self, prompts: int, length: int, patches: int = 0) -> int:
     """Groups of a batch that are decoded at once, all devices together.
 
     Args:
       prompts: P.
       length: Lp.
+      patches: of a prompt.
 
     Raises:
       UserError: there is no room for so many as the config says, or for a single one; names the
@@ -442,32 +445,37 @@ class Sampler:
       set_to = min(prompts, -(-self.groups // parts) * parts)
     if not self.room:
       return set_to or prompts
+    # Beside what decoding needs there are the prompts, and again in the layout of rollouts.
+    model = memory.Model(self.model.config, self.mesh.shape["tensor"])
+    room = self.room - memory.prompts(model, patches, prompts // self._given)
+    if self.reshard is not None:
+      room -= memory.features(model, patches, prompts // parts)
     fits = [n for n in range(parts, (set_to or prompts) + 1, parts)
-            if self.need(n, prompts, length) <= self.room]
+            if self.need(n, prompts, length) <= room]
     if fits and set_to > fits[-1]:
       raise UserError(
           f"config.rollout.groups={self.groups}: so many groups for prompts of {length} tokens "
           f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside the "
-          f"weights, {self.room / memory.GIB:.1f} are free; the most that fits is {fits[-1]}")
+          f"weights, {room / memory.GIB:.1f} are free; the most that fits is {fits[-1]}")
     if fits:
       return fits[-1]
     most = [g for g in range(1, self.sampling.num_samples)
-            if self.need(parts, prompts, length, g) <= self.room]
+            if self.need(parts, prompts, length, g) <= room]
     advice = (f"the most that fits is {self.samples_field}={most[-1]}" if most else
               "not even one sample fits: use more devices, smaller config.prompt_buckets or "
               "max_tokens, or config.rollout.prefix_dtype='int8'")
     raise UserError(
         f"{self.samples_field}={self.sampling.num_samples}: one group for a prompt of {length} "
         f"tokens needs {self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside "
-        f"the weights, {max(self.room, 0) / memory.GIB:.1f} are free; {advice}")
+        f"the weights, {max(room, 0) / memory.GIB:.1f} are free; {advice}")
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
     """The programs of a rollout before they are compiled, by name; takes shapes."""
+    layout, most = self._plan(*prompt.tokens.shape, prompt.patches.shape[1])
     reshard = {}
     if self.reshard is not None:
       reshard["reshard"] = self.reshard.lower(params, prompt)
       params, prompt = jax.eval_shape(self.reshard, params, prompt)
-    layout, most = self._plan(*prompt.tokens.shape)
     r, g = self.parts, self.sampling.num_samples
 
     def numbers(*shape):

@@ -138,7 +138,7 @@ def _plan_memory(run: Run, index: int, programs: Programs) -> None:
 def _check_room(programs: Programs, stage: ConfigDict, prompts: int, length: int, patches: int
                 ) -> int:
   """Groups of such prompts that are decoded at once; UserError if there is no room for them."""
-  groups = programs.rollout.groups_at_once(prompts, length)
+  groups = programs.rollout.groups_at_once(prompts, length, patches)
   programs.check_update(prompts, length, patches, stage.num_samples, stage.max_tokens)
   return groups
 
