@@ -72,7 +72,7 @@ def test_groups_at_once_are_the_most_that_fit(config):
   assert sampler(config, 8e9, groups=3).groups_at_once(64, 1024) == 4
   assert sampler(config, 0, groups=64).groups_at_once(64, 1024) == 64
   most = whole.groups_at_once(64, 1024)
-  with pytest.raises(UserError, match=rf"rollout.groups=63: .* the most that fits is {most}$"):
+  with pytest.raises(UserError, match=rf"rollout.groups=63: .* at most {most} fit$"):
     sampler(config, 4e9, groups=63).groups_at_once(64, 1024)
 
 

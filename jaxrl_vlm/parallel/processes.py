@@ -204,7 +204,7 @@ class _Together:
     """Code 75, EX_TEMPFAIL, is of a process that misses another, not of one that failed."""
     self._alone()
     if self.error is not None:  # the others are gone because of it
-      self._fail(self.error)
+      self._fail()
     print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
           "from the last checkpoint", file=sys.stderr, flush=True)
 
@@ -224,8 +224,10 @@ class _Together:
     if not self.ending.acquire(blocking=False):
       threading.Event().wait()
 
-  def _fail(self, error: BaseException) -> NoReturn:
-    """Ends this process by an error of its own."""
+  def _fail(self) -> NoReturn:
+    """Ends this process by its own error."""
+    error = self.error
+    assert error is not None
     self._alone()
     if isinstance(error, UserError):
       print(one_line(str(error)), file=sys.stderr)
@@ -263,7 +265,7 @@ class _Together:
 
     def insist():  # what is still to be tidied may wait for the others in vain
       time.sleep(8 * _GRACE_SECONDS)
-      self._fail(error)
+      self._fail()
 
     self.error = error
     with contextlib.suppress(Exception):
@@ -281,7 +283,7 @@ class _Together:
         time.sleep(0.1)
     self.leaving.set()
     if self.error is not None:  # JAX may abort any moment: its coordinator ends for the same error
-      self._fail(self.error)
+      self._fail()
 
     def others_left():
       with contextlib.suppress(Exception):

@@ -336,7 +336,7 @@ class Sampler:
     Returns:
       Rollout of host arrays [P, G, T].
     """
-    layout, most = self._plan(*prompt.tokens.shape, prompt.patches.shape[1])
+    layout, most = self._plan(prompt)
     if self.reshard is not None:
       params, prompt = self.reshard(params, prompt)
     sampling, parts, chunk = self.sampling, self.parts, self.chunk
@@ -402,8 +402,9 @@ class Sampler:
       self._compiled.add(prompt.tokens.shape)
     return Rollout(*(groups_of(a)[..., :sampling.max_tokens] for a in (tokens, mask, logp)))
 
-  def _plan(self, prompts: int, length: int, patches: int = 0) -> tuple[Layout, int]:
+  def _plan(self, prompt: Prompt) -> tuple[Layout, int]:
     """The layout to begin with, and how many prompts are admitted at once, for each part."""
+    (prompts, length), patches = prompt.tokens.shape, prompt.patches.shape[1]
     groups = self.groups_at_once(prompts, length, patches) // self.parts
     here = prompts // self.parts
     slots, admitted = self._held_and_read(groups, here)
@@ -455,8 +456,8 @@ class Sampler:
     if fits and set_to > fits[-1]:
       raise UserError(
           f"config.rollout.groups={self.groups}: so many groups for prompts of {length} tokens "
-          f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside the "
-          f"weights, {room / memory.GIB:.1f} are free; the most that fits is {fits[-1]}")
+          f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside "
+          f"weights and prompts, {room / memory.GIB:.1f} are free; at most {fits[-1]} fit")
     if fits:
       return fits[-1]
     most = [g for g in range(1, self.sampling.num_samples)
@@ -467,11 +468,11 @@ class Sampler:
     raise UserError(
         f"{self.samples_field}={self.sampling.num_samples}: one group for a prompt of {length} "
         f"tokens needs {self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside "
-        f"the weights, {max(room, 0) / memory.GIB:.1f} are free; {advice}")
+        f"weights and prompts, {max(room, 0) / memory.GIB:.1f} are free; {advice}")
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
     """The programs of a rollout before they are compiled, by name; takes shapes."""
-    layout, most = self._plan(*prompt.tokens.shape, prompt.patches.shape[1])
+    layout, most = self._plan(prompt)
     reshard = {}
     if self.reshard is not None:
       reshard["reshard"] = self.reshard.lower(params, prompt)

@@ -37,7 +37,7 @@ _EVALUATION = 1000
 
 
 class Stopped(Exception):
-  """The run was asked to stop, and has saved where it comes to its caller; not an error."""
+  """The run was asked to stop; whoever calls `run_all` sees it after all is saved. No error."""
 
   agreed = True  # all processes of the run stop at once
 
@@ -432,22 +432,22 @@ class StageRun:
     done = step + 1
     last = self.ends(done)
     every = self.stage.eval.every
-    evaluate = bool(self.stage.eval.examples and (last or (every and done % every == 0)))
+    due = bool(self.stage.eval.examples and (last or (every and done % every == 0)))
     self._agree_to_stop()  # one that comes from here on is for the evaluation or the next step
-    if evaluate or last or self.saves(step):
+    if due or last or self.saves(step):
       # A run resumed from this checkpoint never comes back to this step's metrics.
       self._flush()
     accuracy = None
-    if evaluate and not self.stop:
+    if due and not self.stop:
       with contextlib.suppress(Stopped):
-        accuracy, evaluate = self._evaluate_and_log(), False
+        accuracy, due = self._evaluate_and_log(), False
     if last or self.saves(step):
-      self._save(done, accuracy, self._data_state(), evaluate)
-    if self.stop and (evaluate or not last or self.index < len(self.run.config.stages) - 1):
+      self._save(done, accuracy, self._data_state(), due)
+    if self.stop and (due or not last or self.index < len(self.run.config.stages) - 1):
       raise self._stopped()
 
-  def _save(self, done: int, accuracy: float | None, data: Any, evaluate: bool = False) -> None:
-    """`evaluate`: whoever continues from here begins with that."""
+  def _save(self, done: int, accuracy: float | None, data: Any, due: bool = False) -> None:
+    """`due`: an evaluation, with which whoever continues from here begins."""
     state: dict[str, Any] = {"train": self.state}
     if self.reference:
       state["reference"] = self.reference
@@ -455,7 +455,7 @@ class StageRun:
     self.run.checkpoints.save(
         self.run.step, state,
         {"stage": self.index, "stage_step": done, "step": self.run.step,
-         "generated_tokens": self.generated_tokens, "data": data, "evaluate": evaluate,
+         "generated_tokens": self.generated_tokens, "data": data, "evaluate": due,
          "records": self.run.metrics.records if parallel.is_first() else None}, accuracy)
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:

@@ -265,7 +265,7 @@ def test_prefixes_in_8_bits(setup):
   assert 0 < apart.max() < 0.05
 
   def held(draw):
-    flight = jax.eval_shape(lambda: draw._empty(draw._plan(3, 64)[0], 64))
+    flight = jax.eval_shape(lambda: draw._empty(draw._plan(prompt)[0], 64))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(flight.prefix_k))
 
   head = model.config.head_dim
