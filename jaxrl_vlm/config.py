@@ -430,7 +430,8 @@ def check_workdir(
   Args:
     workdir: made if it does not exist.
     config: the resolved config.
-    may_change: fields (`config.log`, and all below them) that a resumed run may change.
+    may_change: fields (`config.log`, and all below them; `config.stages[].steps` of all stages)
+      that a resumed run may change.
 
   Raises:
     WorkdirError: the workdir holds a run with another config; lists the fields.
@@ -455,10 +456,8 @@ def _check_same(path: pathlib.Path, config: ConfigDict, may_change: Sequence[str
   except ValueError as error:
     raise WorkdirError(
         f"{path}: not a config ({one_line(str(error))}); choose another --workdir") from error
-  lines = [
-      line for line in diff(old, config)
-      if not any(re.match(re.escape(field) + r"[.\[:]", line) for field in may_change)
-  ]
+  free = [re.escape(field).replace(r"\[\]", r"\[\d+\]") + r"[.\[:]" for field in may_change]
+  lines = [line for line in diff(old, config) if not any(re.match(one, line) for one in free)]
   if lines:
     shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
     raise WorkdirError(

@@ -54,7 +54,8 @@ def sampling(stage: ConfigDict) -> Sampling:
 def evaluate(
     rollout: Callable[[Params, Prompt, jax.Array], Rollout], params: Params, processor: Processor,
     examples: Sequence[Example], pool: RewardPool, *, correct: Callable[..., np.ndarray],
-    batch: int, mesh: Any, key: jax.Array, system: str | None = None) -> Evaluation:
+    batch: int, mesh: Any, place: Callable[..., Prompt], key: jax.Array,
+    system: str | None = None) -> Evaluation:
   """Answers every example and grades the answers; a process reads and grades its own rows.
 
   Args:
@@ -64,7 +65,7 @@ def evaluate(
     pool: grades.
     correct: (components, total) of graded answers -> the accuracy of each.
     batch: questions at a time; the last batch is filled up with copies that are not counted.
-    mesh: where the prompts go.
+    mesh, place: where the prompts go, and what puts them there (`Run.place`).
     key: decides what is drawn; of no effect on greedy answers.
     system: system prompt.
   """
@@ -80,9 +81,7 @@ def evaluate(
         return [processor.encode(examples[min(start + row, last)], system) for row in rows.here]
 
     encoded, sizes = parallel.exchange(encode, processor.sizes)
-    prompt = processor.collate(encoded, *map(max, zip(*sizes, strict=True)))
-    result = rollout(
-        params, parallel.put_rows(mesh, prompt, rows), jax.random.fold_in(key, start))
+    result = rollout(params, place(encoded, sizes, rows), jax.random.fold_in(key, start))
     tokens, mask = np.asarray(result.tokens), np.asarray(result.mask)
     lengths.append(mask.sum(-1)[:last + 1 - start])
     here = [row for row in rows.owned if start + row <= last]

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -47,7 +48,8 @@ def complaint(request: Request, result: dict[str, Any], where: Any) -> str:
   worst = max((row for row in result["programs"] if not row["fits"]),
               key=lambda row: row["peak"], default=None)
   if worst is None:
-    return f"{where.name}: the run would not begin: {result['refusal']}"
+    return (f"{where.name}: with prompts of {result['prompt_tokens']} tokens the run would stop: "
+            f"{result['refusal']}")
   capacity = result["chip_memory"]
   holds = {name: count for name, count in result["holds"].items() if count > 0.005 * capacity}
   rest = worst["peak"] - sum(holds.values())
@@ -67,6 +69,7 @@ def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], wher
 
   index, name = result["stage"], worst["program"]
   name = "rollout" if worst["part"] == "rollout" else name
+  name = "eval" if name.startswith("eval_") else name
   before = _formula(request.config, request, index, where, name)
   saved: dict[str, float] = {}
   for label, changed in _knobs(request.config, result, where, name):
@@ -86,27 +89,28 @@ def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], wher
 
 
 def _formula(config: Any, request: Request, index: int, where: Any, name: str) -> float:
-  """Bytes on a chip while the program of this name runs, or for "rollout" any of a rollout's."""
-  from jaxrl_vlm import memory
-  from jaxrl_vlm.planning import step
+  """Bytes on a chip while the program of this name runs; for "rollout" and "eval" any of theirs.
 
-  model = step.architecture(config)
-  length, patches = step.buckets(config, model, request.length, request.patches)
-  plan = step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
-                   request.response_tokens)
+  Of one that has no formula only what lies beside it.
+  """
+  from jaxrl_vlm import memory
+
+  plan = _plan(dataclasses.replace(request, config=config), index, where)
   holds, programs, shapes = sum(plan.holds.values()), plan.programs, plan.shapes
-  if name == "rollout":
-    sampler = programs.rollout
-    groups = sampler.groups_at_once(shapes.prompts, length, patches)
-    return holds + sampler.copied + sampler.need(groups, shapes.prompts, length)
+  length = shapes.length
+  if name in ("rollout", "eval"):
+    sampler, prompts = programs.rollout, shapes.prompts
+    if name == "eval":
+      sampler, prompts = plan.evaluation_sampler(), config.stages[index].eval.batch
+    groups = sampler.groups_at_once(prompts, length, shapes.patches, name == "rollout")
+    return holds + sampler.copied + sampler.need(groups, prompts, length)
   if name.startswith("score"):
     rows = plan.rows_of("masked" if name == "score_masked" else "")
     here = shapes.prompts // (programs.minibatches * programs.microbatches * plan.rows)
     return holds + memory.score(memory.Model(plan.model, plan.mesh.shape["tensor"]), length,
                                 here, rows, shapes.tokens,
                                 programs.part_of(shapes.tokens, here * shapes.group))
-  return holds + programs.update_bytes(
-      shapes.prompts, length, patches, shapes.group, shapes.tokens)
+  return holds + (programs.update_bytes(*shapes.sizes) if name == "update" else 0.0)
 
 
 def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
@@ -124,12 +128,12 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
     c.mesh.fsdp, c.mesh.tensor = -1, tensor
 
   tensor = 2 * result["mesh"]["tensor"]
-  if name == "rollout":
+  if name in ("rollout", "eval"):
     shared = max(2 * config.rollout.tensor, 2 * tensor)
     if config.rollout.tensor and where.chips % shared == 0:
       yield (f"config.rollout.tensor={shared}",
              changed(lambda c: setattr(c.rollout, "tensor", shared)))
-    groups = (result["groups_at_once"] or 0) // 2
+    groups = (result["groups_at_once"] or 0) // 2 if name == "rollout" else 0
     if groups:
       yield (f"config.rollout.groups={groups}",
              changed(lambda c: setattr(c.rollout, "groups", groups)))
@@ -190,11 +194,11 @@ def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
   return other
 
 
-def meshes(request: Request, index: int, where: Any) -> list[tuple[int, Request]]:
+def meshes(request: Request, where: Any) -> list[tuple[int, Request]]:
   """Mesh shapes of a slice that could fit, by formula, each with its `tensor`; roomiest first.
 
-  The formulas are within a factor of two of the compiler: what would not fit at half of what they
-  say is left out.
+  One that could fit holds all stages of the config. The formulas are within a factor of two of the
+  compiler: what would not fit at half of what they say is left out.
   """
   from jaxrl_vlm.planning import step
 
@@ -202,22 +206,43 @@ def meshes(request: Request, index: int, where: Any) -> list[tuple[int, Request]
   for tensor in (1, 2, 4, 8, 16):
     if where.chips % tensor or model.num_heads % tensor:
       continue
-    with contextlib.suppress(UserError):
-      config = _fitted(request.config, index, where, tensor)
-      length, patches = step.buckets(config, model, request.length, request.patches)
-      plan = step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
-                       request.response_tokens)
-      shapes = plan.shapes
-      holds = sum(plan.holds.values())
-      needs = plan.programs.update_bytes(
-          shapes.prompts, length, patches, shapes.group, shapes.tokens)
-      if holds + needs / 2 <= where.chip.memory:
-        found.append((holds + needs, tensor, dataclasses.replace(request, config=config)))
+    config, indices = request.config, range(len(request.config.stages))
+    try:
+      for index in indices:
+        config = _fitted(config, index, where, tensor)
+    except UserError:  # another mesh may split them
+      continue
+    asked, most, least = dataclasses.replace(request, config=config), 0.0, 0.0
+    for index in indices:
+      plan = _plan(asked, index, where)
+      holds, needs = sum(plan.holds.values()), plan.programs.update_bytes(*plan.shapes.sizes)
+      most, least = max(most, holds + needs), max(least, holds + needs / 2)
+    if least <= where.chip.memory:
+      found.append((most, tensor, asked))
   return [(tensor, asked) for _, tensor, asked in sorted(found, key=lambda f: f[0])]
 
 
-def smallest(request: Request, index: int, chip: Any) -> tuple[Any, dict[str, Any]]:
-  """The smallest slice of a generation on which some mesh fits, and its plan.
+def _plan(request: Request, index: int, where: Any) -> Any:
+  """The programs of a stage on a slice."""
+  from jaxrl_vlm.planning import step
+
+  config, model = request.config, step.architecture(request.config)
+  length, patches = step.buckets(config, model, request.length, request.patches)
+  return step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
+                   request.response_tokens)
+
+
+def _plans(request: Request, where: Any, all_of_it: bool) -> list[dict[str, Any]]:
+  """Plans of all stages; unless `all_of_it`, up to the first that does not fit."""
+  results: list[dict[str, Any]] = []
+  for index in range(len(request.config.stages)):
+    if all_of_it or all(result["fits"] for result in results):
+      results.append(plan_stage(request, index, where, all_of_it))
+  return results
+
+
+def smallest(request: Request, chip: Any) -> list[dict[str, Any]]:
+  """The plans of all stages on the smallest slice of a generation on which some mesh fits them.
 
   Raises:
     UserError: there is none.
@@ -225,32 +250,49 @@ def smallest(request: Request, index: int, chip: Any) -> tuple[Any, dict[str, An
   from jaxrl_vlm.planning import roofline
 
   for where in roofline.slices(chip):
-    for tensor, asked in meshes(request, index, where):
+    for tensor, asked in meshes(request, where):
       asked.say(f"{where.name}, config.mesh.tensor={tensor}")
-      if plan_stage(asked, index, where, all_of_it=False)["fits"]:
-        return where, plan_stage(asked, index, where)
+      if all(result["fits"] for result in _plans(asked, where, all_of_it=False)):
+        return _plans(asked, where, all_of_it=True)
     request.say(f"{where.name}: does not fit")
   raise UserError(
       f"--topology={chip.name}: no slice of up to {chip.slices[-1]} fits with any mesh; smaller "
       "config.prompt_buckets, or adapters (config.model.lora), need less")
 
 
-def fastest(request: Request, index: int, where: Any) -> list[dict[str, Any]]:
-  """Plans of all meshes of a slice that fit, the fastest first.
+def fastest(request: Request, where: Any) -> list[list[dict[str, Any]]]:
+  """Plans of all stages with each mesh of a slice that fits, the fastest first.
 
   Raises:
     UserError: none fits.
   """
   found = []
-  for tensor, asked in meshes(request, index, where):
+  for tensor, asked in meshes(request, where):
     asked.say(f"{where.name}, config.mesh.tensor={tensor}")
-    result = plan_stage(asked, index, where, all_of_it=False)
-    if result["fits"]:
-      found.append(result)
+    results = _plans(asked, where, all_of_it=False)
+    if all(result["fits"] for result in results):
+      found.append(results)
   if not found:
     raise UserError(f"--topology={where.name}: no mesh fits; --search with "
                     f"--topology={where.chip.name} finds the smallest slice that does")
-  return sorted(found, key=lambda result: result["step_seconds"])
+  return sorted(found, key=lambda results: _seconds(request, results))
+
+
+def _seconds(request: Request, results: Sequence[dict[str, Any]]) -> float:
+  """Of all steps of all stages; of a stage that ends by something else one step."""
+  return sum(max(stage.steps, 1) * result["step_seconds"]
+             for stage, result in zip(request.config.stages, results, strict=True))
+
+
+def flags(results: Sequence[dict[str, Any]]) -> str:
+  """What asks for the mesh of plans of all stages."""
+  first = results[0]
+  fields = {f"config.mesh.{axis}": count for axis, count in first["mesh"].items()}
+  if first["rollout_tensor"]:
+    fields["config.rollout.tensor"] = first["rollout_tensor"]
+  fields |= {f"config.stages[{result['stage']}].microbatches": result["microbatches"]
+             for result in results}
+  return " ".join(shlex.quote(f"--{name}={value}") for name, value in fields.items())
 
 
 # -- What is shown --------------------------------------------------------------------------------
@@ -304,7 +346,8 @@ def report(result: dict[str, Any]) -> str:
       f"{result['prompts']} prompts of {result['prompt_tokens']} tokens and {result['patches']} "
       f"patches, {result['samples']} samples of {result['response_tokens']:g} tokens (most "
       f"{result['max_tokens']}), {result['minibatches']} minibatches of {result['microbatches']} "
-      f"microbatches, remat {result['remat']}, {result['groups_at_once']} groups decoded at once",
+      f"microbatches, remat {result['remat']}, {result['groups_at_once']} groups decoded at once"
+      + (f" with tensor={result['rollout_tensor']}" if result["rollout_tensor"] else ""),
       "", memory_table(result), "", time_table(result), "",
       f"kernels of the update: {', '.join(splash) or 'none'}"]
   if result["step_seconds"] is None:
@@ -352,25 +395,24 @@ def main(args: Any) -> None:
 
   chip = roofline.find_chip(args.topology) if search and ":" not in args.topology else None
   where = None if chip is not None else roofline.find_slice(args.topology)
-  results, complaints = [], []
+  complaints: list[str] = []
   with compiler():
-    for index in range(len(args.config.stages)):
-      if chip is not None:
-        where, result = smallest(request, index, chip)
-      elif search:
-        result, *others = fastest(request, index, where)
-        for other in (result, *others):
-          mesh = " ".join(f"{axis}={count}" for axis, count in other["mesh"].items())
-          say(f"{mesh}: {other['step_seconds']:.1f} s a step")
-      else:
-        result = plan_stage(request, index, where)
-        if not result["fits"]:
-          complaints.append(complaint(request, result, where))
-      results.append(result)
+    if chip is not None:
+      results = smallest(request, chip)
+    elif search:
+      for other in (found := fastest(request, where)):
+        steps = ", ".join(f"{result['step_seconds']:.1f} s" for result in other)
+        say(f"{steps} a step: {flags(other)}")
+      results = found[0]
+    else:
+      results = _plans(request, where, all_of_it=True)
+      complaints = [complaint(request, result, where) for result in results if not result["fits"]]
   text = json.dumps({"stages": results}, indent=2)
   if args.out:
     pathlib.Path(args.out).write_text(text + "\n")
   print(text if as_json else "\n\n".join(map(report, results)))
+  if search and not as_json:
+    print(f"\nas flags: {flags(results)}")
   if complaints:
     raise UserError("; ".join(complaints))
 

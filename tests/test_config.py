@@ -216,6 +216,11 @@ def test_workdir_belongs_to_one_config(tmp_path, config_file):
   assert (workdir / "config.json").read_text() == config_lib.to_json(other)
   assert os.listdir(workdir) == ["config.json"]
 
+  other = load(config_file, "--config.seed=1", "--config.stages[1].steps=7")
+  with pytest.raises(WorkdirError, match=r"another config \(config.stages\[1\].steps: 8 -> 7\)"):
+    config_lib.check_workdir(workdir, other, ("config.stages[].step", "config.stages[2]"))
+  config_lib.check_workdir(workdir, other, may_change=("config.stages[].steps",))
+
 
 def test_unusable_workdirs(tmp_path, config_file):
   (tmp_path / "file").write_text("")

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import types
@@ -137,6 +138,41 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
   assert "by formula config.stages[0].microbatches=4 helps most" in message
   assert "v5e:2x4 " in message
   assert "  NO" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, tmp_path):
+  """Two prompts go over two rows of chips, not over four."""
+  pytest.importorskip("libtpu")
+  stages = tmp_path / "stages.py"
+  stages.write_text(tiny.read_text().replace("  c.stages = (stage,)", """
+  first, second = base.sft(), base.sft()
+  for one, prompts in ((first, 2), (second, 4)):
+    one.prompts_per_step, one.max_tokens, one.steps = prompts, 256, 5
+    one.data.name = "digit_boards"
+  c.stages = (first, second)"""))
+  given = f"--config={stages}", f"--cache={tmp_path / 'cache'}"
+
+  wrong = command(*given, "--topology=v5e", "--search", "--response_tokens=9999")
+  assert wrong.returncode == 2
+  assert wrong.stderr.splitlines()[-1] == (
+      "--response_tokens=9999: expected 1 to config.stages[0].max_tokens=256")
+
+  done = command(*given, "--topology=v5e:2x2", "--search", f"--out={tmp_path / 'found.json'}")
+  assert done.returncode == 0, done.stderr
+  found = json.loads((tmp_path / "found.json").read_text())["stages"]
+  tried = [line for line in done.stderr.splitlines() if " s a step: --config.mesh" in line]
+  assert len(tried) == 2 and "mesh.fsdp=4" not in "".join(tried)
+  label, _, flags = done.stdout.splitlines()[-1].partition(": ")
+  assert label == "as flags" and flags == tried[0].partition(" a step: ")[2]
+  assert [stage["mesh"] for stage in found] == 2 * [found[0]["mesh"]]
+  again = command(*given, "--topology=v5e:2x2", "--json", *shlex.split(flags))
+  assert again.returncode == 0, again.stderr
+  assert json.loads(again.stdout)["stages"] == found
+
+  smallest = command(*given, "--topology=v5e", "--search", "--json")
+  assert smallest.returncode == 0, smallest.stderr
+  assert {stage["topology"] for stage in json.loads(smallest.stdout)["stages"]} == {"v5e:2x2"}
 
 
 # -- Errors ---------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def answer():
 
 def at_home(home, command):
   os.makedirs(home, exist_ok=True)
-  return subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {"HOME": str(home)},
-                        stdin=subprocess.DEVNULL).returncode
+  return subprocess.run(["bash", "-c", command], cwd=home, stdin=subprocess.DEVNULL,
+                        env=os.environ | {"HOME": str(home), "HOST": home.name}).returncode
 
 def flag(prefix):
   return next(word[len(prefix):] for word in words if word.startswith(prefix))
@@ -75,7 +75,7 @@ def cloud():
   elif "delete" in words:
     node.unlink()
     for home in (world / "homes").glob("*"):
-      at_home(home, "kill -KILL -- -$(cat .jaxrl_vlm/keeper) 2>/dev/null")
+      at_home(home, "kill -KILL -- -$(cat .jaxrl_vlm/*/keeper) 2>/dev/null")
       shutil.rmtree(home)
     (world / "mnt").unlink(missing_ok=True)
   elif "ssh" in words:
@@ -83,7 +83,7 @@ def cloud():
   elif "scp" in words:
     for home in homes():
       os.makedirs(home, exist_ok=True)
-      shutil.copy(words[4], home / "jaxrl_vlm.tar.gz")
+      shutil.copy(words[4], home / words[5].split(":")[1])
   elif "ls" in words:
     path = bucket / words[-1].removeprefix("gs://my-bucket/")
     if not path.exists():
@@ -118,12 +118,20 @@ elif name == "gcsfuse":
   elif not os.path.islink(words[-1]):  # the other worker's, too
     os.rmdir(words[-1])
     os.symlink(world / "bucket", words[-1])
+    (world / "mounted").write_text(words[-2])
+elif name == "findmnt":
+  print((world / "mounted").read_text())
 elif name == "curl":
   print(pathlib.Path(os.environ["HOME"]).name)
 elif name == "uv" and words[0] == "venv":
   os.makedirs(".venv/bin")
   os.symlink(world / "bin" / "trainer", ".venv/bin/python")
 '''
+
+# Its name is that of its home. Not among the calls: it is asked for everywhere.
+UNAME = """#!/bin/sh
+echo "${HOST:-here}"
+"""
 
 # In the place of Python: each launch does the next thing of world/behaviour, "TEXT:what".
 TRAINER = r'''#!/usr/bin/env bash
@@ -157,9 +165,11 @@ class World:
     self.clone = folder / "clone"
     (folder / "bin").mkdir()
     (folder / "bucket").mkdir()
-    for name in ("gcloud", "kubectl", "ssh", "scp", "sudo", "mountpoint", "gcsfuse", "curl", "uv"):
+    for name in ("gcloud", "kubectl", "ssh", "scp", "sudo", "mountpoint", "findmnt", "gcsfuse",
+                 "curl", "uv"):
       self._program(name, STAND_IN)
     self._program("trainer", TRAINER)
+    self._program("uname", UNAME)
     shutil.copytree(SCRIPTS, self.clone / "tpu_scripts")
     (self.clone / "configs").mkdir()
     shutil.copy(ROOT / CONFIG, self.clone / CONFIG)
@@ -206,7 +216,7 @@ class World:
   def wait_for(self, text: str, count: int = 1) -> None:
     """Until the newest logs of that many hosts have it: before, a signal is no test of a run."""
     for _ in range(300):
-      notes = self.folder.glob("homes/*/.jaxrl_vlm/log")
+      notes = {note.resolve() for note in self.folder.glob("homes/*/.jaxrl_vlm/*/log")}
       if sum(text in pathlib.Path(note.read_text().strip()).read_text() for note in notes) == count:
         return
       time.sleep(0.1)
@@ -214,7 +224,7 @@ class World:
 
   def end(self) -> None:
     """Ends what still runs here."""
-    for note in self.folder.glob("**/.jaxrl_vlm/keeper"):
+    for note in self.folder.glob("**/.jaxrl_vlm/*/keeper"):
       try:
         os.killpg(int(note.read_text()), signal.SIGKILL)
       except (ProcessLookupError, ValueError):
@@ -351,6 +361,10 @@ def test_an_outage_does_not_look_like_absence(world):
   assert not [call for call in world.calls() if "create" in call or "delete" in call]
 
 
+def clone_of(world, home: str) -> pathlib.Path:
+  return world.folder / "homes" / home / ".jaxrl_vlm" / home / "clone"
+
+
 def set_up(world) -> None:
   ok(world.script("create.sh"))
   ok(world.script("setup.sh"))
@@ -363,7 +377,7 @@ def test_setup_makes_every_worker_a_copy_of_the_clone(world):
   ok(world.script("create.sh"))
   result = ok(world.script("setup.sh"))
   for home in ("0", "1"):
-    copy = world.folder / "homes" / home / "jaxrl_vlm"
+    copy = clone_of(world, home)
     assert (copy / "configs" / "mine.py").read_text() == "# new"
     assert (copy / CONFIG).read_text() == "# changed"
     assert not (copy / "ignored").exists()
@@ -379,6 +393,42 @@ def test_setup_makes_every_worker_a_copy_of_the_clone(world):
                           capture_output=True, check=True).stdout
   assert "?? configs/mine.py" in status
   ok(world.script("setup.sh"))  # again
+
+
+@pytest.mark.parametrize("name, home", [("setup.sh", "1"), ("gpu_host.sh", "one")])
+def test_setup_leaves_alone_what_it_did_not_put_there(world, name, home):
+  ok(world.script("create.sh"))
+  theirs = world.folder / "homes" / home
+  for path in ("jaxrl_vlm/configs/mine.py", "jaxrl_vlm/jaxrl_vlm/mine.py",
+               f"jaxrl_vlm/{CONFIG}", "jaxrl_vlm.tar.gz"):
+    (theirs / path).parent.mkdir(parents=True, exist_ok=True)
+    (theirs / path).write_text("the user's")
+  before = {path: path.read_text() for path in theirs.rglob("*") if path.is_file()}
+  words = ["setup"] if name == "gpu_host.sh" else []
+  # The second time over its own, of which what the clone no longer has goes.
+  for _ in range(2):
+    ok(world.script(name, *words, HOSTS="one"))
+    assert (clone_of(world, home) / CONFIG).exists()
+    assert not (clone_of(world, home) / "configs" / "gone.py").exists()
+    (clone_of(world, home) / "configs" / "gone.py").write_text("")
+  ours = theirs / ".jaxrl_vlm"
+  after = {path for path in theirs.rglob("*") if path.is_file() and ours not in path.parents}
+  assert after == {*before, theirs / ".jaxrl_vlm.tar.gz"}
+  assert {path: path.read_text() for path in before} == before
+
+
+def test_another_bucket_than_the_one_that_is_mounted(world):
+  set_up(world)
+  for name, words in (("setup.sh", []), ("launch.sh", [CONFIG])):
+    result = world.script(name, *words, BUCKET="gs://other")
+    mount = world.folder / "mnt"
+    assert result.returncode != 0
+    for worker in "01":
+      assert (f"worker {worker}: {mount} is my-bucket, not the bucket BUCKET=other; unmount it on "
+              f"all workers (fusermount -u {mount}), or set BUCKET") in result.stderr
+  assert not [call for call in world.calls() if "worker.sh start" in " ".join(call)]
+  world.behave("finish")
+  ok(world.script("launch.sh", CONFIG))
 
 
 def test_launch_gives_every_worker_the_flags_as_they_are(world):
@@ -531,7 +581,7 @@ def test_watch_takes_up_a_run_that_is_going_on_and_waits_for_it_to_end(world):
   # The model appears while processes still run: it is not taken for the end.
   world.answer(["tpu-vm describe", [
     ["do", ":"], ["do", f"mkdir -p {model}; touch {model}/config.json"], ["do", ":"],
-    ["do", f"kill $(cat {world.folder}/homes/*/.jaxrl_vlm/child)"], ["do", "sleep 2"],
+    ["do", f"kill $(cat {world.folder}/homes/*/.jaxrl_vlm/*/child)"], ["do", "sleep 2"],
     ["do", ":"]]])
   result = ok(world.script("watch.sh", CONFIG))
   assert "my-tpu: finished" in result.stderr and len(names(world)) == before
@@ -614,6 +664,39 @@ def test_gpu_hosts_over_ssh(world):
 
   result = world.script("gpu_host.sh", "launch", CONFIG, **settings | {"WORKDIR": "runs/x"})
   assert result.returncode == 2 and "WORKDIR=runs/x: expected an absolute path" in result.stderr
+
+
+def test_gpu_hosts_that_share_a_home(world):
+  (world.folder / "nfs").mkdir()
+  (world.folder / "homes").mkdir()
+  for host in ("one", "two"):
+    (world.folder / "homes" / host).symlink_to(world.folder / "nfs")
+  settings = {"HOSTS": "one two", "WORKDIR": str(world.folder / "run")}
+
+  def status(host: str) -> str:
+    return ok(subprocess.run(
+      [clone_of(world, host) / "tpu_scripts" / "worker.sh", "status"], text=True,
+      env=world.environment(HOME=str(world.folder / "nfs"), HOST=host), capture_output=True)).stdout
+
+  ok(world.script("gpu_host.sh", "setup", **settings))
+  for host in ("one", "two"):
+    assert (clone_of(world, host) / CONFIG).exists()
+    assert (clone_of(world, host) / ".venv" / "bin" / "python").exists()
+  world.behave("wait")
+  ok(world.script("gpu_host.sh", "--detach", "launch", CONFIG, **settings))
+  world.wait_for("begins", 2)
+  # Each knows its own run: one ends, the other is there to be stopped.
+  os.kill(int((clone_of(world, "one").parent / "child").read_text()), signal.SIGTERM)
+  for _ in range(300):
+    if "running" not in status("one"):
+      break
+    time.sleep(0.1)
+  assert status("one").startswith("worker 0: ended with status 0: SIGTERM")
+  assert status("two") == "worker 1: running\n"
+  result = ok(world.script("gpu_host.sh", "stop", **settings))
+  assert sorted(result.stdout.splitlines()) == [
+    "worker 0: no run to stop",
+    "worker 1: stopped: SIGTERM: stopped after step 7; the same command continues."]
 
 
 def test_this_machine_with_gpus(world):
@@ -740,6 +823,7 @@ def test_every_script_is_in_the_page_and_every_command_of_the_page_is_accepted(w
 
   settings: dict[str, str] = {}
   seen = set()
+  runs: dict[str, list[str]] = {}
   for line in page_commands():
     words = shlex.split(line, comments=True)
     if words[0] == "export":
@@ -749,8 +833,14 @@ def test_every_script_is_in_the_page_and_every_command_of_the_page_is_accepted(w
       plain = dict.fromkeys(("NAME", "ZONE", "TYPE", "BUCKET", "MOUNT"))
       ok(world.script(name, "--dry-run", *words[1:], **plain | settings))
       seen.add(name)
+      if CONFIG in words and "--dry-run" not in words:
+        # Where another run is, this one is refused; where one is finished, nothing is done.
+        folder = settings["WORKDIR"] if name == "gpu_host.sh" else settings.get("RUN", "runs/NAME")
+        asked = words[words.index(CONFIG):]
+        assert runs.setdefault(folder, asked) == asked, f"{line}: {folder} is another run's"
     elif words[:2] == ["python", "-m"]:
       assert words[2] in ("jaxrl_vlm.plan", "jaxrl_vlm.train"), line
+  assert len(runs) == 5
   assert {"create.sh", "setup.sh", "launch.sh", "watch.sh", "sync.sh", "delete.sh", "gpu_host.sh",
           "kubernetes/launch.sh"} <= seen and not world.calls()
 

@@ -116,19 +116,27 @@ script() {
   "$HERE/$name" "$@"
 }
 
+# In a host's home directory: the packed clone, and where it is unpacked and run. ~/jaxrl_vlm may be
+# the user's own clone, so neither is there; and hosts may share a home, so each has its own part.
+PACKED=.jaxrl_vlm.tar.gz
+# shellcheck disable=SC2016  # the host asks for its name
+PLACE='.jaxrl_vlm/"$(uname -n)"/clone'
+
 launch_id() { date -u +%Y%m%dT%H%M%SZ; }
 
-# The clone as it is now, new files too but nothing that git ignores, as $SCRATCH/jaxrl_vlm.tar.gz.
+# The clone as it is now, new files too but nothing that git ignores, as $SCRATCH/$PACKED.
 pack() {
   local tree
   run env GIT_INDEX_FILE="$SCRATCH/index" git -C "$CLONE" add --all
   tree=$(ask "" env GIT_INDEX_FILE="$SCRATCH/index" git -C "$CLONE" write-tree)
-  run git -C "$CLONE" archive --format=tar.gz --output="$SCRATCH/jaxrl_vlm.tar.gz" "${tree:-TREE}"
+  run git -C "$CLONE" archive --format=tar.gz --output="$SCRATCH/$PACKED" "${tree:-TREE}"
 }
 
 # What a host does with it, in its home directory. Under a running run no file is changed.
-UNPACK='if [ -x jaxrl_vlm/tpu_scripts/worker.sh ]; then jaxrl_vlm/tpu_scripts/worker.sh idle ||'
-UNPACK+=' exit 1; fi; mkdir -p jaxrl_vlm && rm -rf jaxrl_vlm/{jaxrl_vlm,configs} && tar -xzf jaxrl_vlm.tar.gz -C jaxrl_vlm'
+# shellcheck disable=SC2034  # for the scripts that source this
+UNPACK="if [ -x $PLACE/tpu_scripts/worker.sh ]; then $PLACE/tpu_scripts/worker.sh idle ||\
+ exit 1; fi; mkdir -p $PLACE && rm -rf $PLACE/jaxrl_vlm $PLACE/configs &&\
+ tar -xzf $PACKED -C $PLACE"
 
 # -- Cloud TPUs -----------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ command=${ARGS[0]}
 ARGS=("${ARGS[@]:1}")
 read -r -a hosts <<<"${HOSTS:-}"
 count=${#hosts[@]}
-if ((count)); then there="cd jaxrl_vlm"; else there="cd $(quoted "$CLONE")"; fi
+if ((count)); then there="cd $PLACE"; else there="cd $(quoted "$CLONE")"; fi
 WORKER="$there && tpu_scripts/worker.sh"
 
 # at NUMBER COMMAND: ON becomes what runs it on that host.
@@ -47,7 +47,7 @@ setup() {
     pack
     local host
     for host in "${hosts[@]}"; do
-      run scp -q "$SCRATCH/jaxrl_vlm.tar.gz" "$host:jaxrl_vlm.tar.gz"
+      run scp -q "$SCRATCH/$PACKED" "$host:$PACKED"
     done
     on_all "$UNPACK && $WORKER install gpu"
   else

@@ -16,7 +16,7 @@ source "$(dirname "$0")/common.sh"
 parse "--detach --follow --stop" "$@"
 need BUCKET
 tpu_settings
-WORKER="cd jaxrl_vlm && tpu_scripts/worker.sh"
+WORKER="cd $PLACE && tpu_scripts/worker.sh"
 
 if [[ ${FLAG[--stop]:-} ]]; then
   no_arguments

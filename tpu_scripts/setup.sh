@@ -14,9 +14,9 @@ need BUCKET
 tpu_settings
 
 pack
-run gcloud compute tpus tpu-vm scp "$SCRATCH/jaxrl_vlm.tar.gz" "$NAME:jaxrl_vlm.tar.gz" \
+run gcloud compute tpus tpu-vm scp "$SCRATCH/$PACKED" "$NAME:$PACKED" \
   "${SCOPE[@]}" --quiet --worker=all
 # The extra `plan` is the one that brings jax for TPUs.
-on_workers all "$UNPACK && cd jaxrl_vlm && tpu_scripts/worker.sh install plan &&\
+on_workers all "$UNPACK && cd $PLACE && tpu_scripts/worker.sh install plan &&\
  tpu_scripts/worker.sh mount $(quoted "$BUCKET" "$MOUNT")"
 dry || say "$NAME is set up"

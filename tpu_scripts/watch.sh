@@ -27,7 +27,7 @@ look() {
     READY)
       # One that was created but not set up has nothing to say: idle.
       workers=$(ask "" gcloud compute tpus tpu-vm ssh "$NAME" "${SCOPE[@]}" --quiet --worker=all \
-        "--command=! cd jaxrl_vlm 2>/dev/null || tpu_scripts/worker.sh status") || return 1
+        "--command=! cd $PLACE 2>/dev/null || tpu_scripts/worker.sh status") || return 1
       state_of_workers "$workers"
       ;;
     "" | PREEMPTED | TERMINATED | STOPPED | HIDDEN)

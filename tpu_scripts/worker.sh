@@ -16,7 +16,8 @@
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 CLONE=$(dirname "$HERE")
-NOTES=${JAXRL_VLM_NOTES:-$HOME/.jaxrl_vlm}  # of the run here: keeper, child, log, status
+# Of the run here: keeper, child, log, status. Hosts may share a home: each has its own.
+NOTES=$HOME/.jaxrl_vlm/$(uname -n)
 WORKER=${WORKER:-${JAX_PROCESS_ID:-}}
 GCSFUSE=3.4.4
 
@@ -33,7 +34,7 @@ number() {
     echo "$WORKER" >"$NOTES/number"
   elif [[ ! -s $NOTES/number ]]; then
     curl -sf --max-time 5 -H "Metadata-Flavor: Google" "$url/agent-worker-number" \
-      >"$NOTES/number" || hostname >"$NOTES/number"
+      >"$NOTES/number" || uname -n >"$NOTES/number"
   fi
   cat "$NOTES/number"
 }
@@ -50,14 +51,23 @@ alive() {
 install() {
   cd "$CLONE"
   # The image's own Python may be older than 3.11; uv brings one.
-  export PATH=$HOME/.local/bin:$PATH PIP_BREAK_SYSTEM_PACKAGES=1
-  command -v uv >/dev/null || run python3 -m pip install -q --user uv
+  export PATH=$HOME/.local/bin:$PATH:$NOTES/uv/bin
+  command -v uv >/dev/null || run python3 -m pip install -q --target="$NOTES/uv" uv
   [[ -x .venv/bin/python ]] || run uv venv -q --python=3.11 .venv
   run uv pip install -q --python=.venv/bin/python -e ".[$1]"
 }
 
 mount() {
-  if mountpoint -q "$2"; then return; fi
+  if mountpoint -q "$2"; then
+    local mounted
+    mounted=$(findmnt -no SOURCE --mountpoint "$2" || true)  # gcsfuse names its bucket there
+    [[ $mounted != "$1" ]] || return 0
+    # A run would write where nobody looks for it.
+    echo "worker $(number): $2 is ${mounted:-something else}, not the bucket BUCKET=$1;" \
+      "unmount it on all workers (fusermount -u $2), or set BUCKET to that one," \
+      "or another MOUNT" >&2
+    return 1
+  fi
   if [[ ! $(gcsfuse --version 2>/dev/null) =~ version\ [3-9] ]]; then
     local file=gcsfuse_${GCSFUSE}_amd64.deb
     local url=https://github.com/GoogleCloudPlatform/gcsfuse/releases/download

@@ -134,7 +134,8 @@ class _Together:
 
     state = distributed.global_state
     assert state.client is not None
-    self.client, self.index, self.count = state.client, jax.process_index(), jax.process_count()
+    # As the coordinator counts; `jax.process_index` is that of the devices.
+    self.client, self.index, self.count = state.client, state.process_id, jax.process_count()
     self.address = str(state.coordinator_address)
     self.numbers = itertools.count()
     self.leaving, self.told = threading.Event(), False

@@ -72,7 +72,7 @@ class Stage:
     tokens: response tokens of a step.
     holds: bytes on each device by what it holds during the whole stage.
     facts: numbers that the programs follow from, for people.
-    refusal: why the run itself would not begin, "" if it would.
+    refusal: why the run itself would refuse such prompts, "" if it would not.
     needs: bytes beside what the stage holds, by formula (`memory.py`), of the update and scores.
   """
 
@@ -151,6 +151,7 @@ class _Shapes:
     self.ids, self.mask = (
         self.shape(d, prompts, group, tokens) for d in ("int32", "bool"))
     self.rewards = self.shape("float32", prompts, group)
+    self.sizes = prompts, length, patches, group, tokens
     self.key = jax.eval_shape(lambda: jax.random.key(0))
 
   @staticmethod
@@ -282,9 +283,8 @@ class Plan:
       except UserError as error:
         refusals.append(str(error))
     shapes, stage = self.shapes, self.stage
-    sizes = shapes.prompts, shapes.length, shapes.patches, shapes.group, shapes.tokens
     try:
-      self.programs.check_update(*sizes)
+      self.programs.check_update(*shapes.sizes)
     except UserError as error:
       refusals.append(str(error))
     packing = self.packing
@@ -293,9 +293,10 @@ class Plan:
         "patches": shapes.patches, "samples": shapes.group, "max_tokens": shapes.tokens,
         "response_tokens": self.mean, "minibatches": stage.get("minibatches", 1),
         "microbatches": stage.microbatches, "attention": self.model.attention,
-        "remat": self.model.remat, "parts": float(np.mean(packing.used))}
+        "remat": self.model.remat, "rollout_tensor": self.config.rollout.tensor,
+        "parts": float(np.mean(packing.used))}
     return Stage(pieces, float(shapes.prompts * shapes.group * self.mean), self.holds, facts,
-                 "; ".join(refusals), self.programs.update_bytes(*sizes))
+                 "; ".join(refusals), self.programs.update_bytes(*shapes.sizes))
 
   # -- Stages -------------------------------------------------------------------------------------
 
@@ -354,17 +355,21 @@ class Plan:
         yield from self._rollout(name.removeprefix("rollout").strip("_"), "rollout", sampler,
                                  self.seen, self.shapes.prompts)
 
+  def evaluation_sampler(self) -> Any:
+    """What draws the answers of the stage's evaluations."""
+    field = f"config.stages[{self.index}]"
+    with validation(f"{field}: "):
+      sampling = evaluate.sampling(self.stage)
+    return make_sampler(
+        models.VLM(self.model), self.mesh, sampling, self.params_at,
+        **self.config.rollout.to_dict(), room=self.programs.room,
+        samples_field=f"{field}.eval.samples")
+
   def _evaluation(self) -> Iterator[Piece]:
     settings = self.stage.eval
     if not settings.examples:
       return
-    field = f"config.stages[{self.index}]"
-    with validation(f"{field}: "):
-      sampling = evaluate.sampling(self.stage)
-    options = self.config.rollout.to_dict()
-    sampler = make_sampler(
-        models.VLM(self.model), self.mesh, sampling, self.params_at, **options,
-        room=self.programs.room, samples_field=f"{field}.eval.samples")
+    sampler = self.evaluation_sampler()
     shapes = _Shapes(self.model, settings.batch, 1, 1, self.shapes.length, self.shapes.patches)
     yield from self._rollout("eval", "", sampler, shapes.prompt(), settings.batch)
 

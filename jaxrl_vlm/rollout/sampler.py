@@ -405,7 +405,8 @@ class Sampler:
   def _plan(self, prompt: Prompt) -> tuple[Layout, int]:
     """The layout to begin with, and how many prompts are admitted at once, for each part."""
     (prompts, length), patches = prompt.tokens.shape, prompt.patches.shape[1]
-    groups = self.groups_at_once(prompts, length, patches) // self.parts
+    groups = self.groups_at_once(
+        prompts, length, patches, prompt.features is not None) // self.parts
     here = prompts // self.parts
     slots, admitted = self._held_and_read(groups, here)
     g = self.sampling.num_samples
@@ -429,13 +430,14 @@ class Sampler:
         samples or self.sampling.num_samples, groups // self.parts, slots, admitted,
         self.sampling.max_tokens, self.chunk, self.prefix_dtype == "int8")
 
-  def groups_at_once(self, prompts: int, length: int, patches: int = 0) -> int:
+  def groups_at_once(self, prompts: int, length: int, patches: int = 0, seen: bool = True) -> int:
     """Groups of a batch that are decoded at once, all devices together.
 
     Args:
       prompts: P.
       length: Lp.
       patches: of a prompt.
+      seen: the prompts come with their visual tokens.
 
     Raises:
       UserError: there is no room for so many as the config says, or for a single one; names the
@@ -450,7 +452,8 @@ class Sampler:
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
     room = self.room - memory.prompts(model, patches, prompts // self._given)
     if self.reshard is not None:
-      room -= memory.features(model, patches, prompts // parts)
+      copied = memory.features if seen else memory.prompts
+      room -= copied(model, patches, prompts // parts)
     fits = [n for n in range(parts, (set_to or prompts) + 1, parts)
             if self.need(n, prompts, length) <= room]
     if fits and set_to > fits[-1]:

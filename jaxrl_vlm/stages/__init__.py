@@ -25,7 +25,11 @@ KINDS = {"sft": sft.train, "rl": rl.train}
 # What a resumed run may set otherwise without becoming another run.
 MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.every",
               "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept",
-              "config.rollout.groups", "config.device_memory", "config.mesh")
+              "config.rollout.groups", "config.device_memory",
+              # What another number of devices may ask for: how the same step is cut into pieces.
+              "config.mesh", "config.rollout.tensor", "config.model.remat",
+              "config.stages[].microbatches", "config.stages[].part_tokens",
+              "config.stages[].eval.batch")
 
 
 def run_stage(run: Run, index: int) -> None:

@@ -483,7 +483,7 @@ class StageRun:
     return evaluate(
         rollout, self.params, run.processor, self._eval_examples, self.pool,
         correct=self.correct, batch=settings.batch, mesh=run.mesh,
-        key=run.random_key(_EVALUATION), system=run.system)
+        place=run.place, key=run.random_key(_EVALUATION), system=run.system)
 
   def _evaluate_and_log(self) -> float | None:
     result = self.evaluate()

@@ -14,30 +14,34 @@ from jaxrl_vlm.rollout import Sampling
 from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Experience, TokenStats
 
-P, G, T, LENGTH, PATCHES = 16, 2, 8, 24, 96
+G, T, LENGTH, PATCHES = 2, 8, 24, 96
 VOCAB, WIDTH, HIDDEN, LAYERS = 2048, 32, 64, 3
 TOWER, TOWER_HIDDEN = 16, 48
+SUMS = 8  # of pieces of the vocabulary, of which XLA makes running sums
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# At most so many of each kind in a program's text, as KINDS; loops count once. With 8 devices on
-# fsdp, or 2 x 4, drawing in the layout of training; on 4 x 2, drawing with weights in four parts.
+# At most so many of each kind in a program's text, as KINDS; loops count once. On 4 x 2 devices
+# responses are drawn with weights in four parts, else in the layout of training.
+ALL = {"init_state": (0, 0, 0, 0, 0), "advantages": (0, 0, 0, 0, 0), "compare": (0, 3, 0, 0, 0),
+       "score_reference": (6, 4, 4, 0, 10), "move": (0, 0, 0, 0, 0)}
+SPLIT = ALL | {"see": (13, 5, 0, 0, 0), "score": (25, 8, 4, 1, 11),
+               "score_masked": (37, 13, 4, 1, 14)}
+WHOLE = ALL | {"see": (8, 0, 0, 0, 0), "score": (20, 4, 4, 0, 10),
+               "score_masked": (28, 5, 4, 0, 13), "update": (61, 20, 5, 0, 15),
+               "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 0, 0)}
 COUNTS = {
-    "fsdp": {
-        "see": (8, 0, 0, 0, 0), "score": (20, 4, 4, 0, 10), "score_masked": (28, 5, 4, 0, 13),
-        "update": (61, 20, 5, 0, 15), "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 0, 0),
-        "move": (0, 0, 0, 0, 0)},
-    "slice x fsdp": {
-        "see": (8, 1, 0, 0, 0), "score": (20, 4, 4, 0, 10), "score_masked": (28, 5, 4, 0, 13),
-        "update": (61, 25, 5, 0, 15), "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 1, 0),
-        "move": (0, 0, 0, 0, 0)},
-    "fsdp x tensor": {
-        "see": (13, 5, 0, 0, 0), "score": (25, 8, 4, 1, 11), "score_masked": (37, 13, 4, 1, 14),
+    "fsdp": WHOLE, "in pieces": WHOLE,
+    "slice x fsdp": WHOLE | {
+        "see": (8, 1, 0, 0, 0), "update": (61, 25, 5, 0, 15), "decode": (10, 2, 1, 1, 0)},
+    "fsdp x tensor": SPLIT | {
         "update": (84, 40, 5, 4, 18), "reshard": (30, 0, 0, 20, 30), "admit": (0, 5, 0, 0, 0),
-        "decode": (4, 12, 0, 0, 0), "move": (0, 0, 0, 0, 0)},
+        "decode": (4, 12, 0, 0, 0)},
+    "slice x fsdp x tensor": SPLIT | {
+        "update": (84, 45, 5, 4, 18), "admit": (9, 5, 1, 0, 0), "decode": (13, 12, 1, 1, 1)},
 }
 
 
-def lowered(axes, tensor):
+def lowered(axes, tensor, p, splits):
   """All programs of a step of VPPO with a reference, in an order of a run, and their model."""
   config = models.from_hf({
       "model_type": "qwen2_5_vl", "image_token_id": 1990, "eos_token_id": 1991,
@@ -52,24 +56,30 @@ def lowered(axes, tensor):
   params, shape = models.abstract_params(config), jax.ShapeDtypeStruct
   programs = Programs(
       models.VLM(config), parallel.make_mesh(axes), objectives.create("vppo", kl_coef=0.1),
-      optax.adamw(1e-3), params, sampling=Sampling(G, T),
+      optax.adamw(1e-3), params, microbatches=splits, minibatches=splits, sampling=Sampling(G, T),
       rollout={"tensor": tensor, "layers": LAYERS},
       black=np.zeros(config.vision.patch_dim, np.float32))
   prompt = jax.tree.map(
-      lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, P, LENGTH, PATCHES))
-  tokens, mask, number = (shape((P, G, T), d) for d in ("int32", "bool", "float32"))
+      lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, p, LENGTH, PATCHES))
+  tokens, mask, number = (shape((p, G, T), d) for d in ("int32", "bool", "float32"))
   key = jax.eval_shape(lambda: jax.random.key(0))
   stats = TokenStats(number, number)
-  experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape((P, G), "float32"),
+  experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape((p, G), "float32"),
                           views=dict.fromkeys(programs.objective.views, stats))
   packing = jax.tree.map(
-      lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((P, G, T), bool)))
+      lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((p, G, T), bool)))
   seen = jax.eval_shape(programs.see, params, prompt)
   blocks = (*packing.index.shape[2:], packing.size)  # [R, N, B]
   return params, blocks, {
+      "init_state": programs.init_state.lower(params),
       "see": programs.see.lower(params, prompt),
       "score": programs.score.lower(params, seen, tokens, mask, packing),
       "score_masked": programs.score_masked.lower(params, seen, tokens, mask, key, packing),
+      "score_reference": programs.score_reference.lower(
+          params, params, seen, tokens, mask, packing),
+      "advantages": programs.advantages.lower(
+          experience.rewards, mask, {}, programs.abstract_state.objective),
+      "compare": programs.compare.lower(number, number, mask),
       "update": programs.update.lower(
           programs.abstract_state, {}, prompt, tokens, experience, key, None, packing),
       **programs.rollout.lower(params, seen)}
@@ -106,27 +116,31 @@ def one_layer(params, tensor: int) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "axes", "tensor"), [
-    ("fsdp", {"fsdp": 8}, 0), ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4),
-    ("slice x fsdp", {"slice": 2, "fsdp": 4}, 0)])
-def test_nothing_is_gathered_but_what_must_be(name, axes, tensor):
-  params, blocks, programs = lowered(axes, tensor)
-  rows, split = axes["fsdp"], axes.get("tensor", 1)
-  weights = one_layer(params, split)
-  here = P // axes.get("slice", 1)  # prompts of a slice: nothing is gathered from another
-  cells, blocks = (rows, here // rows * G), (rows, *blocks[1:])
+@pytest.mark.parametrize(("name", "axes", "tensor", "splits"), [
+    ("fsdp", {"fsdp": 8}, 0, 1), ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4, 1),
+    ("slice x fsdp", {"slice": 2, "fsdp": 4}, 0, 1), ("in pieces", {"fsdp": 8}, 0, 2),
+    ("slice x fsdp x tensor", {"slice": 2, "fsdp": 2, "tensor": 2}, 0, 1)])
+def test_nothing_is_gathered_but_what_must_be(name, axes, tensor, splits):
+  """`splits`: minibatches, and microbatches of each, of 16 prompts."""
+  p, slices, rows, split = 16 * splits**2, axes.get("slice", 1), axes["fsdp"], axes.get("tensor", 1)
+  params, blocks, programs = lowered(axes, tensor, p, splits)
+  weights, blocks = one_layer(params, split), (rows, *blocks[1:])
+  # Prompts of a slice, of a piece or of a rollout: nothing is gathered from another slice.
+  here, drawn = 16 // slices, p // slices
+  cells = (rows, drawn // rows * G)
   expected = {
-      "tokens, of all devices that share the vocabulary": {(here, LENGTH), blocks, cells},
+      "tokens, of all devices that share the vocabulary": {
+          (here, LENGTH), (drawn, LENGTH), blocks, cells},
       "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
       "gradients of what was looked up": {(here, LENGTH, WIDTH), (*blocks, WIDTH)},
   }
-  if tensor:
-    drawn = P * G // (8 // tensor)
-    expected["what each part of the vocabulary says of a cell"] = {(drawn, tensor)}
+  if (parts := tensor or split) > 1:
+    mine = p * G * parts // 8
+    expected["what each part of the vocabulary says of a cell"] = {(mine, parts), (mine, SUMS)}
   if split > 1:  # heads of queries, keys and values that lie in one array are not its halves
-    wide = {(P // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
+    wide = {(here // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
     expected["the tower's activations"] = wide | {
-        (P // rows, PATCHES, 3, 2, TOWER // 2), (P // rows * PATCHES, TOWER)}
+        (here // rows, PATCHES, 3, 2, TOWER // 2), (here // rows * PATCHES, TOWER)}
   assert set(programs) == set(COUNTS[name])
   for program, low in programs.items():
     text = low.compile().as_text()
