@@ -142,27 +142,29 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, tmp_path):
-  """Two prompts go over two rows of chips, not over four."""
+  """A model of two heads is on one chip, or on two; two prompts are not on four rows of chips."""
   pytest.importorskip("libtpu")
   stages = tmp_path / "stages.py"
-  stages.write_text(tiny.read_text().replace("  c.stages = (stage,)", """
+  two_heads = tiny.read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 2')
+  two_heads = two_heads.replace('"hidden_size": 512', '"hidden_size": 256')
+  stages.write_text(two_heads.replace("  c.stages = (stage,)", """
   first, second = base.sft(), base.sft()
-  for one, prompts in ((first, 2), (second, 4)):
+  for one, prompts in ((first, 4), (second, 8)):
     one.prompts_per_step, one.max_tokens, one.steps = prompts, 256, 5
     one.data.name = "digit_boards"
   c.stages = (first, second)"""))
   given = f"--config={stages}", f"--cache={tmp_path / 'cache'}"
 
-  wrong = command(*given, "--topology=v5e", "--search", "--response_tokens=9999")
+  wrong = command(*given, "--topology=v5e", "--search", "--response_tokens=999")
   assert wrong.returncode == 2
   assert wrong.stderr.splitlines()[-1] == (
-      "--response_tokens=9999: expected 1 to config.stages[0].max_tokens=256")
+      "--response_tokens=999: expected 1 to config.stages[0].max_tokens=256")
 
   done = command(*given, "--topology=v5e:2x2", "--search", f"--out={tmp_path / 'found.json'}")
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "found.json").read_text())["stages"]
   tried = [line for line in done.stderr.splitlines() if " s a step: --config.mesh" in line]
-  assert len(tried) == 2 and "mesh.fsdp=4" not in "".join(tried)
+  assert len(tried) == 2 and "mesh.fsdp=4" in "".join(tried)
   label, _, flags = done.stdout.splitlines()[-1].partition(": ")
   assert label == "as flags" and flags == tried[0].partition(" a step: ")[2]
   assert [stage["mesh"] for stage in found] == 2 * [found[0]["mesh"]]
@@ -170,9 +172,11 @@ def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, 
   assert again.returncode == 0, again.stderr
   assert json.loads(again.stdout)["stages"] == found
 
-  smallest = command(*given, "--topology=v5e", "--search", "--json")
+  smallest = command(*given, "--topology=v5e", "--search", "--json",
+                     "--config.stages[0].prompts_per_step=2")
   assert smallest.returncode == 0, smallest.stderr
-  assert {stage["topology"] for stage in json.loads(smallest.stdout)["stages"]} == {"v5e:2x2"}
+  found = json.loads(smallest.stdout)["stages"]
+  assert [(stage["topology"], stage["mesh"]["tensor"]) for stage in found] == 2 * [("v5e:2x2", 2)]
 
 
 # -- Errors ---------------------------------------------------------------------------------------
@@ -316,6 +320,13 @@ def test_the_tables_of_the_page_are_what_was_compiled():
   page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
   shown = benchmark.tables(results)
   assert shown and shown in page, "python benchmarks/plan.py --write"
+
+
+def test_what_must_fit_fits_as_a_run_compiles_it():
+  results = json.loads(benchmark.RESULTS.read_text())
+  for model, name in benchmark.FIRST:
+    row = results[model][name]
+    assert row["fits"] and row["as_run"]["fits"], (model, name)
 
 
 def test_every_case_of_the_benchmark_is_one_that_can_be_planned():
