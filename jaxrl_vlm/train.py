@@ -22,7 +22,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
   """Runs `config` (as from a config file) in `workdir`, from its beginning or where it stopped.
 
   In a run of many processes all call this, with the same config and a workdir that all see; the
-  first one prints and writes what there is once. Behind it, before they end, all call
+  first one prints and writes what there is once. After it, before they end, all call
   `parallel.leave_processes`, as the command does: who is gone without it is taken for lost.
 
   Raises:
