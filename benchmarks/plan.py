@@ -52,10 +52,14 @@ def cases() -> list[tuple[str, str]]:
 
 def config_of(model: str):
   """The config of VPPO for a model."""
+  from jaxrl_vlm.planning import step
+
   config = config_lib.load_config_file(str(CONFIG))
   config.model.path = f"{model}-Instruct"
   if model.startswith("Qwen3"):  # patches of 16 pixels, not of 14
     config.model.min_pixels, config.model.max_pixels = 256 * 32 * 32, 1280 * 32 * 32
+  # Of more chips than heads of keys and values each would hold all of these.
+  config.rollout.tensor = min(config.rollout.tensor, step.architecture(config).num_kv_heads)
   return config
 
 

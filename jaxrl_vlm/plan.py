@@ -167,7 +167,8 @@ def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
   """The config for a slice: as many microbatches as set, or else as its prompts allow.
 
   Where rollouts have a layout of their own, as many chips as set share the weights, or more, so
-  that these leave two thirds of a chip to other things.
+  that these leave two thirds of a chip to other things; or half of it, where more chips than heads
+  of keys and values would each hold all of these.
 
   Raises:
     UserError: its prompts cannot be split over so many.
@@ -184,21 +185,24 @@ def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
   other = copy.deepcopy(config)
   other.mesh.slice, other.mesh.fsdp, other.mesh.tensor = 1, rows, tensor
   if config.rollout.tensor:
-    weights = step.weights(step.architecture(config))
+    model = step.architecture(config)
+    weights, room = step.weights(model), where.chip.memory
     least = min(max(tensor, config.rollout.tensor), chips)
     shares = [n for n in range(tensor, chips + 1, tensor) if chips % n == 0 and n >= least]
+    heads = [n for n in shares if model.num_kv_heads % n == 0]
     other.rollout.tensor = next(
-        (n for n in shares if weights / n <= where.chip.memory / 3), shares[-1])
+        (n for ns, part in ((heads, 3), (heads, 2), (shares, 3)) for n in ns
+         if weights / n <= room / part), shares[-1])
   other.stages[index].microbatches = max(
       n for n in range(1, each + 1) if each % n == 0 and n <= max(stage.microbatches, 1))
   return other
 
 
-def meshes(request: Request, where: Any) -> list[tuple[int, Request]]:
+def meshes(request: Request, where: Any) -> Iterator[tuple[int, Request]]:
   """Mesh shapes of a slice that could fit, by formula, each with its `tensor`; roomiest first.
 
   One that could fit holds all stages of the config. The formulas are within a factor of two of the
-  compiler: what would not fit at half of what they say is left out.
+  compiler: what would not fit at half of what they say is left out, and what a run would refuse.
   """
   from jaxrl_vlm.planning import step
 
@@ -213,13 +217,15 @@ def meshes(request: Request, where: Any) -> list[tuple[int, Request]]:
     except UserError:  # another mesh may split them
       continue
     asked, most, least = dataclasses.replace(request, config=config), 0.0, 0.0
-    for index in indices:
-      plan = _plan(asked, index, where)
+    plans = [_plan(asked, index, where) for index in indices]
+    for plan in plans:
       holds, needs = sum(plan.holds.values()), plan.programs.update_bytes(*plan.shapes.sizes)
       most, least = max(most, holds + needs), max(least, holds + needs / 2)
     if least <= where.chip.memory:
-      found.append((most, tensor, asked))
-  return [(tensor, asked) for _, tensor, asked in sorted(found, key=lambda f: f[0])]
+      found.append((most, tensor, asked, plans))
+  for _, tensor, asked, plans in sorted(found, key=lambda f: f[0]):
+    if not any(plan.plan().refusal for plan in plans):
+      yield tensor, asked
 
 
 def _plan(request: Request, index: int, where: Any) -> Any:

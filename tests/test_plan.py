@@ -312,6 +312,18 @@ def test_model_flops_of_a_step_are_those_of_its_responses():
   assert both == pytest.approx(reading + answering, rel=1e-3)
 
 
+@pytest.mark.parametrize(("model", "name", "shared"), [
+    ("Qwen2.5-VL-3B", "v5e:16x16", 2),  # as the config of the benchmark says: it has two heads
+    ("Qwen2.5-VL-32B", "v5p:4x4x4", 4),  # as the config says: a sixth of a chip
+    ("Qwen2.5-VL-32B", "v6e:8x8", 8),  # a quarter
+    ("Qwen2.5-VL-32B", "v5e:16x16", 8),  # half, and not 16, each with all eight heads
+    ("Qwen2.5-VL-72B", "v6e:8x8", 16),  # more than half on eight
+])
+def test_how_many_chips_share_the_weights_of_rollouts(model, name, shared):
+  fitted = plan._fitted(benchmark.config_of(model), 0, roofline.find_slice(name), 2)
+  assert (fitted.mesh.tensor, fitted.rollout.tensor) == (2, shared)
+
+
 # -- The page -------------------------------------------------------------------------------------
 
 
