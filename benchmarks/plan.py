@@ -183,8 +183,9 @@ def main() -> None:
         continue
       row = results.get(model, {}).get(name)
       if args.as_run:
-        if row is None or "as_run" in row and not args.again or not row["fits"] or (
-            row["capacity"] - row["peak"] >= NARROW and (model, name) not in FIRST):
+        if row is None or not row["fits"] or ("as_run" in row and not args.again):
+          continue
+        if row["capacity"] - row["peak"] >= NARROW and (model, name) not in FIRST:
           continue
         row["as_run"] = as_run(model, name, row, cache)
       elif row is not None and not args.again:

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.errors import UserError
-from jaxrl_vlm.planning.compiled import Request, compiler, plan_stage, prepare, say, topology
+from jaxrl_vlm.planning.compiled import Request, compiler, plan_stage, prepare, say, stage_on
 
 ABOUT = ("Compiles every program of a config for a TPU topology, on a machine without a TPU: "
          "memory on each chip, and the least time of a step.")
@@ -95,7 +95,7 @@ def _formula(config: Any, request: Request, index: int, where: Any, name: str) -
   """
   from jaxrl_vlm import memory
 
-  plan = _plan(dataclasses.replace(request, config=config), index, where)
+  plan = stage_on(dataclasses.replace(request, config=config), index, where)
   holds, programs, shapes = sum(plan.holds.values()), plan.programs, plan.shapes
   length = shapes.length
   if name in ("rollout", "eval"):
@@ -217,7 +217,7 @@ def meshes(request: Request, where: Any) -> Iterator[tuple[int, Request]]:
     except UserError:  # another mesh may split them
       continue
     asked, most, least = dataclasses.replace(request, config=config), 0.0, 0.0
-    plans = [_plan(asked, index, where) for index in indices]
+    plans = [stage_on(asked, index, where) for index in indices]
     for plan in plans:
       holds, needs = sum(plan.holds.values()), plan.programs.update_bytes(*plan.shapes.sizes)
       most, least = max(most, holds + needs), max(least, holds + needs / 2)
@@ -226,16 +226,6 @@ def meshes(request: Request, where: Any) -> Iterator[tuple[int, Request]]:
   for _, tensor, asked, plans in sorted(found, key=lambda f: f[0]):
     if not any(plan.plan().refusal for plan in plans):
       yield tensor, asked
-
-
-def _plan(request: Request, index: int, where: Any) -> Any:
-  """The programs of a stage on a slice."""
-  from jaxrl_vlm.planning import step
-
-  config, model = request.config, step.architecture(request.config)
-  length, patches = step.buckets(config, model, request.length, request.patches)
-  return step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
-                   request.response_tokens)
 
 
 def _plans(request: Request, where: Any, all_of_it: bool) -> list[dict[str, Any]]:

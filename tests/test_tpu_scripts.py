@@ -395,7 +395,7 @@ def test_setup_makes_every_worker_a_copy_of_the_clone(world):
   ok(world.script("setup.sh"))  # again
 
 
-@pytest.mark.parametrize("name, home", [("setup.sh", "1"), ("gpu_host.sh", "one")])
+@pytest.mark.parametrize(("name", "home"), [("setup.sh", "1"), ("gpu_host.sh", "one")])
 def test_setup_leaves_alone_what_it_did_not_put_there(world, name, home):
   ok(world.script("create.sh"))
   theirs = world.folder / "homes" / home

@@ -180,13 +180,7 @@ def plan_stage(request: Request, index: int, where: Any, all_of_it: bool = True)
     where: `roofline.Slice`.
     all_of_it: otherwise the first program that does not fit ends it.
   """
-  from jaxrl_vlm.planning import step
-
-  model = step.architecture(request.config)
-  devices = topology(where)
-  length, patches = step.buckets(request.config, model, request.length, request.patches)
-  plan = step.Plan(request.config, index, model, devices, where.chip.memory, length, patches,
-                   request.response_tokens)
+  plan = stage_on(request, index, where)
   stage = plan.plan()
   pieces = stage.pieces
   if not all_of_it:
@@ -200,6 +194,16 @@ def plan_stage(request: Request, index: int, where: Any, all_of_it: bool = True)
   order = [piece.name for piece in stage.pieces]
   rows.sort(key=lambda row: order.index(row["program"]))
   return _summary(request, plan, stage, rows, where)
+
+
+def stage_on(request: Request, index: int, where: Any) -> Any:
+  """A stage on a slice, `step.Plan`: nothing is compiled."""
+  from jaxrl_vlm.planning import step
+
+  config, model = request.config, step.architecture(request.config)
+  length, patches = step.buckets(config, model, request.length, request.patches)
+  return step.Plan(config, index, model, topology(where), where.chip.memory, length, patches,
+                   request.response_tokens)
 
 
 def topology(where: Any) -> Sequence[Any]:
