@@ -26,18 +26,27 @@ RESULT = ROOT / "benchmarks" / "digits.json"
 def result(method: str, seed: int, workdir: pathlib.Path, seconds: float) -> dict:
   """Accuracies by skill before and after a finished run, and its seconds."""
   records = metrics.read(workdir)
-  tokens = sum(r["time/tokens_per_second"] * r["time/step_seconds"] for r in records
-               if "time/step_seconds" in r)
+  tokens = sum(
+    r["time/tokens_per_second"] * r["time/step_seconds"]
+    for r in records
+    if "time/step_seconds" in r
+  )
   return {
-      "method": method, "seed": seed, "seconds": seconds, "response_tokens": round(tokens),
-      "accuracy": {c.name: [c.before, c.after] for c in metrics.before_and_after(records)}}
+    "method": method,
+    "seed": seed,
+    "seconds": seconds,
+    "response_tokens": round(tokens),
+    "accuracy": {c.name: [c.before, c.after] for c in metrics.before_and_after(records)},
+  }
 
 
 def table(results: list[dict]) -> str:
   """Markdown: mean over seeds of held-out accuracy in percent; ± is the standard error."""
   skills = list(results[0]["accuracy"])
-  lines = ["| method | seeds | " + " | ".join(skills) + " | gain (points) | minutes |",
-           "|---|---|" + "---|" * (len(skills) + 2)]
+  lines = [
+    "| method | seeds | " + " | ".join(skills) + " | gain (points) | minutes |",
+    "|---|---|" + "---|" * (len(skills) + 2),
+  ]
   for method in dict.fromkeys(r["method"] for r in results):
     mine = [r for r in results if r["method"] == method]
     cells = []
@@ -48,8 +57,11 @@ def table(results: list[dict]) -> str:
     gain = after - before
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
     minutes = np.mean([r["seconds"] for r in mine]) / 60
-    lines.append(f"| {method} | {len(mine)} | " + " | ".join(cells) +
-                 f" | {gain.mean():+.1f} ± {error:.1f} | {minutes:.1f} |")
+    lines.append(
+      f"| {method} | {len(mine)} | "
+      + " | ".join(cells)
+      + f" | {gain.mean():+.1f} ± {error:.1f} | {minutes:.1f} |"
+    )
   return "\n".join(lines)
 
 
@@ -61,8 +73,10 @@ def main() -> None:
   parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
   args, more = parser.parse_known_args()
   jobs = {
-      runs.Job(f"{m}_{s}", f"configs/digits_{m}.py", (f"--config.seed={s}", *more)): (m, s)
-      for s in args.seeds for m in args.methods}
+    runs.Job(f"{m}_{s}", f"configs/digits_{m}.py", (f"--config.seed={s}", *more)): (m, s)
+    for s in args.seeds
+    for m in args.methods
+  }
   results, failed = [], 0
   with runs.Runner(args.folder, args.at_once) as runner:
     for job, seconds in runner.run(list(jobs)):
@@ -72,9 +86,12 @@ def main() -> None:
         continue
       results.append(result(*jobs[job], runner.path(job), seconds))
       results.sort(key=lambda r: (args.methods.index(r["method"]), r["seed"]))
-      RESULT.write_text(json.dumps({
-          **runs.surroundings(args.at_once), "arguments": more, "results": results},
-          indent=1) + "\n")
+      RESULT.write_text(
+        json.dumps(
+          {**runs.surroundings(args.at_once), "arguments": more, "results": results}, indent=1
+        )
+        + "\n"
+      )
       print(f"{len(results)}/{len(jobs)} runs\n{table(results)}\n", flush=True)
   if failed:
     raise SystemExit(f"{failed} of {len(jobs)} runs failed; the same command tries them again")

@@ -71,8 +71,18 @@ class Size:
   repeats: int = 5
 
 
-TINY = Size(prompts=2, group=2, side=4, text=8, response=8, short=4, microbatches=1, product=64,
-            copied=2**12, repeats=1)
+TINY = Size(
+  prompts=2,
+  group=2,
+  side=4,
+  text=8,
+  response=8,
+  short=4,
+  microbatches=1,
+  product=64,
+  copied=2**12,
+  repeats=1,
+)
 
 
 def decode_bytes(config: models.ModelConfig, params, prompt: int, size: Size) -> float:
@@ -92,8 +102,14 @@ class Step:
     self.config, self.size, self.mesh = config, size, speed.one_device()
     shapes = models.abstract_params(config, config.dtype)
     self.programs = Programs(
-        models.VLM(config), self.mesh, objectives.create("grpo", kl_coef=0.0), optax.adamw(1e-6),
-        shapes, microbatches=size.microbatches, sampling=Sampling(size.group, size.response))
+      models.VLM(config),
+      self.mesh,
+      objectives.create("grpo", kl_coef=0.0),
+      optax.adamw(1e-6),
+      shapes,
+      microbatches=size.microbatches,
+      sampling=Sampling(size.group, size.response),
+    )
     self.state = self.programs.init_state(speed.random_params(shapes))
     self.prompt = speed.make_prompt(config, size.prompts, size.text, size.side)
     self.rewards = np.random.default_rng(0).standard_normal((size.prompts, size.group), np.float32)
@@ -124,13 +140,16 @@ class Step:
     self._part("rollout", ())
     packing = programs.pack(rollout.mask)
     tokens, mask, logp, rewards = parallel.put_batch(
-        mesh, (rollout.tokens, rollout.mask, rollout.logp, self.rewards))
+      mesh, (rollout.tokens, rollout.mask, rollout.logp, self.rewards)
+    )
     advantages = programs.advantages(rewards, mask, {}, self.state.objective)
     self._part("packing and advantages", (packing, advantages))
-    experience = Experience(mask, advantages, None, rewards, sampler_logp=logp,
-                            truncated=jnp.ones(rewards.shape, bool))
+    experience = Experience(
+      mask, advantages, None, rewards, sampler_logp=logp, truncated=jnp.ones(rewards.shape, bool)
+    )
     self.state, metrics = programs.update(
-        self.state, {}, prompt, tokens, experience, jax.random.key(0), None, packing)
+      self.state, {}, prompt, tokens, experience, jax.random.key(0), None, packing
+    )
     self._part("update", self.state.params)
     assert not int(metrics["bad_steps"]), "the gradient is not finite"
 
@@ -141,9 +160,15 @@ def measure(config: models.ModelConfig, size: Size) -> dict:
   step = Step(config, size)
   product, in_product = speed.matrix_product(size.product, config.dtype)
   copied, copy = jnp.zeros(size.copied, jnp.float32), jax.jit(lambda a: a + 1)
-  seconds = speed.take_turns({
-      "product": product, "copy": lambda: copy(copied), "step": step,
-      "short rollout": lambda: step.drawn(size.short)}, size.repeats)
+  seconds = speed.take_turns(
+    {
+      "product": product,
+      "copy": lambda: copy(copied),
+      "step": step,
+      "short rollout": lambda: step.drawn(size.short),
+    },
+    size.repeats,
+  )
   middle = speed.median(seconds)
   # The first of the turns warms up.
   parts = {name: statistics.median(values[1:]) for name, values in step.parts.items()}
@@ -151,31 +176,41 @@ def measure(config: models.ModelConfig, size: Size) -> dict:
 
   length = int(step.prompt.length[0])
   work = size.prompts * flops.forward_backward(
-      config, length, [size.response] * size.group, [(size.side, size.side)])
+    config, length, [size.response] * size.group, [(size.side, size.side)]
+  )
   a_token = (parts["rollout"] - middle["short rollout"]) / (size.response - size.short)
   bound = decode_bytes(config, step.state.params, length, size) / bandwidth
   memory = jax.devices()[0].memory_stats() or {}
   tokens = math.prod((size.prompts, size.group, size.response))
   return {
-      "update_mfu": work / parts["update"] / rate, "decode_bandwidth": bound / a_token,
-      "asked": ASKED, "product_flops": rate, "bandwidth": bandwidth, "model_flops": work,
-      "decode_seconds_a_token": a_token, "decode_bound": bound, "step_seconds": middle["step"],
-      "parts": parts, "samples_per_second": size.prompts * size.group / middle["step"],
-      "rollout_tokens_per_second": tokens / parts["rollout"],
-      "peak_memory_gib": memory.get("peak_bytes_in_use", 0) / GIB,
-      "seconds": seconds, "size": dataclasses.asdict(size)}
+    "update_mfu": work / parts["update"] / rate,
+    "decode_bandwidth": bound / a_token,
+    "asked": ASKED,
+    "product_flops": rate,
+    "bandwidth": bandwidth,
+    "model_flops": work,
+    "decode_seconds_a_token": a_token,
+    "decode_bound": bound,
+    "step_seconds": middle["step"],
+    "parts": parts,
+    "samples_per_second": size.prompts * size.group / middle["step"],
+    "rollout_tokens_per_second": tokens / parts["rollout"],
+    "peak_memory_gib": memory.get("peak_bytes_in_use", 0) / GIB,
+    "seconds": seconds,
+    "size": dataclasses.asdict(size),
+  }
 
 
 def describe(card: str, r: dict) -> str:
   lines = [
-      f"{card}: {r['product_flops'] / 1e12:.4g} TFLOP/s, {r['bandwidth'] / 1e9:.4g} GB/s",
-      f"update: MFU {r['update_mfu']:.1%} (asked: {r['asked']['update_mfu']:.0%})",
-      f"decoding: {r['decode_bandwidth']:.1%} of the bandwidth's bound (asked: "
-      f"{r['asked']['decode_bandwidth']:.0%}), {1e3 * r['decode_seconds_a_token']:.2f} ms a token",
-      f"step: {r['step_seconds']:.2f} s, {r['samples_per_second']:.1f} samples/s, peak "
-      f"{r['peak_memory_gib']:.1f} GiB"]
-  return "\n".join(lines + [
-      f"  {name}: {seconds:.3f} s" for name, seconds in r["parts"].items()])
+    f"{card}: {r['product_flops'] / 1e12:.4g} TFLOP/s, {r['bandwidth'] / 1e9:.4g} GB/s",
+    f"update: MFU {r['update_mfu']:.1%} (asked: {r['asked']['update_mfu']:.0%})",
+    f"decoding: {r['decode_bandwidth']:.1%} of the bandwidth's bound (asked: "
+    f"{r['asked']['decode_bandwidth']:.0%}), {1e3 * r['decode_seconds_a_token']:.2f} ms a token",
+    f"step: {r['step_seconds']:.2f} s, {r['samples_per_second']:.1f} samples/s, peak "
+    f"{r['peak_memory_gib']:.1f} GiB",
+  ]
+  return "\n".join(lines + [f"  {name}: {seconds:.3f} s" for name, seconds in r["parts"].items()])
 
 
 def large(devices) -> models.ModelConfig:
@@ -194,8 +229,10 @@ def main() -> None:
       parser.error("--tiny: its numbers mean nothing; say with --out where they go")
     config, size, card = scratch.model_config(ARCHITECTURE), TINY, f"tiny model, {card}"
   elif jax.default_backend() != "gpu":
-    raise SystemExit(f"benchmarks/gpu.py: no GPU: jax finds {card!r} ({jax.default_backend()}); "
-                     "on a machine with one install the extra `gpu`; --tiny runs anywhere")
+    raise SystemExit(
+      f"benchmarks/gpu.py: no GPU: jax finds {card!r} ({jax.default_backend()}); "
+      "on a machine with one install the extra `gpu`; --tiny runs anywhere"
+    )
   else:
     config, size = large(jax.devices()), Size()
   results = speed.Results(args.out or RESULTS, args.again)

@@ -61,10 +61,18 @@ class Point:
     return f"{work}: {numbers}"
 
 
-AXES = {"group": (1, 2, 4, 8, 16, 32), "prompt": (64, 128, 256, 512, 1024, 2048),
-        "response": (16, 32, 64, 128, 256, 512), "vocabulary": (2048, 4096, 8192, 16384, 32768)}
-LABELS = {"group": "responses of a prompt (G)", "prompt": "tokens of a prompt",
-          "response": "tokens of a response", "vocabulary": "vocabulary"}
+AXES = {
+  "group": (1, 2, 4, 8, 16, 32),
+  "prompt": (64, 128, 256, 512, 1024, 2048),
+  "response": (16, 32, 64, 128, 256, 512),
+  "vocabulary": (2048, 4096, 8192, 16384, 32768),
+}
+LABELS = {
+  "group": "responses of a prompt (G)",
+  "prompt": "tokens of a prompt",
+  "response": "tokens of a response",
+  "vocabulary": "vocabulary",
+}
 
 
 def config_of(point: Point):
@@ -96,29 +104,42 @@ def measure(work: str, point: Point, repeats: int = REPEATS) -> dict[str, float]
   config, mesh = config_of(point), speed.one_device()
   params = speed.random_params(models.abstract_params(config))
   programs = Programs(
-      models.VLM(config), mesh, objectives.create("grpo", kl_coef=0.0), optax.adamw(1e-6), params,
-      sampling=Sampling(point.group, point.response))
+    models.VLM(config),
+    mesh,
+    objectives.create("grpo", kl_coef=0.0),
+    optax.adamw(1e-6),
+    params,
+    sampling=Sampling(point.group, point.response),
+  )
   prompt = parallel.put_batch(mesh, speed.make_prompt(config, point.prompts, point.prompt))
   shape = point.prompts, point.group, point.response
   mask = np.ones(shape, bool)
 
   if work == "rollout":
+
     def run():
       rollout = programs.rollout(params, prompt, jax.random.key(0))
       assert rollout.mask.all()
   else:
     rng = np.random.default_rng(0)
-    tokens, on_device, advantages = parallel.put_batch(mesh, (
-        rng.choice(speed.words(config), shape), mask,
-        np.broadcast_to(rng.standard_normal((*shape[:2], 1), np.float32), shape)))
-    experience = Experience(on_device, advantages, None, jnp.zeros(shape[:2]),
-                            truncated=jnp.zeros(shape[:2], bool))
+    tokens, on_device, advantages = parallel.put_batch(
+      mesh,
+      (
+        rng.choice(speed.words(config), shape),
+        mask,
+        np.broadcast_to(rng.standard_normal((*shape[:2], 1), np.float32), shape),
+      ),
+    )
+    experience = Experience(
+      on_device, advantages, None, jnp.zeros(shape[:2]), truncated=jnp.zeros(shape[:2], bool)
+    )
     packing, state = programs.pack(mask), programs.init_state(params)
 
     def run():
       nonlocal state
       state, _ = programs.update(
-          state, {}, prompt, tokens, experience, jax.random.key(0), None, packing)
+        state, {}, prompt, tokens, experience, jax.random.key(0), None, packing
+      )
       return state
 
   jax.block_until_ready(run())  # compiles, which takes memory of its own
@@ -129,16 +150,25 @@ def measure(work: str, point: Point, repeats: int = REPEATS) -> dict[str, float]
   before, _ = load.resident()
   seconds = speed.take_turns({work: run}, repeats, warm_up=0)[work]
   _, peak = load.resident()
-  return {"seconds": statistics.median(seconds), "all_seconds": seconds,
-          "memory": (peak - before) / MIB, "before": before / MIB,
-          "process": max(compiling, peak) / MIB}
+  return {
+    "seconds": statistics.median(seconds),
+    "all_seconds": seconds,
+    "memory": (peak - before) / MIB,
+    "before": before / MIB,
+    "process": max(compiling, peak) / MIB,
+  }
 
 
 def apart(work: str, point: Point) -> dict[str, float]:
   """`measure` in a process of its own."""
   spec = json.dumps({"work": work, **dataclasses.asdict(point)})
-  done = subprocess.run([sys.executable, __file__, f"--measure={spec}"], check=True,
-                        stdout=subprocess.PIPE, text=True, env=os.environ)
+  done = subprocess.run(
+    [sys.executable, __file__, f"--measure={spec}"],
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+    env=os.environ,
+  )
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -157,17 +187,28 @@ def slopes(points: list[tuple[Point, dict]], work: str, axis: str) -> dict[str, 
   """Measured and predicted, over all points; and over the three largest, where no constant part
   matters any more."""
   x = [getattr(p, axis) for p, _ in points]
-  kinds = {"seconds": [r["seconds"] for _, r in points],
-           "memory": [max(r["memory"], 1e-3) for _, r in points],
-           "flops": [model_flops(work, p) for p, _ in points]}
+  kinds = {
+    "seconds": [r["seconds"] for _, r in points],
+    "memory": [max(r["memory"], 1e-3) for _, r in points],
+    "flops": [model_flops(work, p) for p, _ in points],
+  }
   found = {kind: slope(x, y) for kind, y in kinds.items()}
   return found | {f"last_{kind}": slope(x[-3:], y[-3:]) for kind, y in kinds.items()}
 
 
 def table(values: dict) -> str:
   """Markdown; the slopes over the three largest values in brackets."""
-  head = ["grows", "from", "to", "work", "seconds", "memory, MiB", "slope of seconds",
-          "of model FLOPs", "of memory"]
+  head = [
+    "grows",
+    "from",
+    "to",
+    "work",
+    "seconds",
+    "memory, MiB",
+    "slope of seconds",
+    "of model FLOPs",
+    "of memory",
+  ]
   rows = [head, ["---"] + ["--:"] * 2 + ["---"] + ["--:"] * 5]
   for axis in AXES:
     for work in WORK:
@@ -176,11 +217,17 @@ def table(values: dict) -> str:
         continue
       (low, first), (high, last) = points[0], points[-1]
       s = slopes(points, work, axis)
-      rows.append([
-          LABELS[axis], str(getattr(low, axis)), str(getattr(high, axis)), work,
+      rows.append(
+        [
+          LABELS[axis],
+          str(getattr(low, axis)),
+          str(getattr(high, axis)),
+          work,
           f"{first['seconds']:.2f} → {last['seconds']:.2f}",
           f"{first['memory']:.0f} → {last['memory']:.0f}",
-          *(f"{s[k]:.2f} ({s['last_' + k]:.2f})" for k in ("seconds", "flops", "memory"))])
+          *(f"{s[k]:.2f} ({s['last_' + k]:.2f})" for k in ("seconds", "flops", "memory")),
+        ]
+      )
   return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
@@ -229,8 +276,9 @@ def main() -> None:
       for size in sizes:
         for work in WORK:
           point = dataclasses.replace(Point(), **{axis: size})
-          r = results.get(point.name(work), lambda w=work, p=point: apart(w, p),
-                          threads=speed.THREADS)
+          r = results.get(
+            point.name(work), lambda w=work, p=point: apart(w, p), threads=speed.THREADS
+          )
           print(f"{point.name(work)}: {r['seconds']:.2f} s, {r['memory']:.0f} MiB", flush=True)
     draw(results.values, results.picture(PICTURE))
   print(table(results.values))

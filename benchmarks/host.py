@@ -48,8 +48,13 @@ ASKED = 1.0  # images a second, over those of transformers
 RUNS = {"64 visual tokens": (224, 16), "1024 visual tokens": (896, 4)}
 PICTURE = ROOT / "docs" / "images" / "step.png"
 # The parts of a step, and the calls that are in them.
-PARTS = {"images on the host": ("read", "preprocess", "collate"), "vision tower": ("see",),
-         "rollout": ("rollout",), "rewards": ("rewards",), "update": ("pack", "update")}
+PARTS = {
+  "images on the host": ("read", "preprocess", "collate"),
+  "vision tower": ("see",),
+  "rollout": ("rollout",),
+  "rewards": ("rewards",),
+  "update": ("pack", "update"),
+}
 
 
 def picture(seed: int, size: tuple[int, int] = (1024, 768)) -> Image.Image:
@@ -87,6 +92,7 @@ def preprocessing(count: int = 16, repeats: int = 7) -> dict:
   results = {}
   with one_core():
     for kind, images in (("decoded", decoded), ("JPEG", [jpeg(image) for image in decoded])):
+
       def opened(image, kind=kind):
         return Image.open(io.BytesIO(image)) if kind == "JPEG" else image
 
@@ -103,8 +109,11 @@ def preprocessing(count: int = 16, repeats: int = 7) -> dict:
       np.testing.assert_array_equal(run_ours(), run_theirs())
       seconds = speed.take_turns({"ours": run_ours, "theirs": run_theirs}, repeats)
       results[kind] = {
-          **{name: count / value for name, value in speed.median(seconds).items()},
-          "ratio": speed.ratio(seconds, "theirs", "ours"), "asked": ASKED, "seconds": seconds}
+        **{name: count / value for name, value in speed.median(seconds).items()},
+        "ratio": speed.ratio(seconds, "theirs", "ours"),
+        "asked": ASKED,
+        "seconds": seconds,
+      }
   return results
 
 
@@ -117,21 +126,30 @@ def responses(prompts: int, group: int) -> tuple[list[Example], list[list[str]]]
     examples.append(Example(str(i), "?", rf"\frac{{{a}}}{{{b}}}" if fraction else str(a * b)))
     right = f"{2 * a}/{2 * b}" if fraction else str(a * b)
     reasons = "We look at the picture and compute step by step. " * 12
-    texts.append([f"<think>{reasons}</think> The answer is "
-                  rf"\boxed{{{right if g % 2 else a + b + g}}}." for g in range(group)])
+    texts.append(
+      [
+        f"<think>{reasons}</think> The answer is "
+        rf"\boxed{{{right if g % 2 else a + b + g}}}."
+        for g in range(group)
+      ]
+    )
   return examples, texts
 
 
-def grading(verifier: str, workers: int, prompts: int = 64, group: int = 8, repeats: int = 7
-            ) -> dict:
+def grading(
+  verifier: str, workers: int, prompts: int = 64, group: int = 8, repeats: int = 7
+) -> dict:
   """Responses graded a second."""
   examples, texts = responses(prompts, group)
   with RewardPool({verifier: 1.0}, workers, timeout_s=60.0) as pool:
     rewards = pool.grade(examples, texts)  # the workers have started
     seconds = speed.take_turns({"pool": lambda: pool.grade(examples, texts).total}, repeats)
   assert not sum(rewards.failures.values()), rewards.messages
-  return {"samples_per_second": prompts * group / statistics.median(seconds["pool"]),
-          "mean_reward": float(rewards.total.mean()), "seconds": seconds["pool"]}
+  return {
+    "samples_per_second": prompts * group / statistics.median(seconds["pool"]),
+    "mean_reward": float(rewards.total.mean()),
+    "seconds": seconds["pool"],
+  }
 
 
 class Trace:
@@ -158,6 +176,7 @@ class Trace:
 
   def watch(self, name: str, function, wait: bool = False):
     """The function, timed; with `wait` until its result is there."""
+
     def watched(*args, **kwargs):
       start = time.perf_counter()
       try:
@@ -172,13 +191,18 @@ class Trace:
 
   def shares(self, warm_up: int) -> dict:
     """Of the time of the steps, by name."""
+
     def share(name, of):
-      return statistics.median(row.get(name, 0.0) / seconds for row, seconds in zip(
-          of[warm_up:], self.steps[warm_up:], strict=True))
+      return statistics.median(
+        row.get(name, 0.0) / seconds
+        for row, seconds in zip(of[warm_up:], self.steps[warm_up:], strict=True)
+      )
 
     names = sorted({name for row in self.inside for name in row})
-    return {name: {"main_thread": share(name, self.inside), "device_idle": share(name, self.idle)}
-            for name in names}
+    return {
+      name: {"main_thread": share(name, self.inside), "device_idle": share(name, self.idle)}
+      for name in names
+    }
 
 
 class Watched:
@@ -202,7 +226,6 @@ def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) ->
   trace = Trace()
 
   class Traced(StageRun):
-
     def steps(self):
       run = self.run
       self.data = Watched(self.data, trace.watch("read", self.data.__next__))
@@ -216,8 +239,11 @@ def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) ->
         yield step
 
   with contextlib.ExitStack() as patches:
-    for name, owner, attribute in (("text", rl, "texts_of"), ("hand over", Grading, "add"),
-                                   ("rewards", Grading, "result")):
+    for name, owner, attribute in (
+      ("text", rl, "texts_of"),
+      ("hand over", Grading, "add"),
+      ("rewards", Grading, "result"),
+    ):
       watched = trace.watch(name, getattr(owner, attribute))
       patches.enter_context(mock.patch.object(owner, attribute, watched))
     rl_step.train(config, folder, Traced)
@@ -226,6 +252,7 @@ def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) ->
 
 def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2) -> dict:
   """Of an RL run in `folder`: who waits for the host."""
+
   def watch(trace, loop):
     decode, decoding = loop.programs.rollout._decode, []
 
@@ -237,28 +264,40 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
     loop.programs.rollout._decode = decoded
     loop.programs.pack = trace.watch("pack", loop.programs.pack)
     # The last update or the last chunk; what else there is somebody waits for at once.
-    trace.in_flight = lambda: not all(
-        leaf.is_ready() for leaf in [*jax.tree.leaves(loop.state.params), *decoding])
+    trace.in_flight = lambda: (
+      not all(leaf.is_ready() for leaf in [*jax.tree.leaves(loop.state.params), *decoding])
+    )
 
   trace = traced_run(config, folder, watch, steps, warm_up)
-  return {"shares": trace.shares(warm_up), "step_seconds": statistics.median(trace.steps[warm_up:]),
-          "steps": trace.steps, "inside": trace.inside, "idle": trace.idle}
+  return {
+    "shares": trace.shares(warm_up),
+    "step_seconds": statistics.median(trace.steps[warm_up:]),
+    "steps": trace.steps,
+    "inside": trace.inside,
+    "idle": trace.idle,
+  }
 
 
 def parts_of_step(config, folder: pathlib.Path, steps: int = 5, warm_up: int = 2) -> dict:
   """Of an RL run in `folder`: seconds of the parts of a step, each waited for."""
+
   def watch(trace, loop):
     for name in ("see", "rollout", "pack", "update"):
       program = getattr(loop.programs, name)
       setattr(loop.programs, name, Watched(program, trace.watch(name, program, wait=True)))
 
   trace = traced_run(config, folder, watch, steps, warm_up)
-  parts = {part: statistics.median(
-      sum(row.get(name, 0.0) for name in names) for row in trace.inside[warm_up:])
-      for part, names in PARTS.items()}
+  parts = {
+    part: statistics.median(
+      sum(row.get(name, 0.0) for name in names) for row in trace.inside[warm_up:]
+    )
+    for part, names in PARTS.items()
+  }
   whole = statistics.median(trace.steps[warm_up:])
-  return {"parts": parts | {"everything else": max(0.0, whole - sum(parts.values()))},
-          "step_seconds": whole}
+  return {
+    "parts": parts | {"everything else": max(0.0, whole - sum(parts.values()))},
+    "step_seconds": whole,
+  }
 
 
 def draw(values: dict, path: pathlib.Path) -> None:
@@ -277,8 +316,7 @@ def draw(values: dict, path: pathlib.Path) -> None:
       if share > 0.04:
         axes.text(left + share / 2, row, f"{seconds:.2f} s", ha="center", va="center", fontsize=9)
       left += share
-  axes.set_yticks(range(len(runs)), [
-      f"{RUNS[name][1]} prompts of\n{name}" for name in runs])
+  axes.set_yticks(range(len(runs)), [f"{RUNS[name][1]} prompts of\n{name}" for name in runs])
   axes.invert_yaxis()
   axes.set_xlim(0, 1)
   axes.xaxis.set_major_formatter("{x:.0%}")
@@ -296,8 +334,9 @@ def run_config(folder: pathlib.Path, model: pathlib.Path, side: int, prompts: in
 
 def describe(name: str, r: dict) -> str:
   shares = ", ".join(
-      f"{key} {share['main_thread']:.1%} (nothing in flight: {share['device_idle']:.1%})"
-      for key, share in r["shares"].items())
+    f"{key} {share['main_thread']:.1%} (nothing in flight: {share['device_idle']:.1%})"
+    for key, share in r["shares"].items()
+  )
   return f"RL step, {name}, {r['step_seconds']:.2f} s: {shares}"
 
 
@@ -309,18 +348,27 @@ def main() -> None:
 
   for kind, r in get("preprocessing", preprocessing, "pillow", "transformers").items():
     if kind != "date":
-      print(f"{kind} images: {r['ours']:.1f} a second and core, transformers {r['theirs']:.1f}, "
-            f"{r['ratio']:.2f} times as many (asked: {r['asked']:.0f})", flush=True)
+      print(
+        f"{kind} images: {r['ours']:.1f} a second and core, transformers {r['theirs']:.1f}, "
+        f"{r['ratio']:.2f} times as many (asked: {r['asked']:.0f})",
+        flush=True,
+      )
   for verifier in ("math", "exact"):
     for workers in (1, 2):
       r = get(f"{verifier}, {workers} workers", lambda v=verifier, w=workers: grading(v, w))
-      print(f"{verifier}: {r['samples_per_second']:.0f} responses a second, {workers} workers",
-            flush=True)
+      print(
+        f"{verifier}: {r['samples_per_second']:.0f} responses a second, {workers} workers",
+        flush=True,
+      )
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    scratch.create(folder / "model", rl_step.ARCHITECTURE,
-                   [rl_step.QUESTION, *(f"the word {i}" for i in range(4000))])
+    scratch.create(
+      folder / "model",
+      rl_step.ARCHITECTURE,
+      [rl_step.QUESTION, *(f"the word {i}" for i in range(4000))],
+    )
     for name, (side, prompts) in RUNS.items():
+
       def measure(find, side=side, prompts=prompts):
         here = folder / f"{find.__name__}{side}"
         here.mkdir()
@@ -328,8 +376,11 @@ def main() -> None:
 
       print(describe(name, get(name, lambda m=measure: m(critical_path))), flush=True)
       r = get(f"parts, {name}", lambda m=measure: m(parts_of_step))
-      print(f"RL step, {name}, every program waited for: " + ", ".join(
-          f"{part} {seconds:.2f} s" for part, seconds in r["parts"].items()), flush=True)
+      print(
+        f"RL step, {name}, every program waited for: "
+        + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in r["parts"].items()),
+        flush=True,
+      )
   draw(results.values, results.picture(PICTURE))
 
 

@@ -61,8 +61,9 @@ def write_checkpoint(path: pathlib.Path, name: str) -> None:
     file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
     index |= dict.fromkeys(shard, file)
     if not (path / file).exists():
-      held = {n: (rng.standard_normal(wanted[n], np.float32) * 0.02).astype(jnp.bfloat16)
-              for n in shard}
+      held = {
+        n: (rng.standard_normal(wanted[n], np.float32) * 0.02).astype(jnp.bfloat16) for n in shard
+      }
       weights.write_file(path / file, lambda f, held=held: save_file(held, f))
       print(f"wrote {path / file}", flush=True)
   (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
@@ -71,8 +72,9 @@ def write_checkpoint(path: pathlib.Path, name: str) -> None:
 
 def resident() -> tuple[int, int]:
   """Resident bytes of this process: now, and the most since `forget_peak`."""
-  status = dict(line.split(":", 1) for line in
-                pathlib.Path("/proc/self/status").read_text().splitlines())
+  status = dict(
+    line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines()
+  )
   return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
 
 
@@ -100,10 +102,14 @@ def measure(path: pathlib.Path, dtype: str) -> dict[str, float]:
   arrays = sum(x.nbytes for x in flat.values())
   largest = 2 * max(flat[e.path].size // len(e.layers or [0]) for e in names.entries(config))
   result = {
-      "files": sum(f.stat().st_size for f in path.glob("*.safetensors")) / GIB,
-      "device_arrays": arrays / GIB, "largest_tensor": largest / GIB,
-      "peak": (peak - before) / GIB, "excess": (peak - before - arrays) / GIB,
-      "excess_over_largest_tensor": (peak - before - arrays) / largest, "seconds": seconds}
+    "files": sum(f.stat().st_size for f in path.glob("*.safetensors")) / GIB,
+    "device_arrays": arrays / GIB,
+    "largest_tensor": largest / GIB,
+    "peak": (peak - before) / GIB,
+    "excess": (peak - before - arrays) / GIB,
+    "excess_over_largest_tensor": (peak - before - arrays) / largest,
+    "seconds": seconds,
+  }
   if dtype != "bfloat16":
     return result
   saved = path / "saved"
@@ -111,8 +117,11 @@ def measure(path: pathlib.Path, dtype: str) -> dict[str, float]:
   held, _ = resident()
   began = time.monotonic()
   weights.save_params(saved, config, params, shard_bytes=2 * GIB)
-  result |= {"save_seconds": time.monotonic() - began, "save_shard": 2.0,
-             "save_excess": (resident()[1] - held) / GIB}
+  result |= {
+    "save_seconds": time.monotonic() - began,
+    "save_shard": 2.0,
+    "save_excess": (resident()[1] - held) / GIB,
+  }
   for file in saved.iterdir():
     file.unlink()
   saved.rmdir()
@@ -120,8 +129,15 @@ def measure(path: pathlib.Path, dtype: str) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-  head = ["parameters", "files", "device arrays", "largest tensor", "peak of the host",
-          "beyond the arrays", "seconds"]
+  head = [
+    "parameters",
+    "files",
+    "device arrays",
+    "largest tensor",
+    "peak of the host",
+    "beyond the arrays",
+    "seconds",
+  ]
   rows = [head, ["---"] + ["--:"] * (len(head) - 1)]
   for dtype, r in results.items():
     sizes = (r[k] for k in ("files", "device_arrays", "largest_tensor", "peak", "excess"))
@@ -130,8 +146,9 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--model", default="Qwen2.5-VL-3B")
   parser.add_argument("--path", type=pathlib.Path, default=pathlib.Path("runs/load"))
   parser.add_argument("--measure", help=argparse.SUPPRESS)  # a dtype
@@ -143,15 +160,27 @@ def main() -> None:
   results = {}
   for dtype in ("bfloat16", "float32"):
     done = subprocess.run(
-        [sys.executable, __file__, f"--measure={dtype}", f"--path={args.path}"], check=True,
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+      [sys.executable, __file__, f"--measure={dtype}", f"--path={args.path}"],
+      check=True,
+      stdout=subprocess.PIPE,
+      text=True,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     results[dtype] = json.loads(done.stdout.splitlines()[-1])
   date = datetime.date.today().isoformat()
   machine = f"{platform.machine()}, {os.cpu_count()} cores, CPU backend"
-  RESULT.write_text(json.dumps(
-      {"model": args.model, "date": date, "machine": machine,
-       **{dtype: {k: round(v, 3) for k, v in r.items()} for dtype, r in results.items()}},
-      indent=1) + "\n")
+  RESULT.write_text(
+    json.dumps(
+      {
+        "model": args.model,
+        "date": date,
+        "machine": machine,
+        **{dtype: {k: round(v, 3) for k, v in r.items()} for dtype, r in results.items()},
+      },
+      indent=1,
+    )
+    + "\n"
+  )
   page = f"{table(results)}\n\n({date}; {machine}.)"
   before, _, rest = PAGE.read_text().partition(BEGIN)
   PAGE.write_text(f"{before}{BEGIN}\n\n{page}\n\n{END}{rest.partition(END)[2]}")

@@ -33,15 +33,18 @@ def per_chip(shapes: Params, chips: int) -> int:
   """Parameters on one chip when `chips` of them split what the rules split."""
   mesh = AbstractMesh((1, chips, 1), parallel.AXES)
   places = parallel.param_shardings(mesh, shapes)
-  return sum(math.prod(place.shard_shape(leaf.shape)) for leaf, place in zip(
-      jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True))
+  return sum(
+    math.prod(place.shard_shape(leaf.shape))
+    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
+  )
 
 
 def row(name: str) -> list[str]:
   config = models.from_hf(CONFIGS[name])
   shapes = models.abstract_params(config)
-  adapters = lora.adapters(models.abstract_params(config.replace(
-      lora=models.LoRA(RANK, 32.0, ("decoder", "vision")))))
+  adapters = lora.adapters(
+    models.abstract_params(config.replace(lora=models.LoRA(RANK, 32.0, ("decoder", "vision"))))
+  )
   count = per_chip(shapes, 1)
   cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
 
@@ -54,23 +57,35 @@ def row(name: str) -> list[str]:
   def adapting(chips):  # bfloat16 weights, adapters as in training
     return inference(chips) + 16 * per_chip(adapters, chips)
 
-  sizes = [inference(1), inference(8), training(16), training(64), adapting(8),
-           adapting(32)]
-  return [name, f"{count / 1e9:.2f}", *(f"{size / GIB:.1f}" for size in sizes),
-          f"{cache / 1024:.0f}"]
+  sizes = [inference(1), inference(8), training(16), training(64), adapting(8), adapting(32)]
+  return [
+    name,
+    f"{count / 1e9:.2f}",
+    *(f"{size / GIB:.1f}" for size in sizes),
+    f"{cache / 1024:.0f}",
+  ]
 
 
 def table() -> str:
-  head = ["model", "parameters (10⁹)", "inference, 1 chip", "8 chips", "training, 16 chips",
-          "64 chips", f"LoRA rank {RANK}, 8 chips", "32 chips",
-          "keys and values, KiB a token"]
+  head = [
+    "model",
+    "parameters (10⁹)",
+    "inference, 1 chip",
+    "8 chips",
+    "training, 16 chips",
+    "64 chips",
+    f"LoRA rank {RANK}, 8 chips",
+    "32 chips",
+    "keys and values, KiB a token",
+  ]
   rows = [head, ["---"] + ["--:"] * (len(head) - 1), *(row(name) for name in CONFIGS)]
   return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
   args = parser.parse_args()
   print(table())

@@ -47,8 +47,13 @@ SKILLS = ("overall", "perception", "reasoning")
 # Measured once, for --plan before anything has run.
 SECONDS, BASE_SECONDS = 130.0, 330.0
 # Means over the steps of a run.
-MEANS = ("train/response_length", "train/kept_groups", "train/tries", "objective/clip_low",
-         "objective/clip_high")
+MEANS = (
+  "train/response_length",
+  "train/kept_groups",
+  "train/tries",
+  "objective/clip_low",
+  "objective/clip_high",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,33 +74,36 @@ class Method:
 
 
 def _vppo(label: str, **fields: Any) -> Method:
-  return Method(label, {"name": "vppo", **fields}, like="vppo",
-                filters=fields.get("filter_groups", True))
+  return Method(
+    label, {"name": "vppo", **fields}, like="vppo", filters=fields.get("filter_groups", True)
+  )
 
 
 # Compared with GRPO.
 METHODS = {
-    "grpo": Method("GRPO", {"name": "grpo"}),
-    "dr_grpo": Method("Dr.GRPO", {"name": "dr_grpo"}),
-    "dapo": Method("DAPO", {"name": "dapo"}, filters=True),
-    "gspo": Method("GSPO", {"name": "gspo"}),
-    "cispo": Method("CISPO", {"name": "cispo"}),
-    "rloo": Method("RLOO", {"name": "rloo"}),
-    "papo": Method("PAPO_G", {"name": "papo"}),
-    "papo_d": Method("PAPO_D", {"name": "papo_d"}, filters=True),
-    "vppo": Method("VPPO", {"name": "vppo"}, filters=True),
-    "vppo_shaping": Method(
-        "VPPO, shaping only", {"name": "vppo", "tokens": "all"}, filters=True),
-    "vppo_filter": Method(
-        "VPPO, token filter only", {"name": "vppo", "shaping": "none"}, filters=True),
+  "grpo": Method("GRPO", {"name": "grpo"}),
+  "dr_grpo": Method("Dr.GRPO", {"name": "dr_grpo"}),
+  "dapo": Method("DAPO", {"name": "dapo"}, filters=True),
+  "gspo": Method("GSPO", {"name": "gspo"}),
+  "cispo": Method("CISPO", {"name": "cispo"}),
+  "rloo": Method("RLOO", {"name": "rloo"}),
+  "papo": Method("PAPO_G", {"name": "papo"}),
+  "papo_d": Method("PAPO_D", {"name": "papo_d"}, filters=True),
+  "vppo": Method("VPPO", {"name": "vppo"}, filters=True),
+  "vppo_shaping": Method("VPPO, shaping only", {"name": "vppo", "tokens": "all"}, filters=True),
+  "vppo_filter": Method(
+    "VPPO, token filter only", {"name": "vppo", "shaping": "none"}, filters=True
+  ),
 }
 # Compared with VPPO.
 VARIANTS = {
-    "vppo_all_groups": _vppo("without dynamic sampling", filter_groups=False),
-    "vppo_mask_prompt": _vppo("one mask per prompt", mask_per="prompt"),
-    "vppo_full_kl": _vppo("dependency: KL over the vocabulary", dependency="full"),
-    **{f"vppo_keep_{share}": _vppo(f"keep_share {share}", keep_share=share)
-       for share in (0.1, 0.2, 0.6, 0.8, 1.0)},
+  "vppo_all_groups": _vppo("without dynamic sampling", filter_groups=False),
+  "vppo_mask_prompt": _vppo("one mask per prompt", mask_per="prompt"),
+  "vppo_full_kl": _vppo("dependency: KL over the vocabulary", dependency="full"),
+  **{
+    f"vppo_keep_{share}": _vppo(f"keep_share {share}", keep_share=share)
+    for share in (0.1, 0.2, 0.6, 0.8, 1.0)
+  },
 }
 EVERYTHING = METHODS | VARIANTS
 TUNED = tuple(name for name, method in METHODS.items() if not method.like)
@@ -117,16 +125,20 @@ class Trial:
     stage = "--config.stages[0]"
     every = settings["eval_every"]
     flags = {
-        "--config.model.path": base, "--config.seed": self.seed,
-        f"{stage}.steps": STEPS, f"{stage}.token_budget": settings["token_budget"],
-        f"{stage}.optimizer.learning_rate": self.learning_rate,
-        f"{stage}.eval.every": (every + 1) // 2 if method.filters else every,
-        **{f"{stage}.objective.{k}": v for k, v in method.objective.items()}}
+      "--config.model.path": base,
+      "--config.seed": self.seed,
+      f"{stage}.steps": STEPS,
+      f"{stage}.token_budget": settings["token_budget"],
+      f"{stage}.optimizer.learning_rate": self.learning_rate,
+      f"{stage}.eval.every": (every + 1) // 2 if method.filters else every,
+      **{f"{stage}.objective.{k}": v for k, v in method.objective.items()},
+    }
     if self.purpose == "tune":
       flags[f"{stage}.eval.options"] = {"seed": TUNING_QUESTIONS}
     name = f"{self.purpose}_{self.method}_{self.learning_rate:g}_{self.seed}"
-    return runs.Job(name, "configs/objectives.py",
-                    (*(f"{flag}={value}" for flag, value in flags.items()), *more))
+    return runs.Job(
+      name, "configs/objectives.py", (*(f"{flag}={value}" for flag, value in flags.items()), *more)
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,8 +158,7 @@ def curve(records: Sequence[metrics.Record]) -> dict[str, list[float]]:
     times[compiled] = np.median(times if compiled.all() else times[~compiled])
   seconds = dict(zip((r["step"] for r in steps), np.cumsum(times), strict=True))
   tokens = {r["step"]: r["train/generated_tokens"] for r in steps}
-  result: dict[str, list[float]] = {
-      name: [] for name in ("step", "tokens", "seconds", *SKILLS)}
+  result: dict[str, list[float]] = {name: [] for name in ("step", "tokens", "seconds", *SKILLS)}
   for record in records:
     if record.get("eval/accuracy") is None:
       continue
@@ -186,8 +197,11 @@ def tuning(results: Sequence[Mapping[str, Any]], method: str) -> dict[float, flo
   for r in results:
     if r["purpose"] == "tune" and r["method"] == method:
       finals.setdefault(r["learning_rate"], {})[r["seed"]] = r["curve"]["overall"][-1]
-  return {rate: float(np.mean(list(finals[rate].values()))) for rate in sorted(finals)
-          if finals[rate].keys() >= set(TUNING_SEEDS)}
+  return {
+    rate: float(np.mean(list(finals[rate].values())))
+    for rate in sorted(finals)
+    if finals[rate].keys() >= set(TUNING_SEEDS)
+  }
 
 
 def grid(means: Mapping[float, float]) -> tuple[float, ...]:
@@ -288,14 +302,20 @@ def _finals(mine: Sequence[Mapping[str, Any]], skill: str) -> dict[int, float]:
   return {r["seed"]: 100 * r["curve"][skill][-1] for r in mine}
 
 
-def _compared(results: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
-              ) -> dict[str, list[Mapping[str, Any]]]:
+def _compared(
+  results: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
+) -> dict[str, list[Mapping[str, Any]]]:
   """Comparison runs by method, at the learning rate that is now the tuned one."""
   rates = data["learning_rates"]
   found = {}
   for name, method in EVERYTHING.items():
-    mine = [r for r in results if r["purpose"] == "compare" and r["method"] == name
-            and r["learning_rate"] == rates.get(method.like or name)]
+    mine = [
+      r
+      for r in results
+      if r["purpose"] == "compare"
+      and r["method"] == name
+      and r["learning_rate"] == rates.get(method.like or name)
+    ]
     if mine:
       found[name] = sorted(mine, key=lambda r: r["seed"])
   return found
@@ -304,19 +324,31 @@ def _compared(results: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
 def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], against: str) -> str:
   """Markdown: final accuracies, the paired difference from `against`, and the cost of its level."""
   label = EVERYTHING[against].label
-  head = ["", "learning rate", "seeds", *SKILLS, f"difference from {label}", "p", "p (Holm)",
-          f"tokens to {label}'s level", "seconds", "tokens of a run", "seconds of a run"]
+  head = [
+    "",
+    "learning rate",
+    "seeds",
+    *SKILLS,
+    f"difference from {label}",
+    "p",
+    "p (Holm)",
+    f"tokens to {label}'s level",
+    "seconds",
+    "tokens of a run",
+    "seconds of a run",
+  ]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   if against not in found:
     return "\n".join(lines)
   base = _finals(found[against], "overall")
   level = float(np.mean(list(base.values()))) / 100
   # The machine does other things too: a step costs what it cost the least disturbed run.
-  pace = {name: min(r["curve"]["seconds"][-1] / r["curve"]["step"][-1] for r in mine)
-          for name, mine in found.items()}
+  pace = {
+    name: min(r["curve"]["seconds"][-1] / r["curve"]["step"][-1] for r in mine)
+    for name, mine in found.items()
+  }
   names = [name for name in names if name in found]
-  tests = {name: paired(_finals(found[name], "overall"), base) for name in names
-           if name != against}
+  tests = {name: paired(_finals(found[name], "overall"), base) for name in names if name != against}
   corrected = holm({name: test[2] for name, test in tests.items()})
   for name in names:
     mine = found[name]
@@ -326,8 +358,11 @@ def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], ag
       cells += ["", "", ""]
     else:
       mean, half, p = tests[name]
-      cells += [_plus_minus(mean, half, "+"), _number(p, "{:.3f}"),
-                _number(corrected[name], "{:.3f}")]
+      cells += [
+        _plus_minus(mean, half, "+"),
+        _number(p, "{:.3f}"),
+        _number(corrected[name], "{:.3f}"),
+      ]
     for unit in ("tokens", "step"):
       costs = [c for c in (reached(r, level, unit) for r in mine) if c is not None]
       few = f" ({len(costs)} of {len(mine)})" if len(costs) < len(mine) else ""
@@ -359,28 +394,47 @@ def tuning_table(data: Mapping[str, Any]) -> str:
       cells.append(text)
     lines.append(f"| {' | '.join(cells)} |")
   if marked:
-    lines += ["", "† The best rate is the lowest or the highest that the method was tried at; one "
-              "beyond it may be better."]
+    lines += [
+      "",
+      "† The best rate is the lowest or the highest that the method was tried at; one "
+      "beyond it may be better.",
+    ]
   return "\n".join(lines)
 
 
 def steps_table(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
   """Markdown: how many steps a method makes, and what becomes of groups and tokens in them."""
-  head = ["", "steps", "tokens of a response", "groups that pass the filter (%)",
-          "batches sampled for a step", "tokens that are clipped (%)"]
+  head = [
+    "",
+    "steps",
+    "tokens of a response",
+    "groups that pass the filter (%)",
+    "batches sampled for a step",
+    "tokens that are clipped (%)",
+  ]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   for name, mine in found.items():
+
     def mean(*keys, mine=mine):  # of their sum; nan where no run has them
-      values = [sum(r["means"][k] for k in keys) for r in mine
-                if set(keys) <= r.get("means", {}).keys()]
+      values = [
+        sum(r["means"][k] for k in keys) for r in mine if set(keys) <= r.get("means", {}).keys()
+      ]
       return float(np.mean(values)) if values else float("nan")
 
-    lines.append("| " + " | ".join([
-        EVERYTHING[name].label, f"{np.mean([r['curve']['step'][-1] for r in mine]):.0f}",
-        _number(mean("train/response_length"), "{:.0f}"),
-        _number(100 * mean("train/kept_groups"), "{:.0f}"),
-        _number(mean("train/tries"), "{:.1f}"),
-        _number(100 * mean("objective/clip_low", "objective/clip_high"), "{:.1f}")]) + " |")
+    lines.append(
+      "| "
+      + " | ".join(
+        [
+          EVERYTHING[name].label,
+          f"{np.mean([r['curve']['step'][-1] for r in mine]):.0f}",
+          _number(mean("train/response_length"), "{:.0f}"),
+          _number(100 * mean("train/kept_groups"), "{:.0f}"),
+          _number(mean("train/tries"), "{:.1f}"),
+          _number(100 * mean("objective/clip_low", "objective/clip_high"), "{:.1f}"),
+        ]
+      )
+      + " |"
+    )
   return "\n".join(lines)
 
 
@@ -395,25 +449,25 @@ def page(data: Mapping[str, Any]) -> str:
   commit = f", commit {data['commit']}" if data.get("commit") else ""
   hours = sum(r["seconds"] for r in data["results"]) / data["at_once"] / 3600
   return f"""
-{data['done']} of {data['planned']} runs, {data['date']}, {data['machine']}, {data['at_once']} runs
+{data["done"]} of {data["planned"]} runs, {data["date"]}, {data["machine"]}, {data["at_once"]} runs
 side by side, {hours:.1f} hours together{commit}.{failed}
 
 ![Accuracy over generated tokens](images/{pathlib.Path(PICTURE).name})
 
-Held-out accuracy in percent after {settings['token_budget']:,} generated tokens, mean over seeds ±
+Held-out accuracy in percent after {settings["token_budget"]:,} generated tokens, mean over seeds ±
 half the 95% confidence interval (Student's t). {start}Differences are between runs of the same
 seed, with a paired t-test and Holm's correction for the number of rows. A run ends with the step
 that spends the budget, so it generates more than that (tokens of a run), most with dynamic
 sampling, whose steps are longer. Seconds are steps times the seconds per step of the method's least
 disturbed run, without evaluations and compilation.
 
-{table(found, list(METHODS), 'grpo')}
+{table(found, list(METHODS), "grpo")}
 
 Variants of VPPO at its learning rate; VPPO itself has keep_share 0.4, a mask for every sample and
 the dependency of the sampled token (k3). With keep_share 1.0 the filter keeps every token, so that
-row is the objective of "{METHODS['vppo_shaping'].label}" above, at VPPO's learning rate.
+row is the objective of "{METHODS["vppo_shaping"].label}" above, at VPPO's learning rate.
 
-{table(found, ['vppo', *VARIANTS], 'vppo')}
+{table(found, ["vppo", *VARIANTS], "vppo")}
 
 What becomes of the tokens, means over the steps of all seeds. What is clipped has no gradient, but
 for CISPO, which keeps it and whose lower bound is a ratio of 1:
@@ -444,11 +498,17 @@ def picture(path: pathlib.Path, data: Mapping[str, Any]) -> None:
   for i, name in enumerate(names):
     color = colormaps["tab20"](2 * i % 20 + (i >= 10))
     curves = [np.interp(at, r["curve"]["tokens"], r["curve"]["overall"]) for r in found[name]]
-    left.plot(at / 1000, 100 * np.mean(curves, axis=0), color=color, linewidth=1.8,
-              label=METHODS[name].label)
+    left.plot(
+      at / 1000,
+      100 * np.mean(curves, axis=0),
+      color=color,
+      linewidth=1.8,
+      label=METHODS[name].label,
+    )
     mean, half = interval(list(_finals(found[name], "overall").values()))
-    right.errorbar(mean, -i, xerr=half if np.isfinite(half) else 0.0, fmt="o", color=color,
-                   capsize=3)
+    right.errorbar(
+      mean, -i, xerr=half if np.isfinite(half) else 0.0, fmt="o", color=color, capsize=3
+    )
   left.set_xlabel("generated tokens (thousands)")
   left.set_ylabel("held-out accuracy (%)")
   left.legend(frameon=False, fontsize=8)
@@ -492,9 +552,14 @@ def tuning_trials(results: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
   """What tuning needs as far as `results` tell: first the common rates, then those beyond."""
   rates = {name: grid(tuning(results, name)) for name in TUNED}
   common = len(LEARNING_RATES)
-  return [Trial(name, rates[name][i], seed, "tune")
-          for places in (range(common), range(common, common + EXTENSIONS))
-          for seed in TUNING_SEEDS for i in places for name in TUNED if i < len(rates[name])]
+  return [
+    Trial(name, rates[name][i], seed, "tune")
+    for places in (range(common), range(common, common + EXTENSIONS))
+    for seed in TUNING_SEEDS
+    for i in places
+    for name in TUNED
+    if i < len(rates[name])
+  ]
 
 
 def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
@@ -510,13 +575,19 @@ def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
 
 def possible_trials() -> list[Trial]:
   """Every trial that some outcome of the tuning would need."""
-  factors = [2.0 ** i for i in range(1, EXTENSIONS + 1)]
-  rates = (*LEARNING_RATES, *(max(LEARNING_RATES) * f for f in factors),
-           *(min(LEARNING_RATES) / f for f in factors))
-  return [Trial(name, rate, seed, purpose)
-          for purpose, names, seeds in (("tune", TUNED, TUNING_SEEDS),
-                                        ("compare", EVERYTHING, SEEDS))
-          for name in names for rate in rates for seed in seeds]
+  factors = [2.0**i for i in range(1, EXTENSIONS + 1)]
+  rates = (
+    *LEARNING_RATES,
+    *(max(LEARNING_RATES) * f for f in factors),
+    *(min(LEARNING_RATES) / f for f in factors),
+  )
+  return [
+    Trial(name, rate, seed, purpose)
+    for purpose, names, seeds in (("tune", TUNED, TUNING_SEEDS), ("compare", EVERYTHING, SEEDS))
+    for name in names
+    for rate in rates
+    for seed in seeds
+  ]
 
 
 def planned(results: Sequence[Mapping[str, Any]]) -> int:
@@ -527,8 +598,12 @@ def planned(results: Sequence[Mapping[str, Any]]) -> int:
 def outcome(trial: Trial, path: pathlib.Path, seconds: float) -> dict[str, Any]:
   """What benchmarks/objectives.json holds of a finished run."""
   records = metrics.read(path)
-  return {**dataclasses.asdict(trial), "seconds": round(seconds, 1), "curve": curve(records),
-          "means": step_means(records)}
+  return {
+    **dataclasses.asdict(trial),
+    "seconds": round(seconds, 1),
+    "curve": curve(records),
+    "means": step_means(records),
+  }
 
 
 class Benchmark:
@@ -538,15 +613,23 @@ class Benchmark:
     data: what stands in benchmarks/objectives.json.
   """
 
-  def __init__(self, runner: runs.Runner, out: pathlib.Path, settings: Mapping[str, Any],
-               more: Sequence[str]):
+  def __init__(
+    self, runner: runs.Runner, out: pathlib.Path, settings: Mapping[str, Any], more: Sequence[str]
+  ):
     self.runner, self.out, self.settings, self.more = runner, out, settings, tuple(more)
     self.begun: set[Trial] = set()
     self.known: dict[Trial, dict[str, Any]] = {}  # results whose runs lie elsewhere
     self.data: dict[str, Any] = {
-        **runs.surroundings(runner.at_once), "settings": dict(settings), "arguments": list(more),
-        "cold_start": "", "done": 0, "planned": planned([]), "failed": {}, "learning_rates": {},
-        "results": []}
+      **runs.surroundings(runner.at_once),
+      "settings": dict(settings),
+      "arguments": list(more),
+      "cold_start": "",
+      "done": 0,
+      "planned": planned([]),
+      "failed": {},
+      "learning_rates": {},
+      "results": [],
+    }
 
   def job(self, trial: Trial) -> runs.Job:
     return trial.job(self.runner.path(BASE) / "model", self.settings, self.more)
@@ -565,8 +648,10 @@ class Benchmark:
     before = json.loads(file.read_text())
     for field in ("settings", "arguments", "cold_start"):
       if before["results"] and before.get(field) not in (None, self.data[field]):
-        raise SystemExit(f"{file}: {field} is {before[field]} there, {self.data[field]} now; move "
-                         "it away to begin anew, or choose another --out")
+        raise SystemExit(
+          f"{file}: {field} is {before[field]} there, {self.data[field]} now; move "
+          "it away to begin anew, or choose another --out"
+        )
     for result in before["results"]:
       fields = {f.name: result[f.name] for f in dataclasses.fields(Trial)}
       self.known[Trial(**fields)] = result
@@ -585,8 +670,11 @@ class Benchmark:
       trial = jobs[job]
       if isinstance(seconds, runs.Failed):
         self.data["failed"][job.name] = str(seconds)
-        print(f"{job.name} failed: {seconds} ({self.runner.path(job) / 'log.txt'})",
-              file=sys.stderr, flush=True)
+        print(
+          f"{job.name} failed: {seconds} ({self.runner.path(job) / 'log.txt'})",
+          file=sys.stderr,
+          flush=True,
+        )
       else:
         # 150 runs would fill 5 GB, and nothing continues from a finished one.
         shutil.rmtree(self.runner.path(job) / "checkpoints", ignore_errors=True)
@@ -594,9 +682,11 @@ class Benchmark:
         found = self.data["results"][-1]["curve"]
         self.data["done"] += 1
         self.data["planned"] = planned(self.data["results"])
-        print(f"{self.data['done']}/{self.data['planned']} {job.name}: "
-              f"{found['overall'][0]:.3f} -> {found['overall'][-1]:.3f}, {seconds:.0f} s",
-              flush=True)
+        print(
+          f"{self.data['done']}/{self.data['planned']} {job.name}: "
+          f"{found['overall'][0]:.3f} -> {found['overall'][-1]:.3f}, {seconds:.0f} s",
+          flush=True,
+        )
       if trial.purpose == "tune":
         self.data["learning_rates"] = tuned(self.data["results"])
       if number >= old:  # those of an earlier start come first: one page for all of them
@@ -606,8 +696,7 @@ class Benchmark:
     self.runner.check([BASE, *map(self.job, possible_trials())])
     for _, seconds in self.runner.run([BASE]):
       if isinstance(seconds, runs.Failed):
-        raise SystemExit(f"the cold start: {seconds} "
-                         f"({self.runner.path(BASE) / 'log.txt'})")
+        raise SystemExit(f"the cold start: {seconds} ({self.runner.path(BASE) / 'log.txt'})")
       self.data["done"] += 1
     self.take_known()
     # First the common rates, then, for methods whose best is at the edge, those beyond.
@@ -615,16 +704,23 @@ class Benchmark:
       self.run(todo)
     for name in TUNED:
       if name not in self.data["learning_rates"]:
-        print(f"{name}: not compared, because a run of its tuning failed", file=sys.stderr,
-              flush=True)
+        print(
+          f"{name}: not compared, because a run of its tuning failed", file=sys.stderr, flush=True
+        )
     self.run(comparison_trials(self.data["learning_rates"]))
     if self.data["failed"]:
       raise SystemExit(f"{len(self.data['failed'])} runs failed; the same command tries them again")
 
 
-def plan(runner: runs.Runner, settings: Mapping[str, Any], more: Sequence[str],
-         seconds: float, base_seconds: float) -> str:
+def plan(
+  runner: runs.Runner,
+  settings: Mapping[str, Any],
+  more: Sequence[str],
+  seconds: float,
+  base_seconds: float,
+) -> str:
   """Numbers of runs, and hours that are left at the mean pace of the runs that are finished."""
+
   def job(trial: Trial) -> runs.Job:
     return trial.job(runner.path(BASE) / "model", settings, more)
 
@@ -633,8 +729,9 @@ def plan(runner: runs.Runner, settings: Mapping[str, Any], more: Sequence[str],
   seen: set[Trial] = set()
   while todo := [t for t in tuning_trials(results) if t not in seen]:
     seen.update(todo)
-    results += [outcome(t, runner.path(job(t)), s) for t in todo
-                if (s := runner.seconds(job(t))) is not None]
+    results += [
+      outcome(t, runner.path(job(t)), s) for t in todo if (s := runner.seconds(job(t))) is not None
+    ]
   # Comparison runs at a rate that is not, or not yet, the tuned one are not of use.
   compared = [runner.seconds(job(t)) for t in comparison_trials(tuned(results))]
   known = [r["seconds"] for r in results] + [s for s in compared if s is not None]
@@ -644,13 +741,16 @@ def plan(runner: runs.Runner, settings: Mapping[str, Any], more: Sequence[str],
   total = planned(results)
   each = float(np.mean(known)) if known else seconds
   base = runner.seconds(BASE)
-  hours = ((total - 1 - len(known)) * each / runner.at_once
-           + (base_seconds if base is None else 0.0)) / 3600
-  return (f"{total} runs: the cold start, {tunings} to tune ({len(TUNED)} methods x "
-          f"{len(LEARNING_RATES)} learning rates x {len(TUNING_SEEDS)} seeds{beyond}), "
-          f"{len(SEEDS) * len(METHODS)} to compare methods and {len(SEEDS) * len(VARIANTS)} to "
-          f"compare variants; {len(known) + (base is not None)} finished.\nAt {each:.0f} seconds "
-          f"a run, {runner.at_once} side by side: {hours:.1f} hours left.")
+  hours = (
+    (total - 1 - len(known)) * each / runner.at_once + (base_seconds if base is None else 0.0)
+  ) / 3600
+  return (
+    f"{total} runs: the cold start, {tunings} to tune ({len(TUNED)} methods x "
+    f"{len(LEARNING_RATES)} learning rates x {len(TUNING_SEEDS)} seeds{beyond}), "
+    f"{len(SEEDS) * len(METHODS)} to compare methods and {len(SEEDS) * len(VARIANTS)} to "
+    f"compare variants; {len(known) + (base is not None)} finished.\nAt {each:.0f} seconds "
+    f"a run, {runner.at_once} side by side: {hours:.1f} hours left."
+  )
 
 
 def main() -> None:

@@ -29,8 +29,9 @@ EXACT = jv.rewards.create({"exact": 1.0})
 def answers(path: pathlib.Path, examples) -> list[str]:
   model, params, processor = jv.load_pretrained(path)
   prompt = processor.collate([processor.encode(e) for e in examples])
-  rollout = jv.generate(model, params, prompt, jv.Sampling(max_tokens=64, temperature=0),
-                        jax.random.key(0), processor)
+  rollout = jv.generate(
+    model, params, prompt, jv.Sampling(max_tokens=64, temperature=0), jax.random.key(0), processor
+  )
   return [row[0] for row in rollout.text]
 
 
@@ -42,8 +43,10 @@ def draw(path: pathlib.Path, example, before: str, after: str) -> None:
   words.axis("off")
   y = 1.0
   for head, text, colour in (
-      (example.question, f"(right answer: {example.answer})", "black"),
-      ("before RL", before, "firebrick"), ("after RL", after, "darkgreen")):
+    (example.question, f"(right answer: {example.answer})", "black"),
+    ("before RL", before, "firebrick"),
+    ("after RL", after, "darkgreen"),
+  ):
     lines = textwrap.wrap(text, 58)
     words.text(0, y, head, weight="bold", va="top", size=12)
     words.text(0, y - 0.11, "\n".join(lines), va="top", size=11, color=colour, family="monospace")
@@ -58,11 +61,16 @@ def main() -> None:
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
   base = json.loads((args.run / "config.json").read_text())["model"]["path"]
-  examples = [digit_boards.make_example("test", 2, i, tasks=("sum_row", "sum_column", "count"))
-              for i in range(64)]
+  examples = [
+    digit_boards.make_example("test", 2, i, tasks=("sum_row", "sum_column", "count"))
+    for i in range(64)
+  ]
   pairs = zip(answers(ROOT / base, examples), answers(args.run / "model", examples), strict=True)
-  changed = [(e, b, a) for e, (b, a) in zip(examples, pairs, strict=True)
-             if EXACT(e, b)["total"] < 1 and EXACT(e, a)["total"] == 1]
+  changed = [
+    (e, b, a)
+    for e, (b, a) in zip(examples, pairs, strict=True)
+    if EXACT(e, b)["total"] < 1 and EXACT(e, a)["total"] == 1
+  ]
   print(f"{len(changed)} of {len(examples)} questions are right after RL and were wrong before")
   # The largest board of them.
   draw(args.out / "board.png", *max(changed, key=lambda c: c[0].meta["rows"] * c[0].meta["cols"]))
@@ -72,8 +80,9 @@ def main() -> None:
   for name, key in (("training, sampled", "train/accuracy"), ("held-out, greedy", "eval/accuracy")):
     points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
     curves[name] = tuple(zip(*points, strict=True))
-  report.save_curve(args.out / "curve.png", curves, "Accuracy on digit boards", "RL step",
-                    "accuracy")
+  report.save_curve(
+    args.out / "curve.png", curves, "Accuracy on digit boards", "RL step", "accuracy"
+  )
 
 
 if __name__ == "__main__":

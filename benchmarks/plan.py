@@ -32,8 +32,11 @@ CONFIG = ROOT / "configs" / "vppo_7b.py"
 # As their directories are called, less "-Instruct".
 MODELS = ("Qwen2.5-VL-7B", "Qwen2.5-VL-32B", "Qwen2.5-VL-72B", "Qwen2.5-VL-3B", "Qwen3-VL-8B")
 GENERATIONS = ("v5e", "v5p", "v6e")
-FIRST = (("Qwen2.5-VL-7B", "v5e:4x4"), ("Qwen2.5-VL-32B", "v5p:2x2x4"),
-         ("Qwen2.5-VL-72B", "v5p:2x4x4"))
+FIRST = (
+  ("Qwen2.5-VL-7B", "v5e:4x4"),
+  ("Qwen2.5-VL-32B", "v5p:2x2x4"),
+  ("Qwen2.5-VL-72B", "v5p:2x4x4"),
+)
 SIZES = (16, 64, 256, 4, 32, 128, 8)
 _GIB = 2**30
 NARROW = 2 * _GIB
@@ -43,10 +46,13 @@ def cases() -> list[tuple[str, str]]:
   """(model, slice) by importance: some, then 16, 64, 256 and 4 chips of all, then the others."""
   from jaxrl_vlm.planning import roofline
 
-  every = [(where.chips, model, where.name) for model in MODELS for generation in GENERATIONS
-           for where in roofline.slices(roofline.CHIPS[generation])]
-  rest = [(model, name) for _, model, name in sorted(
-      every, key=lambda case: SIZES.index(case[0]))]
+  every = [
+    (where.chips, model, where.name)
+    for model in MODELS
+    for generation in GENERATIONS
+    for where in roofline.slices(roofline.CHIPS[generation])
+  ]
+  rest = [(model, name) for _, model, name in sorted(every, key=lambda case: SIZES.index(case[0]))]
   return list(dict.fromkeys((*FIRST, *rest)))
 
 
@@ -80,8 +86,12 @@ def compiled(model: str, name: str, cache: pathlib.Path) -> dict:
     found.append(result)
   if found:
     return _row(min(found, key=lambda result: result["peak"]))
-  return {"fits": False, "state": _state(request, where), "capacity": where.chip.memory,
-          "chips": where.chips}
+  return {
+    "fits": False,
+    "state": _state(request, where),
+    "capacity": where.chip.memory,
+    "chips": where.chips,
+  }
 
 
 def as_run(model: str, name: str, row: dict, cache: pathlib.Path) -> dict:
@@ -108,13 +118,32 @@ def _state(request: plan.Request, where) -> float:
 
 def _row(result: dict) -> dict:
   worst = max(result["programs"], key=lambda row: row["peak"])
-  keep = ("fits", "chips", "mesh", "microbatches", "groups_at_once", "peak", "step_seconds",
-          "tokens_per_second_per_chip", "split", "refusal")
-  return {**{key: result[key] for key in keep}, "capacity": result["chip_memory"],
-          "peak_of": worst["program"], "date": time.strftime("%Y-%m-%d"),
-          "programs": {row["program"]: {
-              "peak": row["peak"], "bound": row["bound"], "step_seconds": row["step_seconds"]}
-                       for row in result["programs"]}}
+  keep = (
+    "fits",
+    "chips",
+    "mesh",
+    "microbatches",
+    "groups_at_once",
+    "peak",
+    "step_seconds",
+    "tokens_per_second_per_chip",
+    "split",
+    "refusal",
+  )
+  return {
+    **{key: result[key] for key in keep},
+    "capacity": result["chip_memory"],
+    "peak_of": worst["program"],
+    "date": time.strftime("%Y-%m-%d"),
+    "programs": {
+      row["program"]: {
+        "peak": row["peak"],
+        "bound": row["bound"],
+        "step_seconds": row["step_seconds"],
+      }
+      for row in result["programs"]
+    },
+  }
 
 
 def tables(results: dict) -> str:
@@ -124,16 +153,29 @@ def tables(results: dict) -> str:
     rows = dict(results.get(model, {}))
     if not rows:
       continue
-    head = ["slice", "chips", "mesh", "fits", "GiB on a chip", "as run", "of", "most in",
-            "step, s", "tokens/s a chip", "rollout", "scores", "update"]
+    head = [
+      "slice",
+      "chips",
+      "mesh",
+      "fits",
+      "GiB on a chip",
+      "as run",
+      "of",
+      "most in",
+      "step, s",
+      "tokens/s a chip",
+      "rollout",
+      "scores",
+      "update",
+    ]
     lines = [head, ["---", "--:", "---", "---", "--:", "--:", "--:", "---"] + ["--:"] * 5]
     generations = list(dict.fromkeys(name.partition(":")[0] for name in rows))
     for generation in sorted(generations):
       here = {n: r for n, r in rows.items() if n.startswith(f"{generation}:")}
-      lines += [_cells(name, row) for name, row in sorted(
-          here.items(), key=lambda item: item[1]["chips"])]
-    shown.append(f"### {model}\n\n" + "\n".join(
-        "| " + " | ".join(cells) + " |" for cells in lines))
+      lines += [
+        _cells(name, row) for name, row in sorted(here.items(), key=lambda item: item[1]["chips"])
+      ]
+    shown.append(f"### {model}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
   return "\n\n".join(shown)
 
 
@@ -145,14 +187,24 @@ def _cells(name: str, row: dict) -> list[str]:
   mesh = " x ".join(f"{axis} {count}" for axis, count in row["mesh"].items() if count > 1)
   run = row.get("as_run", row)
   fits = row["fits"] and run["fits"]
-  cells = [*begin, mesh, "yes" if fits else "no", f"{row['peak'] / _GIB:.1f}",
-           f"{run['peak'] / _GIB:.1f}" if run is not row else "", of, run["peak_of"]]
+  cells = [
+    *begin,
+    mesh,
+    "yes" if fits else "no",
+    f"{row['peak'] / _GIB:.1f}",
+    f"{run['peak'] / _GIB:.1f}" if run is not row else "",
+    of,
+    run["peak_of"],
+  ]
   total = row["step_seconds"]
   if not fits or not total:
     return [*cells, *[""] * 5]
-  return [*cells, f"{total:.0f}", f"{row['tokens_per_second_per_chip']:.0f}",
-          *(f"{row['split'].get(part, 0.0) / total:.0%}"
-            for part in ("rollout", "scores", "update"))]
+  return [
+    *cells,
+    f"{total:.0f}",
+    f"{row['tokens_per_second_per_chip']:.0f}",
+    *(f"{row['split'].get(part, 0.0) / total:.0%}" for part in ("rollout", "scores", "update")),
+  ]
 
 
 def write(results: dict) -> None:
@@ -161,13 +213,15 @@ def write(results: dict) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("only", nargs="*", help="a model, a slice, or both")
   parser.add_argument("--write", action="store_true", help="put the tables into docs/plan.md")
   parser.add_argument("--again", action="store_true", help="also what has been compiled before")
-  parser.add_argument("--as_run", action="store_true",
-                      help="what just fits: its memory with all optimisation")
+  parser.add_argument(
+    "--as_run", action="store_true", help="what just fits: its memory with all optimisation"
+  )
   parser.add_argument("--cache", default="~/.cache/jaxrl_vlm/plan")
   args = parser.parse_args()
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}

@@ -39,16 +39,31 @@ QUESTION = "what is in the picture number 7"
 # Name: side of the images in pixels, prompts of a step, repetitions, at least this ratio.
 CASES = {"64 visual tokens": (224, 16, 7, 3.0), "1024 visual tokens": (896, 4, 5, 10.0)}
 ARCHITECTURE = {  # 4.6 million parameters
-    "tie_word_embeddings": True, "min_pixels": 28 * 28, "max_pixels": 896 * 896,
-    "text": {
-        "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 8192,
-        "rope_parameters": {
-            "rope_type": "default", "mrope_section": (4, 6, 6), "rope_theta": 10000.0}},
-    "vision": {
-        "depth": 3, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "patch_size": 14,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-        "fullatt_block_indexes": (2,)}}
+  "tie_word_embeddings": True,
+  "min_pixels": 28 * 28,
+  "max_pixels": 896 * 896,
+  "text": {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "mrope_section": (4, 6, 6), "rope_theta": 10000.0},
+  },
+  "vision": {
+    "depth": 3,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": (2,),
+  },
+}
 
 
 def reward(example, response):
@@ -67,6 +82,7 @@ def main():
     model = pathlib.Path(folder) / "model"
     scratch.create(model, ARCHITECTURE, [QUESTION, *(f"the word {i}" for i in range(4000))])
     for name, (side, prompts, repeats, want) in CASES.items():
+
       def measure(side=side, prompts=prompts, repeats=repeats, want=want):
         found = compare(pathlib.Path(folder), model, side, prompts, repeats, args.python)
         return found | {"asked": want}
@@ -75,19 +91,34 @@ def main():
 
 
 def describe(name, result):
-  return (f"{name}: jaxrl_vlm {result['ours']:.2f} samples/s, TRL {result['trl']:.2f} samples/s, "
-          f"{result['ratio']:.1f} times as many (asked: {result['asked']:.0f})")
+  return (
+    f"{name}: jaxrl_vlm {result['ours']:.2f} samples/s, TRL {result['trl']:.2f} samples/s, "
+    f"{result['ratio']:.1f} times as many (asked: {result['asked']:.0f})"
+  )
 
 
 def compare(folder, model, side, prompts, repeats, python):
   """Samples a second of both; each waits while the other works."""
-  spec = dict(threads=THREADS, model=str(model), side=side, prompts=prompts, group=GROUP,
-              tokens=TOKENS, question=QUESTION, output=str(folder / "trl"))
+  spec = dict(
+    threads=THREADS,
+    model=str(model),
+    side=side,
+    prompts=prompts,
+    group=GROUP,
+    tokens=TOKENS,
+    question=QUESTION,
+    output=str(folder / "trl"),
+  )
   env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
   log = open(folder / "trl.log", "w+")  # noqa: SIM115  # as long as the process
   other = subprocess.Popen(
-      [python, str(ROOT / "benchmarks" / "trl_side.py"), json.dumps(spec)], env=env, text=True,
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+    [python, str(ROOT / "benchmarks" / "trl_side.py"), json.dumps(spec)],
+    env=env,
+    text=True,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=log,
+  )
   assert other.stdin is not None and other.stdout is not None
   versions = json.loads(other.stdout.readline() or "{}")
 
@@ -104,8 +135,11 @@ def compare(folder, model, side, prompts, repeats, python):
 
   def after_ours(seconds):
     pairs.append((seconds, trl_step()))
-    print(f"  step {len(pairs)}: {pairs[-1][0]:.2f} s, TRL {pairs[-1][1]:.2f} s"
-          + ("  (warm-up)" if len(pairs) <= WARM_UP else ""), flush=True)
+    print(
+      f"  step {len(pairs)}: {pairs[-1][0]:.2f} s, TRL {pairs[-1][1]:.2f} s"
+      + ("  (warm-up)" if len(pairs) <= WARM_UP else ""),
+      flush=True,
+    )
     return len(pairs) == repeats + WARM_UP
 
   try:
@@ -117,9 +151,15 @@ def compare(folder, model, side, prompts, repeats, python):
   pairs = pairs[WARM_UP:]
   ours, trl = (statistics.median(p[i] for p in pairs) for i in range(2))
   samples = prompts * GROUP
-  return {"ours": samples / ours, "trl": samples / trl,
-          "ratio": statistics.median(p[1] / p[0] for p in pairs), "seconds": pairs,
-          "prompts": prompts, "samples": samples, "trl_versions": versions}
+  return {
+    "ours": samples / ours,
+    "trl": samples / trl,
+    "ratio": statistics.median(p[1] / p[0] for p in pairs),
+    "seconds": pairs,
+    "prompts": prompts,
+    "samples": samples,
+    "trl_versions": versions,
+  }
 
 
 class Enough(Exception):
@@ -128,8 +168,8 @@ class Enough(Exception):
 
 def timed(after):
   """A StageRun: after(seconds) follows every step, and says whether to stop."""
-  class Timed(StageRun):
 
+  class Timed(StageRun):
     def steps(self):
       for step in super().steps():
         start = time.perf_counter()
@@ -159,14 +199,17 @@ def our_config(folder, model, side, prompts):
   lines = []
   for i in range(prompts * 4):
     Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(images / f"{i}.png")
-    lines.append(json.dumps({"id": str(i), "question": QUESTION, "answer": "7",
-                             "images": [str(images / f"{i}.png")]}))
+    lines.append(
+      json.dumps(
+        {"id": str(i), "question": QUESTION, "answer": "7", "images": [str(images / f"{i}.png")]}
+      )
+    )
   data = folder / f"train{side}.jsonl"
   data.write_text("\n".join(lines))
   config = base.get_config()
   config.model.path = str(model)
   config.model.min_pixels = config.model.max_pixels = side * side
-  tokens = (side // 28)**2
+  tokens = (side // 28) ** 2
   config.prompt_buckets, config.patch_buckets = (tokens + 32,), (tokens * 4,)
   stage = base.rl()
   stage.steps, stage.prompts_per_step, stage.num_samples = 1000, prompts, GROUP

@@ -67,7 +67,7 @@ class Runner:
     self._places: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for i in range(at_once):
       # A run that computes on one processor alone starts as many threads as that can use.
-      self._places.put(every[i * share:(i + 1) * share])
+      self._places.put(every[i * share : (i + 1) * share])
 
   def __enter__(self) -> "Runner":
     self.folder.mkdir(parents=True, exist_ok=True)
@@ -75,8 +75,9 @@ class Runner:
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-      raise SystemExit(f"{self.folder}: another benchmark, or a run that it left behind, is "
-                       "working here") from None
+      raise SystemExit(
+        f"{self.folder}: another benchmark, or a run that it left behind, is working here"
+      ) from None
 
     def stop(number, _):
       self._stop()
@@ -136,8 +137,9 @@ class Runner:
       for field in (*here, *there):
         if there.get(field) != here.get(field):
           raise SystemExit(
-              f"{path}: {field} is {there.get(field, 'not given')} in this run, "
-              f"{here.get(field, 'not given')} now; delete the run, or choose another --folder")
+            f"{path}: {field} is {there.get(field, 'not given')} in this run, "
+            f"{here.get(field, 'not given')} now; delete the run, or choose another --folder"
+          )
 
   def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float | Failed]]:
     """Runs what is not finished, in order; yields all jobs as they end, finished ones first.
@@ -185,8 +187,14 @@ class Runner:
 
   def _train(self, job: Job, path: pathlib.Path, place: list[int]) -> float:
     began = time.monotonic()
-    command = [sys.executable, "-m", "jaxrl_vlm.train", f"--config={job.config}",
-               f"--workdir={path}", *job.flags]
+    command = [
+      sys.executable,
+      "-m",
+      "jaxrl_vlm.train",
+      f"--config={job.config}",
+      f"--workdir={path}",
+      *job.flags,
+    ]
     if place and shutil.which("taskset"):
       command = ["taskset", "-c", ",".join(map(str, place)), *command]
     with open(path / "log.txt", "a") as log:
@@ -195,8 +203,13 @@ class Runner:
       # In a session of its own: Ctrl-C comes here alone, and is passed on. It inherits the lock, so
       # that a run which outlives this process keeps others away.
       child = subprocess.Popen(
-          command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-          pass_fds=(self._lock.fileno(),))
+        command,
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=(self._lock.fileno(),),
+      )
       self._children.add(child)
       if self._stopping:
         child.terminate()
@@ -222,14 +235,16 @@ def _lives(path: pathlib.Path) -> list[float]:
 def surroundings(at_once: int | None = None) -> dict:
   """When and on what it was measured, for the file of results."""
   result: dict = {
-      "date": datetime.date.today().isoformat(), "python": platform.python_version(),
-      "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"}
+    "date": datetime.date.today().isoformat(),
+    "python": platform.python_version(),
+    "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+  }
   if at_once is not None:
     result["at_once"] = at_once
   with contextlib.suppress(OSError, subprocess.CalledProcessError):
     result["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True,
-        text=True).stdout.strip()
+      ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.strip()
   return result
 
 

@@ -30,7 +30,8 @@ _PAUSE = 0.5  # seconds; until threads of the side before have stopped waiting f
 def parser(doc: str | None) -> argparse.ArgumentParser:
   """With --again and --out."""
   result = argparse.ArgumentParser(
-      description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   result.add_argument("--again", action="store_true", help="throw away what is measured")
   result.add_argument("--out", type=pathlib.Path, help="another file of results")
   return result
@@ -54,8 +55,9 @@ class Results:
     if path.exists() and not again:
       self.values = json.loads(path.read_text())
 
-  def get(self, name: str, measure: Callable[[], Mapping[str, Any]], *packages: str, **about: Any
-          ) -> dict[str, Any]:
+  def get(
+    self, name: str, measure: Callable[[], Mapping[str, Any]], *packages: str, **about: Any
+  ) -> dict[str, Any]:
     """What `measure` gave, now or then; of `packages` the versions are kept beside it."""
     if name not in self.values:
       result = {**measure(), "date": datetime.date.today().isoformat()}
@@ -71,8 +73,9 @@ class Results:
     return path if self.path.parent == FOLDER else self.path.with_suffix(".png")
 
 
-def take_turns(sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
-               ) -> dict[str, list[float]]:
+def take_turns(
+  sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
+) -> dict[str, list[float]]:
   """Seconds of each side, one after the other; a side returns when its work is done."""
   seconds: dict[str, list[float]] = {name: [] for name in sides}
   for i in range(repeats + warm_up):
@@ -91,8 +94,7 @@ def median(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
   """How many times as long one side takes as the other: median over the turns."""
-  return statistics.median(
-      a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+  return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def matrix_product(size: int, dtype: str = "float32") -> tuple[Callable[[], jax.Array], float]:
@@ -108,6 +110,7 @@ def one_device() -> Any:
 
 def random_params(shapes: Params) -> Params:
   """Small random numbers of these shapes and dtypes; norms multiply by 1."""
+
   def one(path, key, shape):
     if "scale" in str(path[-1]):
       return jnp.ones(shape.shape, shape.dtype)
@@ -120,8 +123,9 @@ def random_params(shapes: Params) -> Params:
 
 def words(config: ModelConfig) -> np.ndarray:
   """i32[n]; tokens that stand for nothing but text."""
-  special = [v for k, v in json.loads(config.hf).items()
-             if k.endswith("_token_id") and isinstance(v, int)]
+  special = [
+    v for k, v in json.loads(config.hf).items() if k.endswith("_token_id") and isinstance(v, int)
+  ]
   all_tokens = np.arange(config.vocab_size, dtype=np.int32)
   return np.setdiff1d(all_tokens, [*special, *config.suppressed_tokens])
 
@@ -144,33 +148,44 @@ def make_prompt(config: ModelConfig, prompts: int, text: int, side: int = 0) -> 
   # Without an image there are still the patches of one visual token, all padding.
   room = 0 if side else vision.spatial_merge_size**2
   where = [np.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1)) for a in where]
-  where[1][side**2:] = 1
+  where[1][side**2 :] = 1
   places = [np.broadcast_to(a, (prompts, *a.shape)) for a in where]
   patches = rng.standard_normal((prompts, side**2 + room, vision.patch_dim), np.float32)
   return Prompt(
-      tokens=tokens, length=np.full(prompts, tokens.shape[1], np.int32), positions=positions,
-      next_position=positions.max(axis=(1, 2)) + 1, feature_index=features, patches=patches,
-      patch_positions=places[0], patch_grids=places[1], patch_segments=places[2],
-      patch_windows=places[3])
+    tokens=tokens,
+    length=np.full(prompts, tokens.shape[1], np.int32),
+    positions=positions,
+    next_position=positions.max(axis=(1, 2)) + 1,
+    feature_index=features,
+    patches=patches,
+    patch_positions=places[0],
+    patch_grids=places[1],
+    patch_segments=places[2],
+    patch_windows=places[3],
+  )
 
 
-def torch_inputs(prompt: Prompt, row: int, copies: int, image_token: int, more: Any = None
-                 ) -> dict[str, Any]:
+def torch_inputs(
+  prompt: Prompt, row: int, copies: int, image_token: int, more: Any = None
+) -> dict[str, Any]:
   """What transformers' Qwen2.5-VL takes for a prompt of one image, `copies` times.
 
   `more`: i[copies, n]; tokens that follow.
   """
   import torch
 
-  tokens = np.repeat(np.asarray(prompt.tokens)[row:row + 1, :prompt.length[row]], copies, axis=0)
+  tokens = np.repeat(np.asarray(prompt.tokens)[row : row + 1, : prompt.length[row]], copies, axis=0)
   image = tokens == image_token
   if more is not None:
     tokens = np.concatenate([tokens, more], axis=1)
     image = np.concatenate([image, np.zeros(more.shape, bool)], axis=1)
-  inputs = {"input_ids": torch.tensor(tokens).long(),
-            "attention_mask": torch.ones(tokens.shape, dtype=torch.long),
-            "mm_token_type_ids": torch.tensor(image).long()}
+  inputs = {
+    "input_ids": torch.tensor(tokens).long(),
+    "attention_mask": torch.ones(tokens.shape, dtype=torch.long),
+    "mm_token_type_ids": torch.tensor(image).long(),
+  }
   grid = [1, *np.asarray(prompt.patch_grids)[row, 0].tolist()]
   return inputs | {
-      "pixel_values": torch.tensor(np.asarray(prompt.patches)[row]).repeat(copies, 1),
-      "image_grid_thw": torch.tensor([grid] * copies)}
+    "pixel_values": torch.tensor(np.asarray(prompt.patches)[row]).repeat(copies, 1),
+    "image_grid_thw": torch.tensor([grid] * copies),
+  }

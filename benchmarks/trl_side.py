@@ -45,40 +45,68 @@ sys.stdout = sys.stderr  # the trainer's own words
 
 
 def main(spec):
-  print(json.dumps({p: importlib.metadata.version(p) for p in ("trl", "torch", "transformers")}),
-        file=OUT, flush=True)
+  print(
+    json.dumps({p: importlib.metadata.version(p) for p in ("trl", "torch", "transformers")}),
+    file=OUT,
+    flush=True,
+  )
   torch.set_num_threads(spec["threads"])
   folder = spec["model"]
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-  pixels = {"min_pixels": spec["side"]**2, "max_pixels": spec["side"]**2}
+  pixels = {"min_pixels": spec["side"] ** 2, "max_pixels": spec["side"] ** 2}
   processor = transformers.Qwen2_5_VLProcessor(
-      transformers.AutoImageProcessor.from_pretrained(folder, **pixels), tokenizer,
-      transformers.Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template)
+    transformers.AutoImageProcessor.from_pretrained(folder, **pixels),
+    tokenizer,
+    transformers.Qwen2VLVideoProcessor(),
+    chat_template=tokenizer.chat_template,
+  )
   model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
   # Every response has all its tokens, on both sides.
   model.generation_config.eos_token_id = None
 
   rng = np.random.default_rng(0)
   count = spec["prompts"] * 4
-  rows = [{
+  rows = [
+    {
       "prompt": [{"role": "user", "content": spec["question"]}],
       "image": Image.fromarray(rng.integers(0, 256, (spec["side"],) * 2 + (3,), np.uint8)),
-  } for _ in range(count)]
+    }
+    for _ in range(count)
+  ]
 
   def reward(completions, **kwargs):
     return [float(len(c[0]["content"]) % 7) for c in completions]
 
   steps = Stepwise()
   config = GRPOConfig(
-      output_dir=spec["output"], max_steps=100_000, per_device_train_batch_size=spec["prompts"]
-      * spec["group"], gradient_accumulation_steps=1, num_generations=spec["group"],
-      max_completion_length=spec["tokens"], beta=0.0, temperature=1.0, learning_rate=1e-6,
-      use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
-      logging_steps=10_000, disable_tqdm=True, shuffle_dataset=False, dataloader_num_workers=0,
-      generation_kwargs={"min_new_tokens": spec["tokens"]})
+    output_dir=spec["output"],
+    max_steps=100_000,
+    per_device_train_batch_size=spec["prompts"] * spec["group"],
+    gradient_accumulation_steps=1,
+    num_generations=spec["group"],
+    max_completion_length=spec["tokens"],
+    beta=0.0,
+    temperature=1.0,
+    learning_rate=1e-6,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to=[],
+    save_strategy="no",
+    logging_steps=10_000,
+    disable_tqdm=True,
+    shuffle_dataset=False,
+    dataloader_num_workers=0,
+    generation_kwargs={"min_new_tokens": spec["tokens"]},
+  )
   trainer = GRPOTrainer(
-      model=model, reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows),
-      processing_class=processor, callbacks=[steps])
+    model=model,
+    reward_funcs=reward,
+    args=config,
+    train_dataset=Dataset.from_list(rows),
+    processing_class=processor,
+    callbacks=[steps],
+  )
 
   # A step of the trainer begins with its batch, before the callback: time what it really does.
   inner = trainer.training_step

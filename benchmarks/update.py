@@ -42,11 +42,22 @@ from jaxrl_vlm.types import Experience  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "update.json"
 GROUP, REPEATS, TEXT, PRODUCT, ROOM = 8, 5, 24, 2048, 512
 ASKED = {"share": 0.7, "mfu": 0.5}
-LARGE = ARCHITECTURE | {"text": {  # 17 million parameters: matrix products are nearly all of it
-    "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4,
-    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 8192,
+LARGE = ARCHITECTURE | {
+  "text": {  # 17 million parameters: matrix products are nearly all of it
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
     "rope_parameters": {
-        "rope_type": "default", "mrope_section": (8, 12, 12), "rope_theta": 10000.0}}}
+      "rope_type": "default",
+      "mrope_section": (8, 12, 12),
+      "rope_theta": 10000.0,
+    },
+  }
+}
 ARCHITECTURES = {"small": ARCHITECTURE, "large": LARGE}
 
 
@@ -76,9 +87,11 @@ class Case:
 
   @property
   def name(self) -> str:
-    return (f"{self.model} model, {self.side**2 // 4} visual tokens, "
-            f"{'long tail' if self.tail else '64 tokens each'}"
-            f"{'' if self.trains_vision else ', frozen tower'}")
+    return (
+      f"{self.model} model, {self.side**2 // 4} visual tokens, "
+      f"{'long tail' if self.tail else '64 tokens each'}"
+      f"{'' if self.trains_vision else ', frozen tower'}"
+    )
 
   def lengths(self) -> np.ndarray:
     """Tokens of each response, i[P, G]."""
@@ -87,10 +100,15 @@ class Case:
 
 
 CASES = [
-    Case(model, side, prompts, tail)
-    for model, side, prompts in (("small", 16, 8), ("small", 64, 1), ("large", 16, 4),
-                                 ("large", 64, 1))
-    for tail in (False, True)]
+  Case(model, side, prompts, tail)
+  for model, side, prompts in (
+    ("small", 16, 8),
+    ("small", 64, 1),
+    ("large", 16, 4),
+    ("large", 64, 1),
+  )
+  for tail in (False, True)
+]
 CASES += [Case("large", 64, 1, tail, trains_vision=False) for tail in (False, True)]
 
 
@@ -101,25 +119,39 @@ class Ours:
     trainable = () if trains_vision else ("!vision",)
     mesh = speed.one_device()
     self.programs = Programs(
-        model, mesh, objectives.create("grpo", kl_coef=0.0), optax.sgd(0.0), params,
-        trainable=trainable, part_tokens=max(ROOM, mask.shape[2]))
+      model,
+      mesh,
+      objectives.create("grpo", kl_coef=0.0),
+      optax.sgd(0.0),
+      params,
+      trainable=trainable,
+      part_tokens=max(ROOM, mask.shape[2]),
+    )
     # The update gives its state away: it needs one of its own.
     trained, self.frozen = lora.split(jax.tree.map(jnp.copy, params), trainable)
     self.state = self.programs.init_state(trained)
     self.packing = self.programs.pack(mask)
     self.prompt, self.tokens, mask, advantages = parallel.put_batch(
-        mesh, (prompt, tokens, mask, advantages))
+      mesh, (prompt, tokens, mask, advantages)
+    )
     self.experience = Experience(
-        mask, advantages, None, jnp.zeros(mask.shape[:2]),
-        truncated=jnp.zeros(mask.shape[:2], bool))
+      mask, advantages, None, jnp.zeros(mask.shape[:2]), truncated=jnp.zeros(mask.shape[:2], bool)
+    )
 
   def __call__(self):
     prompt = self.prompt
     if not self.programs.trains_vision:
       prompt = self.programs.see(lora.merge(self.frozen, self.state.params), prompt)
     self.state, metrics = self.programs.update(
-        self.state, self.frozen, prompt, self.tokens, self.experience, jax.random.key(0), None,
-        self.packing)
+      self.state,
+      self.frozen,
+      prompt,
+      self.tokens,
+      self.experience,
+      jax.random.key(0),
+      None,
+      self.packing,
+    )
     return metrics["grad_norm"]
 
 
@@ -138,9 +170,11 @@ class Torch:
     self.groups = []
     for row, most in enumerate(lengths.max(axis=1)):
       inputs = speed.torch_inputs(
-          prompt, row, tokens.shape[1], model.config.image_token_id, tokens[row, :, :most - 1])
-      self.groups.append((inputs, torch.tensor(tokens[row, :, :most]).long(),
-                          torch.tensor(scale[row, :, :most])))
+        prompt, row, tokens.shape[1], model.config.image_token_id, tokens[row, :, : most - 1]
+      )
+      self.groups.append(
+        (inputs, torch.tensor(tokens[row, :, :most]).long(), torch.tensor(scale[row, :, :most]))
+      )
 
   def __call__(self):
     self.model.zero_grad(set_to_none=True)
@@ -150,7 +184,9 @@ class Torch:
       (-(scale * logp).sum()).backward()
 
   def norm(self) -> float:
-    return float(sum((p.grad**2).sum() for p in self.model.parameters() if p.grad is not None)**0.5)
+    return float(
+      sum((p.grad**2).sum() for p in self.model.parameters() if p.grad is not None) ** 0.5
+    )
 
 
 def padding(packing, mask: np.ndarray) -> float:
@@ -163,18 +199,25 @@ def padding(packing, mask: np.ndarray) -> float:
 def padding_of_runs() -> dict[str, float]:
   """In a batch of 64 prompts x 8 with the default room, on one device."""
   config = scratch.model_config(ARCHITECTURE)
-  programs = Programs(models.VLM(config), speed.one_device(), objectives.create("sft"),
-                      optax.sgd(0.0), models.abstract_params(config))
+  programs = Programs(
+    models.VLM(config),
+    speed.one_device(),
+    objectives.create("sft"),
+    optax.sgd(0.0),
+    models.abstract_params(config),
+  )
   found = {}
   for most in (256, 1024, 4096):
     mask = np.arange(most) < tail((64, GROUP), most)[..., None]
     found[f"at most {most} tokens, {mask.sum(-1).mean():.0f} on average"] = padding(
-        programs.packed(mask), mask)
+      programs.packed(mask), mask
+    )
   return found
 
 
-def measure(folder: pathlib.Path, case: Case, repeats: int = REPEATS, product: int = PRODUCT
-            ) -> dict:
+def measure(
+  folder: pathlib.Path, case: Case, repeats: int = REPEATS, product: int = PRODUCT
+) -> dict:
   """One case; `folder` has its model."""
   model, params, _ = jv.load_pretrained(folder)
   # As transformers' model: every token has its probability.
@@ -192,15 +235,21 @@ def measure(folder: pathlib.Path, case: Case, repeats: int = REPEATS, product: i
     return a.reshape(-1, 1, *a.shape[2:])
 
   shared = Ours(model, params, prompt, tokens, mask, advantages, case.trains_vision)
-  apart = Ours(model, params, jax.tree.map(np.asarray, views.repeat_prompts(prompt, GROUP)),
-               *map(separate, (tokens, mask, advantages)), case.trains_vision)
+  apart = Ours(
+    model,
+    params,
+    jax.tree.map(np.asarray, views.repeat_prompts(prompt, GROUP)),
+    *map(separate, (tokens, mask, advantages)),
+    case.trains_vision,
+  )
   weights = shared.programs.objective.prepare(shared.experience).weights
   scale = np.where(mask, np.asarray(weights) * advantages, 0).astype(np.float32)
   torch = Torch(folder, prompt, tokens, lengths, scale, case.trains_vision)
 
   matmul, in_product = speed.matrix_product(product)
   seconds = speed.take_turns(
-      {"shared": shared, "separate": apart, "torch": torch, "product": matmul}, repeats)
+    {"shared": shared, "separate": apart, "torch": torch, "product": matmul}, repeats
+  )
   norms = [float(shared()), float(apart()), torch.norm()]
   if not np.allclose(norms, norms[0], rtol=1e-3):
     raise SystemExit(f"{case.name}: gradients of another norm: {norms}")
@@ -209,30 +258,42 @@ def measure(folder: pathlib.Path, case: Case, repeats: int = REPEATS, product: i
   frames = [(case.side, case.side)]
 
   def work(sharing):
-    return sum(flops.forward_backward(
-        config, prompt.tokens.shape[1], row, frames, sharing, case.trains_vision)
-        for row in lengths.tolist())
+    return sum(
+      flops.forward_backward(
+        config, prompt.tokens.shape[1], row, frames, sharing, case.trains_vision
+      )
+      for row in lengths.tolist()
+    )
 
   allowed, gain = work(False) / work(True), speed.ratio(seconds, "separate", "shared")
   rate = in_product / middle["product"]
   return {
-      "seconds": seconds, "medians": middle, "faster": gain, "fewer_flops": allowed,
-      "share": (gain - 1) / (allowed - 1),
-      "faster_than_torch": speed.ratio(seconds, "torch", "shared"),
-      "padding": padding(shared.packing, mask),
-      "model_flops": {"shared": work(True), "separate": work(False)}, "product_flops": rate,
-      "mfu": {name: work(name == "shared") / middle[name] / rate
-              for name in ("shared", "separate", "torch")},
-      "asked": ASKED, **dataclasses.asdict(case)}
+    "seconds": seconds,
+    "medians": middle,
+    "faster": gain,
+    "fewer_flops": allowed,
+    "share": (gain - 1) / (allowed - 1),
+    "faster_than_torch": speed.ratio(seconds, "torch", "shared"),
+    "padding": padding(shared.packing, mask),
+    "model_flops": {"shared": work(True), "separate": work(False)},
+    "product_flops": rate,
+    "mfu": {
+      name: work(name == "shared") / middle[name] / rate for name in ("shared", "separate", "torch")
+    },
+    "asked": ASKED,
+    **dataclasses.asdict(case),
+  }
 
 
 def describe(name: str, r: dict) -> str:
-  return (f"{name}: {r['medians']['shared']:.2f} s, separate {r['medians']['separate']:.2f} s, "
-          f"torch {r['medians']['torch']:.2f} s; sharing is {r['faster']:.2f} times faster with "
-          f"{r['fewer_flops']:.2f} times fewer FLOPs, share {r['share']:.0%} (asked: "
-          f"{r['asked']['share']:.0%}); padding {r['padding']:.0%}; MFU {r['mfu']['shared']:.0%} "
-          f"(asked: {r['asked']['mfu']:.0%}), separate {r['mfu']['separate']:.0%}, torch "
-          f"{r['mfu']['torch']:.0%}")
+  return (
+    f"{name}: {r['medians']['shared']:.2f} s, separate {r['medians']['separate']:.2f} s, "
+    f"torch {r['medians']['torch']:.2f} s; sharing is {r['faster']:.2f} times faster with "
+    f"{r['fewer_flops']:.2f} times fewer FLOPs, share {r['share']:.0%} (asked: "
+    f"{r['asked']['share']:.0%}); padding {r['padding']:.0%}; MFU {r['mfu']['shared']:.0%} "
+    f"(asked: {r['asked']['mfu']:.0%}), separate {r['mfu']['separate']:.0%}, torch "
+    f"{r['mfu']['torch']:.0%}"
+  )
 
 
 def main() -> None:
@@ -247,8 +308,13 @@ def main() -> None:
       path = pathlib.Path(folder) / case.model
       if not path.exists():
         scratch.create(path, ARCHITECTURES[case.model], [f"the word {i}" for i in range(4000)])
-      result = results.get(case.name, lambda path=path, case=case: measure(path, case),
-                           "torch", "transformers", threads=speed.THREADS)
+      result = results.get(
+        case.name,
+        lambda path=path, case=case: measure(path, case),
+        "torch",
+        "transformers",
+        threads=speed.THREADS,
+      )
       print(describe(case.name, result), flush=True)
 
 

@@ -140,8 +140,7 @@ def get_config() -> ConfigDict:
   c.mesh = ConfigDict({"slice": 1, "fsdp": -1, "tensor": 1})
   # Over which axes of the mesh each axis of the parameters is split, as far as they divide it
   # evenly: the vocabulary, heads and hidden units, and the width of the residual stream.
-  c.sharding = ConfigDict({
-      "vocab": ("fsdp", "tensor"), "hidden": ("tensor",), "width": ("fsdp",)})
+  c.sharding = ConfigDict({"vocab": ("fsdp", "tensor"), "hidden": ("tensor",), "width": ("fsdp",)})
   # GiB of a device's memory by which rollouts and updates are planned; 0: as much as it says it has
   # (on CPU: the machine).
   c.device_memory = 0.0

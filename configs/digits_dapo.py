@@ -1,6 +1,6 @@
 """The quickstart with DAPO.
 
-    python -m jaxrl_vlm.train --config=configs/digits_dapo.py --workdir=runs/digits_dapo
+python -m jaxrl_vlm.train --config=configs/digits_dapo.py --workdir=runs/digits_dapo
 """
 
 import os

@@ -1,6 +1,6 @@
 """The quickstart with GRPO.
 
-    python -m jaxrl_vlm.train --config=configs/digits_grpo.py --workdir=runs/digits_grpo
+python -m jaxrl_vlm.train --config=configs/digits_grpo.py --workdir=runs/digits_grpo
 """
 
 import os

@@ -1,6 +1,6 @@
 """The quickstart with PAPO.
 
-    python -m jaxrl_vlm.train --config=configs/digits_papo.py --workdir=runs/digits_papo
+python -m jaxrl_vlm.train --config=configs/digits_papo.py --workdir=runs/digits_papo
 """
 
 import os

@@ -1,6 +1,6 @@
 """The quickstart with VPPO.
 
-    python -m jaxrl_vlm.train --config=configs/digits_vppo.py --workdir=runs/digits_vppo
+python -m jaxrl_vlm.train --config=configs/digits_vppo.py --workdir=runs/digits_vppo
 """
 
 import os

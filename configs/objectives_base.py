@@ -26,7 +26,10 @@ def get_config():
   stage.max_tokens = 64
   stage.data.name = "digit_boards"
   stage.data.options = {
-      "live": True, "style": "local", "slips": {"digit": 0.5, "colour": 0.5, "sum": 0.4}}
+    "live": True,
+    "style": "local",
+    "slips": {"digit": 0.5, "colour": 0.5, "sum": 0.4},
+  }
   stage.optimizer.learning_rate = 3e-4
   stage.optimizer.schedule = "cosine"
   stage.optimizer.warmup_steps = 20

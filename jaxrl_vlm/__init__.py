@@ -6,17 +6,17 @@ __version__ = "0.1.0"
 
 # Lazy, because reward workers import `jaxrl_vlm.rewards` and must never import jax.
 _PUBLIC = {
-    "Example": "jaxrl_vlm.example",
-    "Prompt": "jaxrl_vlm.types",
-    "Rollout": "jaxrl_vlm.types",
-    "Experience": "jaxrl_vlm.types",
-    "TokenStats": "jaxrl_vlm.types",
-    "Sampling": "jaxrl_vlm.rollout",
-    "generate": "jaxrl_vlm.rollout",
-    "score": "jaxrl_vlm.scoring",
-    "logits": "jaxrl_vlm.models",
-    "load_pretrained": "jaxrl_vlm.models",
-    "save_pretrained": "jaxrl_vlm.models",
+  "Example": "jaxrl_vlm.example",
+  "Prompt": "jaxrl_vlm.types",
+  "Rollout": "jaxrl_vlm.types",
+  "Experience": "jaxrl_vlm.types",
+  "TokenStats": "jaxrl_vlm.types",
+  "Sampling": "jaxrl_vlm.rollout",
+  "generate": "jaxrl_vlm.rollout",
+  "score": "jaxrl_vlm.scoring",
+  "logits": "jaxrl_vlm.models",
+  "load_pretrained": "jaxrl_vlm.models",
+  "save_pretrained": "jaxrl_vlm.models",
 }
 _MODULES = ("objectives", "rewards")
 

@@ -47,17 +47,21 @@ class Checkpoints:
     self.path = pathlib.Path(path).absolute()
     self._unreadable = frozenset(unreadable)
     keepers = [
-        policies.LatestN(n=keep),
-        policies.BestN(
-            get_metric_fn=lambda m: m["accuracy"], n=1, keep_checkpoints_without_metrics=False),
+      policies.LatestN(n=keep),
+      policies.BestN(
+        get_metric_fn=lambda m: m["accuracy"], n=1, keep_checkpoints_without_metrics=False
+      ),
     ]
     self._manager = ocp.CheckpointManager(
-        self.path, options=ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keepers),
-            cleanup_tmp_directories=True))
+      self.path,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(keepers), cleanup_tmp_directories=True
+      ),
+    )
 
   def save(
-      self, step: int, state: Any, meta: dict[str, Any], accuracy: float | None = None) -> None:
+    self, step: int, state: Any, meta: dict[str, Any], accuracy: float | None = None
+  ) -> None:
     """Starts saving; device arrays may change as soon as this returns.
 
     Args:
@@ -76,15 +80,16 @@ class Checkpoints:
     free = parallel.gather(shutil.disk_usage(self.path).free)[0]
     if free < 1.2 * need:
       raise UserError(
-          f"{self.path}: disk full: a checkpoint needs {need / 2**20:.0f} MiB, "
-          f"{free / 2**20:.0f} MiB are free; make room and start the same command again "
-          f"(last complete checkpoint: step {self._manager.latest_step()})")
+        f"{self.path}: disk full: a checkpoint needs {need / 2**20:.0f} MiB, "
+        f"{free / 2**20:.0f} MiB are free; make room and start the same command again "
+        f"(last complete checkpoint: step {self._manager.latest_step()})"
+      )
     with self._saving():
       self._manager.save(
-          step,
-          args=ocp.args.Composite(
-              state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-          metrics=None if accuracy is None else {"accuracy": float(accuracy)})
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+        metrics=None if accuracy is None else {"accuracy": float(accuracy)},
+      )
 
   def latest_meta(self) -> dict[str, Any] | None:
     """`meta` of the newest checkpoint that can be read; None without any checkpoint.
@@ -123,13 +128,14 @@ class Checkpoints:
     found, error = None, None
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read_{me}")
+      primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"read_{me}"
+    )
     try:
-      handler = ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(
-          multiprocessing_options=alone))
+      handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+      )
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        found = reader.restore(
-            self.path / str(step), args=ocp.args.Composite(**{item: how}))[item]
+        found = reader.restore(self.path / str(step), args=ocp.args.Composite(**{item: how}))[item]
     except Exception as e:  # whatever was cut short or is missing, Orbax fails in another way
       error = e
     failed = [text for text in parallel.gather(repr(error) if error else "") if text]
@@ -145,8 +151,9 @@ class Checkpoints:
     self._unreadable |= {step}
     if self._latest() is None:
       raise UserError(
-          f"{self.path}: no checkpoint can be read (step {step}: {one_line(str(error))[:200]}); "
-          "move this directory away to start from the beginning") from error
+        f"{self.path}: no checkpoint can be read (step {step}: {one_line(str(error))[:200]}); "
+        "move this directory away to start from the beginning"
+      ) from error
 
   def _set_aside(self) -> None:
     """Renames what was passed over, now that an older checkpoint has proved to be readable."""
@@ -158,8 +165,11 @@ class Checkpoints:
       if (self.path / str(step)).exists():
         shutil.rmtree(target, ignore_errors=True)
         (self.path / str(step)).rename(target)
-      print(f"warning: the checkpoint of step {step} cannot be read and is now {target}; "
-            f"continuing from step {latest}", file=sys.stderr)
+      print(
+        f"warning: the checkpoint of step {step} cannot be read and is now {target}; "
+        f"continuing from step {latest}",
+        file=sys.stderr,
+      )
     if self._unreadable:
       parallel.gather(None)  # the first has moved them
       self._manager.reload()
@@ -182,5 +192,7 @@ class Checkpoints:
       # tensorstore's errors are ValueErrors that begin with a code, such as OUT_OF_RANGE.
       if isinstance(e, ValueError) and not re.match(r"[A-Z_]+: ", str(e)):
         raise
-      raise UserError(f"{self.path}: saving a checkpoint failed: {one_line(str(e))[:300]}; "
-                      "earlier checkpoints are as they were") from e
+      raise UserError(
+        f"{self.path}: saving a checkpoint failed: {one_line(str(e))[:300]}; "
+        "earlier checkpoints are as they were"
+      ) from e

@@ -48,10 +48,10 @@ WORKDIR = Flag("workdir", "directory for everything the run writes", "runs/quick
 
 
 def run_cli(
-    main: Callable[[types.SimpleNamespace], Any],
-    program: str,
-    about: str,
-    flags: Sequence[Flag] = (CONFIG, WORKDIR),
+  main: Callable[[types.SimpleNamespace], Any],
+  program: str,
+  about: str,
+  flags: Sequence[Flag] = (CONFIG, WORKDIR),
 ) -> None:
   """Parses sys.argv, calls `main(args)`; a UserError becomes one line on stderr and exit code 2.
 
@@ -79,9 +79,9 @@ def run_cli(
 
 
 def load(
-    argv: Sequence[str],
-    program: str = "jaxrl_vlm.train",
-    flags: Sequence[Flag] = (CONFIG, WORKDIR),
+  argv: Sequence[str],
+  program: str = "jaxrl_vlm.train",
+  flags: Sequence[Flag] = (CONFIG, WORKDIR),
 ) -> types.SimpleNamespace:
   """Flags by name; `config` is the ConfigDict with every override applied.
 
@@ -149,13 +149,13 @@ def help_text(program: str, about: str, flags: Sequence[Flag] = (CONFIG, WORKDIR
   lines += ["", "Example:", f"  {example}"]
   if any(flag.name == "config" for flag in flags):
     lines += [
-        "",
-        "Any field of the config can be set; configs/base.py documents them all:",
-        f"  {example} --config.seed=3",
-        f"  {example} '--config.stages[0].objective.name=vppo'",
-        f"  {example} '--config.stages[0].objective.clip_high=0.3'",
-        "Quotes keep some shells from expanding the brackets. None, numbers, True and False and",
-        "tuples are written as in Python.",
+      "",
+      "Any field of the config can be set; configs/base.py documents them all:",
+      f"  {example} --config.seed=3",
+      f"  {example} '--config.stages[0].objective.name=vppo'",
+      f"  {example} '--config.stages[0].objective.clip_high=0.3'",
+      "Quotes keep some shells from expanding the brackets. None, numbers, True and False and",
+      "tuples are written as in Python.",
     ]
   return "\n".join(lines)
 
@@ -301,7 +301,8 @@ def _convert(text: str | None, current: Any, path: str, is_open: bool) -> Any:
       return _from_plain(value)
     expected = "a dict such as {'math': 1.0}" if is_open else "a field of it"
     raise UserError(
-        f"{path}={text!r}: expected {expected}; fields: {', '.join(sorted(current.keys()))}")
+      f"{path}={text!r}: expected {expected}; fields: {', '.join(sorted(current.keys()))}"
+    )
   try:
     return _cast(value, current)
   except TypeError as error:
@@ -384,8 +385,9 @@ def _plain(value: Any, path: str) -> Any:
 def _from_plain(value: Any) -> Any:
   if isinstance(value, dict):
     # Dotted keys: a verifier may be called "package.module:function".
-    return ConfigDict({key: _from_plain(item) for key, item in value.items()},
-                      allow_dotted_keys=True)
+    return ConfigDict(
+      {key: _from_plain(item) for key, item in value.items()}, allow_dotted_keys=True
+    )
   if isinstance(value, list):
     return tuple(_from_plain(item) for item in value)
   return value
@@ -421,7 +423,7 @@ def _leaves(config: ConfigDict) -> dict[str, str]:
 
 
 def check_workdir(
-    workdir: str | os.PathLike, config: ConfigDict, may_change: Sequence[str] = ()
+  workdir: str | os.PathLike, config: ConfigDict, may_change: Sequence[str] = ()
 ) -> None:
   """Claims `workdir` for `config`: writes config.json, or checks the one that is there.
 
@@ -455,14 +457,16 @@ def _check_same(path: pathlib.Path, config: ConfigDict, may_change: Sequence[str
     old = from_json(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise WorkdirError(
-        f"{path}: not a config ({one_line(str(error))}); choose another --workdir") from error
+      f"{path}: not a config ({one_line(str(error))}); choose another --workdir"
+    ) from error
   free = [re.escape(field).replace(r"\[\]", r"\[\d+\]") + r"[.\[:]" for field in may_change]
   lines = [line for line in diff(old, config) if not any(re.match(one, line) for one in free)]
   if lines:
     shown = "; ".join(lines[:6]) + (f"; and {len(lines) - 6} more" if len(lines) > 6 else "")
     raise WorkdirError(
-        f"--workdir={path.parent}: holds a run with another config ({shown}); choose another"
-        " --workdir for a new run, or set these fields back to resume that one")
+      f"--workdir={path.parent}: holds a run with another config ({shown}); choose another"
+      " --workdir for a new run, or set these fields back to resume that one"
+    )
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:

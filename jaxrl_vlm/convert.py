@@ -17,17 +17,26 @@ ABOUT = """Converts a model: a Hugging Face directory (config.json, *.safetensor
 (config.json, params/), an Orbax one back, or a checkpoint of a run to a Hugging Face directory.
 What the source is decides the direction. Prints what was mapped to what."""
 
-SOURCE = Flag("source", "a Hugging Face directory, an Orbax directory that this command wrote, or "
-              "a checkpoint of a run (runs/mine/checkpoints/100)", "checkpoints/digits_base")
+SOURCE = Flag(
+  "source",
+  "a Hugging Face directory, an Orbax directory that this command wrote, or "
+  "a checkpoint of a run (runs/mine/checkpoints/100)",
+  "checkpoints/digits_base",
+)
 TARGET = Flag("target", "directory to write; must not exist or be empty", "converted")
-DTYPE = Flag("dtype", "of the written parameters: float32, bfloat16, or stored: as in the source",
-             "bfloat16", "stored")
+DTYPE = Flag(
+  "dtype",
+  "of the written parameters: float32, bfloat16, or stored: as in the source",
+  "bfloat16",
+  "stored",
+)
 
 PARAMS = "params"  # of an Orbax directory
 
 
-def convert(source: str | pathlib.Path, target: str | pathlib.Path, dtype: str = "stored"
-            ) -> list[str]:
+def convert(
+  source: str | pathlib.Path, target: str | pathlib.Path, dtype: str = "stored"
+) -> list[str]:
   """Writes `target` in the other format than `source` has. See ABOUT and the flags.
 
   Returns:
@@ -83,9 +92,11 @@ def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> list[str
       params = jax.tree.map(lambda x: x.astype(dtype), params)
     models.save_pretrained(target, model, params, processor)
   else:
-    raise UserError(f"--source={source}: neither a Hugging Face directory (config.json and "
-                    f"*.safetensors), nor an Orbax one (config.json and {PARAMS}/), nor a "
-                    "checkpoint of a run (state/)")
+    raise UserError(
+      f"--source={source}: neither a Hugging Face directory (config.json and "
+      f"*.safetensors), nor an Orbax one (config.json and {PARAMS}/), nor a "
+      "checkpoint of a run (state/)"
+    )
   return list(_mapped(config, params))
 
 
@@ -101,15 +112,25 @@ def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
   config = config_lib.from_json((workdir / config_lib.CONFIG_FILE).read_text(encoding="utf-8"))
   config.model.attention = "xla"  # nothing is computed, and the run was perhaps on other devices
   model, params, processor = load_model(
-      config, model_path(config, workdir), parallel.make_mesh({"fsdp": -1}))
+    config, model_path(config, workdir), parallel.make_mesh({"fsdp": -1})
+  )
   start, frozen = lora.split(params, trainable_of(config))
-  wanted = {"train": {"params": jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start)}}
+  wanted = {
+    "train": {
+      "params": jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), start
+      )
+    }
+  }
   with ocp.PyTreeCheckpointer() as reader:
     trained = reader.restore(
-        (checkpoint / "state").absolute(), args=ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True))["train"]["params"]
+      (checkpoint / "state").absolute(),
+      args=ocp.args.PyTreeRestore(
+        wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+      ),
+    )["train"]["params"]
   params = lora.merged(lora.merge(frozen, trained), model.config, donate=True)
   return models.VLM(model.config.replace(lora=None)), params, processor
 
@@ -158,8 +179,10 @@ def _mapped(config: Any, params: Any) -> Iterator[str]:
     shape = ", ".join(map(str, array.shape))
     yield f"{'/'.join(entry.path):40} [{shape}] {array.dtype}  <->  {name}"
   count, size = (sum(getattr(x, k) for x in flat.values()) for k in ("size", "nbytes"))
-  yield (f"{sum(len(e.names()) for e in names.entries(config))} tensors, {count:,} parameters, "
-         f"{size / 2**30:.2f} GiB")
+  yield (
+    f"{sum(len(e.names()) for e in names.entries(config))} tensors, {count:,} parameters, "
+    f"{size / 2**30:.2f} GiB"
+  )
 
 
 def main(args: types.SimpleNamespace) -> None:

@@ -46,16 +46,27 @@ def sampling(stage: ConfigDict) -> Sampling:
   if temperature < 0:
     raise ValueError(f"eval.temperature={temperature}: expected 0 (greedy) or more")
   if samples > 1 and temperature == 0:
-    raise ValueError(f"eval.samples={samples}: expected 1 with eval.temperature=0.0, which gives "
-                     "the same answer every time")
+    raise ValueError(
+      f"eval.samples={samples}: expected 1 with eval.temperature=0.0, which gives "
+      "the same answer every time"
+    )
   return Sampling(samples, stage.max_tokens, temperature)
 
 
 def evaluate(
-    rollout: Callable[[Params, Prompt, jax.Array], Rollout], params: Params, processor: Processor,
-    examples: Sequence[Example], pool: RewardPool, *, correct: Callable[..., np.ndarray],
-    batch: int, mesh: Any, place: Callable[..., Prompt], key: jax.Array,
-    system: str | None = None) -> Evaluation:
+  rollout: Callable[[Params, Prompt, jax.Array], Rollout],
+  params: Params,
+  processor: Processor,
+  examples: Sequence[Example],
+  pool: RewardPool,
+  *,
+  correct: Callable[..., np.ndarray],
+  batch: int,
+  mesh: Any,
+  place: Callable[..., Prompt],
+  key: jax.Array,
+  system: str | None = None,
+) -> Evaluation:
   """Answers every example and grades the answers; a process reads and grades its own rows.
 
   Args:
@@ -83,7 +94,7 @@ def evaluate(
     encoded, sizes = parallel.exchange(encode, processor.sizes)
     result = rollout(params, place(encoded, sizes, rows), jax.random.fold_in(key, start))
     tokens, mask = np.asarray(result.tokens), np.asarray(result.mask)
-    lengths.append(mask.sum(-1)[:last + 1 - start])
+    lengths.append(mask.sum(-1)[: last + 1 - start])
     here = [row for row in rows.owned if start + row <= last]
     answers = texts_of(tokens[here], mask[here], processor)
     mine += [start + row for row in here]
@@ -101,9 +112,12 @@ def evaluate(
     if wrong:
       raise wrong[0]
     graded = [handle.result() for handle in handles]
-    return {"which": mine, "skill": [str(examples[i].meta.get("skill", "")) for i in mine],
-            "correct": [correct(g.components, g.total) for g in graded],
-            "total": [g.total for g in graded]}
+    return {
+      "which": mine,
+      "skill": [str(examples[i].meta.get("skill", "")) for i in mine],
+      "correct": [correct(g.components, g.total) for g in graded],
+      "total": [g.total for g in graded],
+    }
 
   _, everyone = parallel.exchange(grade)
   correct_each = np.zeros((len(examples), mask.shape[1]), np.float32)
@@ -114,8 +128,11 @@ def evaluate(
     if which:
       correct_each[which], total_each[which] = map(np.concatenate, (one["correct"], one["total"]))
   right = correct_each.mean(-1)
-  metrics = {"accuracy": float(right.mean()), "reward": float(total_each.mean(-1).mean()),
-             "response_length": float(np.concatenate(lengths).mean())}
+  metrics = {
+    "accuracy": float(right.mean()),
+    "reward": float(total_each.mean(-1).mean()),
+    "response_length": float(np.concatenate(lengths).mean()),
+  }
   for skill in sorted(set(skills) - {""}):
     metrics[f"accuracy/{skill}"] = float(right[skills == skill].mean())
   return Evaluation(metrics, examples, texts, correct_each)

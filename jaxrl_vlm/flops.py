@@ -29,8 +29,11 @@ def vision(config: ModelConfig, frame: Frame) -> float:
   tokens, merged = patches // v.spatial_merge_size**2, width * v.spatial_merge_size**2
   merger = merged**2 + merged * v.out_hidden_size
   last = merger if v.merger == "mlp" else width * v.out_hidden_size
-  return 2.0 * (patches * (v.patch_dim * width + v.depth * layer) + 2 * width * seen
-                + tokens * (last + len(v.deepstack_layers) * merger))
+  return 2.0 * (
+    patches * (v.patch_dim * width + v.depth * layer)
+    + 2 * width * seen
+    + tokens * (last + len(v.deepstack_layers) * merger)
+  )
 
 
 def _squares(length: int, side: int) -> int:
@@ -99,22 +102,34 @@ def responses(config: ModelConfig, lengths: Sequence[int], length: int) -> float
   they see length - 1 keys of it.
   """
   return unembedding(config, sum(lengths)) + sum(
-      stream(config, int(tokens), length - 1) for tokens in lengths)
+    stream(config, int(tokens), length - 1) for tokens in lengths
+  )
 
 
-def forward(config: ModelConfig, length: int, lengths: Sequence[int],
-            frames: Sequence[Frame] = (), shared: bool = True) -> float:
+def forward(
+  config: ModelConfig,
+  length: int,
+  lengths: Sequence[int],
+  frames: Sequence[Frame] = (),
+  shared: bool = True,
+) -> float:
   """Reads a prompt and scores responses to it: a prompt for all, or one for each if not `shared`.
 
   The prompt's last token is in the responses' streams.
   """
   return (1 if shared else len(lengths)) * prefill(config, length - 1, frames) + responses(
-      config, lengths, length)
+    config, lengths, length
+  )
 
 
-def forward_backward(config: ModelConfig, length: int, lengths: Sequence[int],
-                     frames: Sequence[Frame] = (), shared: bool = True,
-                     trains_vision: bool = True) -> float:
+def forward_backward(
+  config: ModelConfig,
+  length: int,
+  lengths: Sequence[int],
+  frames: Sequence[Frame] = (),
+  shared: bool = True,
+  trains_vision: bool = True,
+) -> float:
   """`forward`, and the gradient, which costs twice as much; a frozen tower only sees."""
   everything = forward(config, length, lengths, frames, shared)
   frozen = 0.0

@@ -242,7 +242,8 @@ def complete(config: Json) -> dict[str, Any]:
   flat = given is None and family in _FLAT
   return _filled(top, config, "") | {
     "text_config": _filled(text, {k: v for k, v in config.items() if k in text}, "")
-                   if flat else _filled(text, given, "text_config"),
+    if flat
+    else _filled(text, given, "text_config"),
     "vision_config": _filled(vision, config.get("vision_config"), "vision_config"),
   }
 

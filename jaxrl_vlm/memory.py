@@ -44,9 +44,10 @@ def capacity(device: Any) -> int:
 def held(tree: Any, shardings: Any) -> int:
   """Bytes of a pytree of arrays or shapes on each device, from where its leaves lie."""
   return sum(
-      math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
-      if place.memory_kind != "pinned_host")
+    math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf, place in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    if place.memory_kind != "pinned_host"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,11 @@ class Model:
     hidden = config.intermediate_size
     if config.moe is not None:  # and a row of the hidden size for each expert, before and after
       hidden = config.moe.experts_per_token * (config.moe.intermediate_size + config.hidden_size)
-    return (self._split(config.num_heads) * config.head_dim,
-            self._split(config.num_kv_heads) * config.head_dim, self._split(hidden))
+    return (
+      self._split(config.num_heads) * config.head_dim,
+      self._split(config.num_kv_heads) * config.head_dim,
+      self._split(hidden),
+    )
 
   def layer(self, tokens: float) -> float:
     """The widest moment of a forward pass over so many tokens."""
@@ -117,29 +121,44 @@ class Model:
     """What all layers keep of so many tokens for the backward pass (`ModelConfig.remat`)."""
     heads, kv, hidden = self._wide()
     config = self.config
-    each = {"full": config.hidden_size,
-            "dots": 3 * config.hidden_size + 2 * heads + 2 * kv + 2 * hidden,
-            "none": 7 * config.hidden_size + 4 * heads + 4 * kv + 5 * hidden}[config.remat]
+    each = {
+      "full": config.hidden_size,
+      "dots": 3 * config.hidden_size + 2 * heads + 2 * kv + 2 * hidden,
+      "none": 7 * config.hidden_size + 4 * heads + 4 * kv + 5 * hidden,
+    }[config.remat]
     return config.num_layers * tokens * each * self.item
 
   def tower_forward(self, patches: int) -> float:
     """The widest moment of a prompt's pass through the vision tower, without gradient."""
     vision = self.config.vision
     hidden = (3 if vision.gated_mlp else 2) * vision.intermediate_size
-    return (patches * self.item * (2 * vision.hidden_size + max(4 * vision.hidden_size, hidden))
-            + self.scores(patches, patches, vision.num_heads))
+    return patches * self.item * (
+      2 * vision.hidden_size + max(4 * vision.hidden_size, hidden)
+    ) + self.scores(patches, patches, vision.num_heads)
 
   def tower(self, patches: int) -> float:
     """What the vision tower keeps of a prompt for the backward pass."""
     vision = self.config.vision
     hidden = (2 if vision.gated_mlp else 1) * vision.intermediate_size
-    each = {"full": vision.hidden_size, "dots": 6 * vision.hidden_size + hidden,
-            "none": 14 * vision.hidden_size + 2 * hidden}[self.config.remat]
+    each = {
+      "full": vision.hidden_size,
+      "dots": 6 * vision.hidden_size + hidden,
+      "none": 14 * vision.hidden_size + 2 * hidden,
+    }[self.config.remat]
     return vision.depth * patches * each * self.item
 
 
-def rollout(model: Model, length: int, group: int, groups: int, slots: int, admitted: int,
-            tokens: int, chunk: int, int8: bool = False) -> float:
+def rollout(
+  model: Model,
+  length: int,
+  group: int,
+  groups: int,
+  slots: int,
+  admitted: int,
+  tokens: int,
+  chunk: int,
+  int8: bool = False,
+) -> float:
   """Bytes that decoding needs besides weights and prompts.
 
   Args:
@@ -157,17 +176,28 @@ def rollout(model: Model, length: int, group: int, groups: int, slots: int, admi
   positions = -(-tokens // chunk) * chunk
   cells = groups * group
   decoding = cells * model.keys_and_values(2 * chunk) + model.logits(cells)
-  reading = (admitted * (model.keys_and_values(length) + model.layer(length))
-             + admitted * model.scores(length, length))
-  flight = (slots * model.keys_and_values(length, int8)
-            + cells * model.keys_and_values(positions - chunk))
+  reading = admitted * (
+    model.keys_and_values(length) + model.layer(length)
+  ) + admitted * model.scores(length, length)
+  flight = slots * model.keys_and_values(length, int8) + cells * model.keys_and_values(
+    positions - chunk
+  )
   # To move the survivors together takes the flight before, a smaller one after, and copies.
   return max(flight + decoding, flight + reading, 2 * flight)
 
 
-def update(model: Model, length: int, patches: int, prompts: int, group: int, tokens: int,
-           part_tokens: int, gradient: float, trains_vision: bool = True,
-           views: Sequence[int] = (1,)) -> float:
+def update(
+  model: Model,
+  length: int,
+  patches: int,
+  prompts: int,
+  group: int,
+  tokens: int,
+  part_tokens: int,
+  gradient: float,
+  trains_vision: bool = True,
+  views: Sequence[int] = (1,),
+) -> float:
   """Bytes that an update needs besides the state and the prompts.
 
   Args:
@@ -188,15 +218,25 @@ def update(model: Model, length: int, patches: int, prompts: int, group: int, to
   tower = rows * (model.tower(patches) if trains_vision else 0.0)
   # Keys and values, and their gradient in float32.
   prefixes = rows * model.keys_and_values(length) * (1 + 4 / model.item)
-  scores = max(rows * model.scores(length, length),
-               model.scores_of_blocks(part, length, tokens, prompts * max(views)))
+  scores = max(
+    rows * model.scores(length, length),
+    model.scores_of_blocks(part, length, tokens, prompts * max(views)),
+  )
   # The gradient so far, and that of this part.
-  return (2 * gradient + prefixes + tower + model.kept(rows * length + len(views) * part)
-          + model.layer(part) + model.logits(512) + scores)
+  return (
+    2 * gradient
+    + prefixes
+    + tower
+    + model.kept(rows * length + len(views) * part)
+    + model.layer(part)
+    + model.logits(512)
+    + scores
+  )
 
 
-def score(model: Model, length: int, prompts: int, rows: int, tokens: int, part_tokens: int
-          ) -> float:
+def score(
+  model: Model, length: int, prompts: int, rows: int, tokens: int, part_tokens: int
+) -> float:
   """Bytes that scores need besides weights and prompts.
 
   Args:
@@ -209,15 +249,19 @@ def score(model: Model, length: int, prompts: int, rows: int, tokens: int, part_
   """
   reading = prompts * (model.layer(length) + model.scores(length, length))
   rows *= prompts
-  responding = (model.layer(part_tokens) + model.logits(512)
-                + model.scores_of_blocks(part_tokens, length, tokens, rows))
+  responding = (
+    model.layer(part_tokens)
+    + model.logits(512)
+    + model.scores_of_blocks(part_tokens, length, tokens, rows)
+  )
   return rows * model.keys_and_values(length) + max(reading, responding)
 
 
 def prompts(model: Model, patches: int, count: int) -> float:
   """Bytes of so many prompts with visual tokens; all else of them is little."""
-  return (count * model.item * patches * model.config.vision.patch_dim
-          + features(model, patches, count))
+  return count * model.item * patches * model.config.vision.patch_dim + features(
+    model, patches, count
+  )
 
 
 def features(model: Model, patches: int, count: int) -> float:

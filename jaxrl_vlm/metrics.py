@@ -72,8 +72,9 @@ class MetricsWriter:
     Raises:
       UserError: a file cannot be written; names it.
     """
-    numbers = {key: int(value) if isinstance(value, int) else float(value)
-               for key, value in values.items()}
+    numbers = {
+      key: int(value) if isinstance(value, int) else float(value) for key, value in values.items()
+    }
     record = {"step": int(step), "stage": stage}
     record.update({key: value if math.isfinite(value) else None for key, value in numbers.items()})
     try:
@@ -118,7 +119,8 @@ class _EventFile:
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     summary = self._summary(
-        value=[self._summary.Value(tag=key, simple_value=value) for key, value in values.items()])
+      value=[self._summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+    )
     self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
     self._writer.flush()
 
@@ -128,8 +130,9 @@ class _EventFile:
 
 def _cannot_write(error: OSError, path: pathlib.Path) -> UserError:
   return UserError(
-      f"{error.filename or path}: cannot write metrics: {error.strerror}; once that is mended, the"
-      " same command resumes the run")
+    f"{error.filename or path}: cannot write metrics: {error.strerror}; once that is mended, the"
+    " same command resumes the run"
+  )
 
 
 def _drop_from(path: pathlib.Path, start: int, keep: int | None) -> int:
@@ -237,10 +240,12 @@ class Progress:
     self._step = self._printed = -1
     self._clock: collections.deque[tuple[int, float]] = collections.deque(maxlen=50)
     self._bar = RichProgress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=None),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[left]}", markup=False),
-        console=self._console, expand=True)
+      TextColumn("{task.description}", markup=False),
+      BarColumn(bar_width=None),
+      TextColumn("{task.completed:.0f}/{task.total:.0f}  {task.fields[left]}", markup=False),
+      console=self._console,
+      expand=True,
+    )
     self._task = self._bar.add_task("", total=total, left="")
     self._live: Live | None = None
 
@@ -306,10 +311,14 @@ def describe(metrics: Mapping[str, Any]) -> str:
   parts = []
   if "train/reward" in metrics:
     prefix = "train/reward/"
-    components = " ".join(f"{key.removeprefix(prefix)} {_number(value)}"
-                          for key, value in metrics.items() if key.startswith(prefix))
-    parts.append(f"reward {_number(metrics['train/reward'])}"
-                 + (f" ({components})" if components else ""))
+    components = " ".join(
+      f"{key.removeprefix(prefix)} {_number(value)}"
+      for key, value in metrics.items()
+      if key.startswith(prefix)
+    )
+    parts.append(
+      f"reward {_number(metrics['train/reward'])}" + (f" ({components})" if components else "")
+    )
   elif "train/loss" in metrics:
     parts.append(f"loss {_number(metrics['train/loss'])}")
   if "train/accuracy" in metrics:
@@ -341,7 +350,7 @@ def duration(seconds: float) -> str:
 
 
 def results_table(
-    changes: Sequence[Change], title: str = "held-out accuracy", stream: TextIO | None = None
+  changes: Sequence[Change], title: str = "held-out accuracy", stream: TextIO | None = None
 ) -> None:
   """Prints accuracies before and after in percent, and the gain in points.
 

@@ -49,9 +49,11 @@ class Packer:
     here = p // self.splits // self.devices
     most = -(-each // self.tile) * self.tile
     if self.room < most or self.room % self.tile:
-      raise ValueError(f"room={self.room}: expected a multiple of tile={self.tile}, at least the "
-                       f"{most} blocks of {self.size} tokens of a response of "
-                       f"max_tokens={max_tokens}")
+      raise ValueError(
+        f"room={self.room}: expected a multiple of tile={self.tile}, at least the "
+        f"{most} blocks of {self.size} tokens of a response of "
+        f"max_tokens={max_tokens}"
+      )
     parts = -(-here * g // (self.room // most))
     index = np.full((self.splits, parts, self.devices, self.room), here * g * each, np.int32)
     used = np.zeros(self.splits, np.int32)
@@ -75,21 +77,22 @@ class Packer:
         count = int(blocks[prompt, sample])
         if not count:
           break
-        starts = (n if i in begun else -(-n // self.tile) * self.tile
-                  for i, n in enumerate(taken))
-        part, start = next(((i, n) for i, n in enumerate(starts) if n + count <= self.room),
-                           (len(taken), 0))
+        starts = (n if i in begun else -(-n // self.tile) * self.tile for i, n in enumerate(taken))
+        part, start = next(
+          ((i, n) for i, n in enumerate(starts) if n + count <= self.room), (len(taken), 0)
+        )
         if part == len(taken):
           taken.append(0)
         response = prompt * blocks.shape[1] + sample
-        index[part, start:start + count] = response * each + np.arange(count)
+        index[part, start : start + count] = response * each + np.arange(count)
         taken[part] = start + count
         begun.add(part)
     return len(taken)
 
 
-def balanced(loads: np.ndarray, devices: int, microbatches: int, minibatches: int = 1
-             ) -> np.ndarray:
+def balanced(
+  loads: np.ndarray, devices: int, microbatches: int, minibatches: int = 1
+) -> np.ndarray:
   """An order of prompts in which devices have about as much to do in each piece. i32[P].
 
   A piece takes as long as its fullest device, so prompts of similar load share one, and are dealt

@@ -21,21 +21,35 @@ from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.planning.compiled import Request, compiler, plan_stage, prepare, say, stage_on
 
-ABOUT = ("Compiles every program of a config for a TPU topology, on a machine without a TPU: "
-         "memory on each chip, and the least time of a step.")
+ABOUT = (
+  "Compiles every program of a config for a TPU topology, on a machine without a TPU: "
+  "memory on each chip, and the least time of a step."
+)
 FLAGS = (
-    config_lib.CONFIG,
-    config_lib.Flag("topology", "TPU slice, or with --search a generation such as v5p", "v5e:4x4"),
-    config_lib.Flag("length", "prompt tokens; 0: the largest bucket", "4096", "0"),
-    config_lib.Flag("patches", "image patches of a prompt; 0: the largest bucket that such a "
-                    "prompt can hold", "5120", "0"),
-    config_lib.Flag("response_tokens", "tokens of every response; 0: max_tokens", "1024", "0"),
-    config_lib.Flag("search", "of a generation the smallest slice that fits, of a slice the "
-                    "fastest mesh", "true", "false"),
-    config_lib.Flag("json", "prints JSON in place of tables", "true", "false"),
-    config_lib.Flag("out", "file for the JSON", "plan.json", ""),
-    config_lib.Flag("cache", "directory where compiled results are kept", "plans", os.path.join(
-        os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm", "plan")),
+  config_lib.CONFIG,
+  config_lib.Flag("topology", "TPU slice, or with --search a generation such as v5p", "v5e:4x4"),
+  config_lib.Flag("length", "prompt tokens; 0: the largest bucket", "4096", "0"),
+  config_lib.Flag(
+    "patches",
+    "image patches of a prompt; 0: the largest bucket that such a prompt can hold",
+    "5120",
+    "0",
+  ),
+  config_lib.Flag("response_tokens", "tokens of every response; 0: max_tokens", "1024", "0"),
+  config_lib.Flag(
+    "search",
+    "of a generation the smallest slice that fits, of a slice the fastest mesh",
+    "true",
+    "false",
+  ),
+  config_lib.Flag("json", "prints JSON in place of tables", "true", "false"),
+  config_lib.Flag("out", "file for the JSON", "plan.json", ""),
+  config_lib.Flag(
+    "cache",
+    "directory where compiled results are kept",
+    "plans",
+    os.path.join(os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm", "plan"),
+  ),
 )
 _GIB = 2**30
 
@@ -45,22 +59,32 @@ _GIB = 2**30
 
 def complaint(request: Request, result: dict[str, Any], where: Any) -> str:
   """One line: what does not fit, by how much, what holds the memory, what would help most."""
-  worst = max((row for row in result["programs"] if not row["fits"]),
-              key=lambda row: row["peak"], default=None)
+  worst = max(
+    (row for row in result["programs"] if not row["fits"]),
+    key=lambda row: row["peak"],
+    default=None,
+  )
   if worst is None:
-    return (f"{where.name}: with prompts of {result['prompt_tokens']} tokens the run would stop: "
-            f"{result['refusal']}")
+    return (
+      f"{where.name}: with prompts of {result['prompt_tokens']} tokens the run would stop: "
+      f"{result['refusal']}"
+    )
   capacity = result["chip_memory"]
   holds = {name: count for name, count in result["holds"].items() if count > 0.005 * capacity}
   rest = worst["peak"] - sum(holds.values())
   shown = ", ".join(f"{name} {count / _GIB:.1f}" for name, count in holds.items())
   need, more = worst["peak"] / _GIB, (worst["peak"] - capacity) / _GIB
-  others = ", ".join(f"{row['program']} {row['peak'] / _GIB:.2f}" for row in result["programs"]
-                     if not row["fits"] and row is not worst)
+  others = ", ".join(
+    f"{row['program']} {row['peak'] / _GIB:.2f}"
+    for row in result["programs"]
+    if not row["fits"] and row is not worst
+  )
   others = f" (nor {others})" if others else ""
-  return (f"{where.name}: {worst['program']} does not fit{others}: it needs {need:.2f} GiB on a "
-          f"chip, {more:.2f} more than the {capacity / _GIB:.2f} there are: {shown}, its own "
-          f"{rest / _GIB:.1f}; {advice(request, result, worst, where)}")
+  return (
+    f"{where.name}: {worst['program']} does not fit{others}: it needs {need:.2f} GiB on a "
+    f"chip, {more:.2f} more than the {capacity / _GIB:.2f} there are: {shown}, its own "
+    f"{rest / _GIB:.1f}; {advice(request, result, worst, where)}"
+  )
 
 
 def advice(request: Request, result: dict[str, Any], worst: dict[str, Any], where: Any) -> str:
@@ -107,14 +131,18 @@ def _formula(config: Any, request: Request, index: int, where: Any, name: str) -
   if name.startswith("score"):
     rows = plan.rows_of("masked" if name == "score_masked" else "")
     here = shapes.prompts // (programs.minibatches * programs.microbatches * plan.rows)
-    return holds + memory.score(memory.Model(plan.model, plan.mesh.shape["tensor"]), length,
-                                here, rows, shapes.tokens,
-                                programs.part_of(shapes.tokens, here * shapes.group))
+    return holds + memory.score(
+      memory.Model(plan.model, plan.mesh.shape["tensor"]),
+      length,
+      here,
+      rows,
+      shapes.tokens,
+      programs.part_of(shapes.tokens, here * shapes.group),
+    )
   return holds + (programs.update_bytes(*shapes.sizes) if name == "update" else 0.0)
 
 
-def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
-           ) -> Iterator[tuple[str, Any]]:
+def _knobs(config: Any, result: dict[str, Any], where: Any, name: str) -> Iterator[tuple[str, Any]]:
   """Configs that differ in one field each, with that field as a flag shows it."""
   index = result["stage"]
   stage = config.stages[index]
@@ -131,31 +159,46 @@ def _knobs(config: Any, result: dict[str, Any], where: Any, name: str
   if name in ("rollout", "eval"):
     shared = max(2 * config.rollout.tensor, 2 * tensor)
     if config.rollout.tensor and where.chips % shared == 0:
-      yield (f"config.rollout.tensor={shared}",
-             changed(lambda c: setattr(c.rollout, "tensor", shared)))
+      yield (
+        f"config.rollout.tensor={shared}",
+        changed(lambda c: setattr(c.rollout, "tensor", shared)),
+      )
     groups = (result["groups_at_once"] or 0) // 2 if name == "rollout" else 0
     if groups:
-      yield (f"config.rollout.groups={groups}",
-             changed(lambda c: setattr(c.rollout, "groups", groups)))
+      yield (
+        f"config.rollout.groups={groups}",
+        changed(lambda c: setattr(c.rollout, "groups", groups)),
+      )
     if config.rollout.prefix_dtype != "int8":
-      yield ("config.rollout.prefix_dtype=int8",
-             changed(lambda c: setattr(c.rollout, "prefix_dtype", "int8")))
+      yield (
+        "config.rollout.prefix_dtype=int8",
+        changed(lambda c: setattr(c.rollout, "prefix_dtype", "int8")),
+      )
   else:
-    each = stage.prompts_per_step // stage.get("minibatches", 1) // (
-        where.chips // result["mesh"]["tensor"])
+    each = (
+      stage.prompts_per_step
+      // stage.get("minibatches", 1)
+      // (where.chips // result["mesh"]["tensor"])
+    )
     count = next((n for n in range(stage.microbatches + 1, each + 1) if each % n == 0), 0)
     if count:
-      yield (f"config.stages[{index}].microbatches={count}",
-             changed(lambda c: setattr(c.stages[index], "microbatches", count)))
+      yield (
+        f"config.stages[{index}].microbatches={count}",
+        changed(lambda c: setattr(c.stages[index], "microbatches", count)),
+      )
     half = stage.get("part_tokens", 0) // 2
     if half >= 512:
-      yield (f"config.stages[{index}].part_tokens={half}",
-             changed(lambda c: setattr(c.stages[index], "part_tokens", half)))
+      yield (
+        f"config.stages[{index}].part_tokens={half}",
+        changed(lambda c: setattr(c.stages[index], "part_tokens", half)),
+      )
     if name == "update" and config.model.remat != "full":
       yield "config.model.remat=full", changed(lambda c: setattr(c.model, "remat", "full"))
     if stage.optimizer.moments == "float32":
-      yield (f"config.stages[{index}].optimizer.moments=host",
-             changed(lambda c: setattr(c.stages[index].optimizer, "moments", "host")))
+      yield (
+        f"config.stages[{index}].optimizer.moments=host",
+        changed(lambda c: setattr(c.stages[index].optimizer, "moments", "host")),
+      )
   if where.chips % tensor == 0:
     yield f"config.mesh.tensor={tensor}", changed(lambda c: set_mesh(c, tensor))
 
@@ -180,8 +223,9 @@ def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
   each, rest = divmod(stage.prompts_per_step // stage.get("minibatches", 1), rows)
   if rest or not each:
     raise UserError(
-        f"config.stages[{index}].prompts_per_step={stage.prompts_per_step}: cannot be split over "
-        f"{rows} rows of chips in {stage.get('minibatches', 1)} minibatches")
+      f"config.stages[{index}].prompts_per_step={stage.prompts_per_step}: cannot be split over "
+      f"{rows} rows of chips in {stage.get('minibatches', 1)} minibatches"
+    )
   other = copy.deepcopy(config)
   other.mesh.slice, other.mesh.fsdp, other.mesh.tensor = 1, rows, tensor
   if config.rollout.tensor:
@@ -191,10 +235,17 @@ def _fitted(config: Any, index: int, where: Any, tensor: int = 0) -> Any:
     shares = [n for n in range(tensor, chips + 1, tensor) if chips % n == 0 and n >= least]
     heads = [n for n in shares if model.num_kv_heads % n == 0]
     other.rollout.tensor = next(
-        (n for ns, part in ((heads, 3), (heads, 2), (shares, 3)) for n in ns
-         if weights / n <= room / part), shares[-1])
+      (
+        n
+        for ns, part in ((heads, 3), (heads, 2), (shares, 3))
+        for n in ns
+        if weights / n <= room / part
+      ),
+      shares[-1],
+    )
   other.stages[index].microbatches = max(
-      n for n in range(1, each + 1) if each % n == 0 and n <= max(stage.microbatches, 1))
+    n for n in range(1, each + 1) if each % n == 0 and n <= max(stage.microbatches, 1)
+  )
   return other
 
 
@@ -252,8 +303,9 @@ def smallest(request: Request, chip: Any) -> list[dict[str, Any]]:
         return _plans(asked, where, all_of_it=True)
     request.say(f"{where.name}: does not fit")
   raise UserError(
-      f"--topology={chip.name}: no slice of up to {chip.slices[-1]} fits with any mesh; smaller "
-      "config.prompt_buckets, or adapters (config.model.lora), need less")
+    f"--topology={chip.name}: no slice of up to {chip.slices[-1]} fits with any mesh; smaller "
+    "config.prompt_buckets, or adapters (config.model.lora), need less"
+  )
 
 
 def fastest(request: Request, where: Any) -> list[list[dict[str, Any]]]:
@@ -269,15 +321,19 @@ def fastest(request: Request, where: Any) -> list[list[dict[str, Any]]]:
     if all(result["fits"] for result in results):
       found.append(results)
   if not found:
-    raise UserError(f"--topology={where.name}: no mesh fits; --search with "
-                    f"--topology={where.chip.name} finds the smallest slice that does")
+    raise UserError(
+      f"--topology={where.name}: no mesh fits; --search with "
+      f"--topology={where.chip.name} finds the smallest slice that does"
+    )
   return sorted(found, key=lambda results: _seconds(request, results))
 
 
 def _seconds(request: Request, results: Sequence[dict[str, Any]]) -> float:
   """Of all steps of all stages; of a stage that ends by something else one step."""
-  return sum(max(stage.steps, 1) * result["step_seconds"]
-             for stage, result in zip(request.config.stages, results, strict=True))
+  return sum(
+    max(stage.steps, 1) * result["step_seconds"]
+    for stage, result in zip(request.config.stages, results, strict=True)
+  )
 
 
 def flags(results: Sequence[dict[str, Any]]) -> str:
@@ -286,8 +342,9 @@ def flags(results: Sequence[dict[str, Any]]) -> str:
   fields = {f"config.mesh.{axis}": count for axis, count in first["mesh"].items()}
   if first["rollout_tensor"]:
     fields["config.rollout.tensor"] = first["rollout_tensor"]
-  fields |= {f"config.stages[{result['stage']}].microbatches": result["microbatches"]
-             for result in results}
+  fields |= {
+    f"config.stages[{result['stage']}].microbatches": result["microbatches"] for result in results
+  }
   return " ".join(shlex.quote(f"--{name}={value}") for name, value in fields.items())
 
 
@@ -297,8 +354,13 @@ def flags(results: Sequence[dict[str, Any]]) -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
   """Columns, the first to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-  lines = [[cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(
-      zip(row, widths, strict=True))] for row in (head, *rows)]
+  lines = [
+    [
+      cell.ljust(w) if not i else cell.rjust(w)
+      for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    ]
+    for row in (head, *rows)
+  ]
   return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
@@ -307,55 +369,96 @@ def _number(value: float | None, scale: float = 1.0, digits: int = 2) -> str:
 
 
 def memory_table(result: dict[str, Any]) -> str:
-  rows = [[row["program"], *(_number(row[key], _GIB) for key in (
-      "arguments", "temporaries", "needs", "beside", "peak")), "yes" if row["fits"] else "NO"]
-          for row in result["programs"]]
-  return table(["GiB on a chip", "arguments", "temporaries", "program", "beside", "peak", "fits"],
-               rows)
+  rows = [
+    [
+      row["program"],
+      *(_number(row[key], _GIB) for key in ("arguments", "temporaries", "needs", "beside", "peak")),
+      "yes" if row["fits"] else "NO",
+    ]
+    for row in result["programs"]
+  ]
+  return table(
+    ["GiB on a chip", "arguments", "temporaries", "program", "beside", "peak", "fits"], rows
+  )
 
 
 def time_table(result: dict[str, Any]) -> str:
-  kinds = list(dict.fromkeys(
-      kind for row in result["programs"] for kind in row["collectives"] or ()))
+  kinds = list(
+    dict.fromkeys(kind for row in result["programs"] for kind in row["collectives"] or ())
+  )
   rows = []
   for row in result["programs"]:
     seconds, sent = row["seconds"] or {}, row["collectives"]
-    rows.append([
-        row["program"], f"{row['runs']:g}", _number(row["model_flops"], 1e12),
-        _number(row["compiled_flops"], 1e12), _number(row["bytes"], 1e9, 1),
+    rows.append(
+      [
+        row["program"],
+        f"{row['runs']:g}",
+        _number(row["model_flops"], 1e12),
+        _number(row["compiled_flops"], 1e12),
+        _number(row["bytes"], 1e9, 1),
         *(_number(None if sent is None else sent.get(kind, 0.0), 1e9) for kind in kinds),
         *(_number(seconds.get(key), 1, 3) for key in ("compute", "HBM", "ICI")),
-        row["bound"] or "-", _number(row["step_seconds"])])
-  return table(["one run, one chip", "runs", "model TFLOP", "compiled", "HBM GB",
-                *(f"{kind} GB" for kind in kinds), "compute s", "HBM s", "ICI s", "bound",
-                "step s"], rows)
+        row["bound"] or "-",
+        _number(row["step_seconds"]),
+      ]
+    )
+  return table(
+    [
+      "one run, one chip",
+      "runs",
+      "model TFLOP",
+      "compiled",
+      "HBM GB",
+      *(f"{kind} GB" for kind in kinds),
+      "compute s",
+      "HBM s",
+      "ICI s",
+      "bound",
+      "step s",
+    ],
+    rows,
+  )
 
 
 def report(result: dict[str, Any]) -> str:
   """A plan for people."""
   mesh = " ".join(f"{axis}={count}" for axis, count in result["mesh"].items() if count > 1)
-  splash = sorted({name for row in result["programs"] for name in row["kernels"] or ()
-                   if "splash" in name and row["program"] == "update"})
+  splash = sorted(
+    {
+      name
+      for row in result["programs"]
+      for name in row["kernels"] or ()
+      if "splash" in name and row["program"] == "update"
+    }
+  )
   lines = [
-      f"{result['model']}, {result['objective']} on {result['topology']} ({result['chips']} chips, "
-      f"{result['chip_memory'] / _GIB:.2f} GiB each), mesh {mesh or 'of one'}",
-      f"{result['prompts']} prompts of {result['prompt_tokens']} tokens and {result['patches']} "
-      f"patches, {result['samples']} samples of {result['response_tokens']:g} tokens (most "
-      f"{result['max_tokens']}), {result['minibatches']} minibatches of {result['microbatches']} "
-      f"microbatches, remat {result['remat']}, {result['groups_at_once']} groups decoded at once"
-      + (f" with tensor={result['rollout_tensor']}" if result["rollout_tensor"] else ""),
-      "", memory_table(result), "", time_table(result), "",
-      f"kernels of the update: {', '.join(splash) or 'none'}"]
+    f"{result['model']}, {result['objective']} on {result['topology']} ({result['chips']} chips, "
+    f"{result['chip_memory'] / _GIB:.2f} GiB each), mesh {mesh or 'of one'}",
+    f"{result['prompts']} prompts of {result['prompt_tokens']} tokens and {result['patches']} "
+    f"patches, {result['samples']} samples of {result['response_tokens']:g} tokens (most "
+    f"{result['max_tokens']}), {result['minibatches']} minibatches of {result['microbatches']} "
+    f"microbatches, remat {result['remat']}, {result['groups_at_once']} groups decoded at once"
+    + (f" with tensor={result['rollout_tensor']}" if result["rollout_tensor"] else ""),
+    "",
+    memory_table(result),
+    "",
+    time_table(result),
+    "",
+    f"kernels of the update: {', '.join(splash) or 'none'}",
+  ]
   if result["step_seconds"] is None:
     lines.append("a step: not estimated, because not all of it compiles")
   else:
     total = result["step_seconds"]
-    split = ", ".join(f"{part} {seconds:.1f} s ({seconds / total:.0%})"
-                      for part, seconds in result["split"].items())
+    split = ", ".join(
+      f"{part} {seconds:.1f} s ({seconds / total:.0%})" for part, seconds in result["split"].items()
+    )
     lines.append(f"a step, by the roofline: {total:.1f} s: {split}")
     lines.append(f"response tokens a second and chip: {result['tokens_per_second_per_chip']:.0f}")
-    lines.append("(not measured: every program as fast as the busiest of matrix units, memory and "
-                 "links allows, and nothing waits for the host)")
+    lines.append(
+      "(not measured: every program as fast as the busiest of matrix units, memory and "
+      "links allows, and nothing waits for the host)"
+    )
   if result["refusal"]:
     lines.append(f"the run itself would say: {result['refusal']}")
   return "\n".join(lines)
@@ -382,8 +485,10 @@ def main(args: Any) -> None:
   """Plans all stages of a config."""
   search, as_json = _switch(args, "search"), _switch(args, "json")
   request = Request(
-      args.config, *(_whole(args, name) for name in ("length", "patches", "response_tokens")),
-      cache=pathlib.Path(args.cache).expanduser())
+    args.config,
+    *(_whole(args, name) for name in ("length", "patches", "response_tokens")),
+    cache=pathlib.Path(args.cache).expanduser(),
+  )
   if not args.config.stages:
     raise UserError("config.stages=(): expected at least one stage")
   prepare()

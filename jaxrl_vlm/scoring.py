@@ -17,8 +17,15 @@ from jaxrl_vlm.types import Array, Params, Prompt, Rollout, TokenStats
 
 
 def token_stats(
-    model: VLM, params: Params, hidden: Array, tokens: Array, *, temperature: float = 1.0,
-    chunk: int = 128, axis: int = 2) -> TokenStats:
+  model: VLM,
+  params: Params,
+  hidden: Array,
+  tokens: Array,
+  *,
+  temperature: float = 1.0,
+  chunk: int = 128,
+  axis: int = 2,
+) -> TokenStats:
   """Log-probability and entropy of tokens [P, G, T] from hidden [P, G, T, D].
 
   Works through an axis in chunks and recomputes each in the backward pass, so that logits exist for
@@ -30,16 +37,23 @@ def token_stats(
     # A sum, not an index: the token may be in another part of the vocabulary.
     chosen = part.numbers() == tokens[..., None]
     # A suppressed token has probability 0 and log-probability -1e30: the product is 0, not NaN.
-    return (jnp.sum(jnp.where(chosen, logp, 0.0), axis=-1),
-            -jnp.sum(jnp.exp(logp) * logp, axis=-1))
+    return (jnp.sum(jnp.where(chosen, logp, 0.0), axis=-1), -jnp.sum(jnp.exp(logp) * logp, axis=-1))
 
-  return TokenStats(*_over_vocabulary(
-      one, model, (params,), (hidden, tokens), temperature, chunk, axis))
+  return TokenStats(
+    *_over_vocabulary(one, model, (params,), (hidden, tokens), temperature, chunk, axis)
+  )
 
 
 def full_kl(
-    model: VLM, params: Params, hidden: Array, other_params: Params, other_hidden: Array,
-    temperature: float = 1.0, chunk: int = 128, axis: int = 2) -> Array:
+  model: VLM,
+  params: Params,
+  hidden: Array,
+  other_params: Params,
+  other_hidden: Array,
+  temperature: float = 1.0,
+  chunk: int = 128,
+  axis: int = 2,
+) -> Array:
   """Divergence over the whole vocabulary: f32[P, G, T], >= 0 but for rounding.
 
       KL_t = Σ_v π(v | I, q, o_<t) (log π(v | I, q, o_<t) − log π′(v | I′, q, o_<t))
@@ -65,8 +79,9 @@ def full_kl(
     # A suppressed token is -1e30 in both: probability 0 times a finite difference.
     return (jnp.sum(jnp.exp(logp) * (logp - other), axis=-1),)
 
-  return _over_vocabulary(one, model, (params, other_params), (hidden, other_hidden), temperature,
-                          chunk, axis)[0]
+  return _over_vocabulary(
+    one, model, (params, other_params), (hidden, other_hidden), temperature, chunk, axis
+  )[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +120,14 @@ class _Part:
 
 
 def _over_vocabulary(
-    function: Callable[..., tuple[Array, ...]], model: VLM, params: tuple[Params, ...],
-    arrays: tuple[Array, ...], temperature: float, chunk: int, axis: int) -> tuple[Array, ...]:
+  function: Callable[..., tuple[Array, ...]],
+  model: VLM,
+  params: tuple[Params, ...],
+  arrays: tuple[Array, ...],
+  temperature: float,
+  chunk: int,
+  axis: int,
+) -> tuple[Array, ...]:
   """Sums over the vocabulary for each token, a chunk of tokens at a time.
 
   Where devices have parts of the vocabulary, tokens of all that share it come together, and each
@@ -140,12 +161,13 @@ def _over_vocabulary(
     return _in_chunks(one, arrays, chunk, axis)
 
   rows = Spec(parallel.ROWS)
-  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(None, over), rows), out_specs=rows,
-                       check_vma=False)(heads, arrays)
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(Spec(None, over), rows), out_specs=rows, check_vma=False
+  )(heads, arrays)
 
 
 def _in_chunks(
-    function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], chunk: int, axis: int
+  function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], chunk: int, axis: int
 ) -> tuple[Array, ...]:
   """function of arrays [P, G, T, ...] -> arrays [P, G, T], `chunk` of an axis at a time.
 
@@ -161,11 +183,11 @@ def _in_chunks(
     room = [(0, 0)] * a.ndim
     room[axis] = (0, -t % size)
     a = jnp.pad(a, room)
-    return jnp.moveaxis(a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1:]), axis, 0)
+    return jnp.moveaxis(a.reshape(*a.shape[:axis], -1, size, *a.shape[axis + 1 :]), axis, 0)
 
   def joined(a):
     a = jnp.moveaxis(a, 0, axis)
-    a = a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2:])
+    a = a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
     return jax.lax.slice_in_dim(a, 0, t, axis=axis)
 
   _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, tuple(map(split, arrays)))
@@ -181,8 +203,15 @@ def hidden_states(model: VLM, params: Params, prompt: Prompt, tokens: Array) -> 
 
 
 def score_tokens(
-    model: VLM, params: Params, prompt: Prompt, tokens: Array, mask: Array, *,
-    temperature: float = 1.0, chunk: int = 128) -> TokenStats:
+  model: VLM,
+  params: Params,
+  prompt: Prompt,
+  tokens: Array,
+  mask: Array,
+  *,
+  temperature: float = 1.0,
+  chunk: int = 128,
+) -> TokenStats:
   """Scores responses tokens [P, G, T]; 0 where mask is false. Differentiable.
 
   `prompt` has P rows, or P·G: one for every sample.
@@ -198,7 +227,7 @@ def _score(model, params, prompt, tokens, mask, temperature):
 
 
 def score(
-    model: VLM, params: Params, prompt: Prompt, rollout: Rollout, *, temperature: float = 1.0
+  model: VLM, params: Params, prompt: Prompt, rollout: Rollout, *, temperature: float = 1.0
 ) -> TokenStats:
   """TokenStats [P, G, T] of a rollout under `params`, at the temperature it was sampled with."""
   return _score(model, params, prompt, rollout.tokens, rollout.mask, temperature)

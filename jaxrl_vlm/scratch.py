@@ -23,32 +23,41 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
 _SPLIT = r" ?[a-zA-Z]+| ?[0-9]|\\boxed\{|[^\sa-zA-Z0-9\\]+ ?|\\|\s+"
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+  "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+  "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+  "{% for part in message['content'] %}"
+  "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+  "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+  "{{ '<|im_end|>\n' }}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
   """A byte-level BPE with Qwen's special tokens; any text survives encode and decode."""
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
       tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
-      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   marks = ["<think>", "</think>"]
   trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(marks), show_progress=False,
-      initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab_size=vocab_size - len(SPECIAL_TOKENS) - len(marks),
+    show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+  )
   tokenizer.train_from_iterator(texts, trainer)
   tokenizer.add_tokens(marks)
   fast = PreTrainedTokenizerFast(
-      tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-      extra_special_tokens=list(SPECIAL_TOKENS), clean_up_tokenization_spaces=False)
+    tokenizer_object=tokenizer,
+    eos_token="<|im_end|>",
+    pad_token="<|endoftext|>",
+    extra_special_tokens=list(SPECIAL_TOKENS),
+    clean_up_tokenization_spaces=False,
+  )
   fast.chat_template = CHAT_TEMPLATE
   return fast
 
@@ -58,16 +67,27 @@ def _config_json(architecture: Mapping[str, Any], ids: Sequence[int]) -> dict[st
   text, vision = dict(architecture["text"]), dict(architecture["vision"])
   image, video, start, end, eos, pad = ids
   return {
-      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-      "model_type": "qwen2_5_vl",
-      "dtype": "float32",
-      "tie_word_embeddings": bool(architecture["tie_word_embeddings"]),
-      "image_token_id": image, "video_token_id": video,
-      "vision_start_token_id": start, "vision_end_token_id": end,
-      "text_config": {"model_type": "qwen2_5_vl_text", "rms_norm_eps": 1e-6, "bos_token_id": pad,
-                      "eos_token_id": eos, "pad_token_id": pad, **text},
-      "vision_config": {"model_type": "qwen2_5_vl_vision", "out_hidden_size": text["hidden_size"],
-                        **vision},
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "dtype": "float32",
+    "tie_word_embeddings": bool(architecture["tie_word_embeddings"]),
+    "image_token_id": image,
+    "video_token_id": video,
+    "vision_start_token_id": start,
+    "vision_end_token_id": end,
+    "text_config": {
+      "model_type": "qwen2_5_vl_text",
+      "rms_norm_eps": 1e-6,
+      "bos_token_id": pad,
+      "eos_token_id": eos,
+      "pad_token_id": pad,
+      **text,
+    },
+    "vision_config": {
+      "model_type": "qwen2_5_vl_vision",
+      "out_hidden_size": text["hidden_size"],
+      **vision,
+    },
   }
 
 
@@ -76,8 +96,9 @@ def model_config(architecture: Mapping[str, Any]) -> models.ModelConfig:
   return models.from_hf(_config_json(architecture, range(6)))
 
 
-def create(path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Iterable[str],
-           seed: int = 0) -> None:
+def create(
+  path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Iterable[str], seed: int = 0
+) -> None:
   """Writes the directory with random weights.
 
   Args:
@@ -94,21 +115,38 @@ def create(path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Ite
   tokenizer = train_tokenizer(texts, architecture["text"]["vocab_size"])
   tokenizer.save_pretrained(path)
   ids: Any = tokenizer.convert_tokens_to_ids(
-      ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>",
-       "<|endoftext|>"])
+    [
+      "<|image_pad|>",
+      "<|video_pad|>",
+      "<|vision_start|>",
+      "<|vision_end|>",
+      "<|im_end|>",
+      "<|endoftext|>",
+    ]
+  )
   hf = _config_json(architecture, ids)
   eos, pad = ids[-2:]
   generation = {"eos_token_id": [eos], "pad_token_id": pad, "bos_token_id": pad}
   preprocessor = {
-      "image_processor_type": "Qwen2VLImageProcessor", "do_resize": True, "do_rescale": True,
-      "do_normalize": True, "do_convert_rgb": True, "rescale_factor": 1 / 255, "resample": 3,
-      "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
-      "patch_size": vision["patch_size"], "merge_size": vision["spatial_merge_size"],
-      "temporal_patch_size": vision["temporal_patch_size"],
-      "min_pixels": architecture["min_pixels"], "max_pixels": architecture["max_pixels"],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "rescale_factor": 1 / 255,
+    "resample": 3,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "patch_size": vision["patch_size"],
+    "merge_size": vision["spatial_merge_size"],
+    "temporal_patch_size": vision["temporal_patch_size"],
+    "min_pixels": architecture["min_pixels"],
+    "max_pixels": architecture["max_pixels"],
   }
-  for name, content in (("generation_config.json", generation),
-                        ("preprocessor_config.json", preprocessor)):
+  for name, content in (
+    ("generation_config.json", generation),
+    ("preprocessor_config.json", preprocessor),
+  ):
     (path / name).write_text(json.dumps(content, indent=2))
   config = models.from_hf(hf)
   weights.save_params(path, config, models.init_params(config, jax.random.key(seed)))

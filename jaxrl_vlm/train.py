@@ -38,8 +38,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
   workdir = pathlib.Path(workdir)
   _check_the_same(config)
   parallel.in_turn(lambda: stages.check(config))
-  parallel.in_turn(
-      lambda: config_lib.check_workdir(workdir, config, may_change=stages.MAY_CHANGE))
+  parallel.in_turn(lambda: config_lib.check_workdir(workdir, config, may_change=stages.MAY_CHANGE))
   _check_shared(workdir)
   if not parallel.is_first():
     with contextlib.suppress(stages.Stopped):
@@ -66,9 +65,9 @@ def train(config, workdir: str | pathlib.Path) -> None:
 finished in {metrics.duration(time.monotonic() - began)}
   model        {final}{adapter}
   report       {page}
-  metrics      {workdir / 'metrics.jsonl'} (TensorBoard: --logdir {workdir})
-  rollouts     {workdir / 'rollouts'}
-  checkpoints  {workdir / 'checkpoints'}""")
+  metrics      {workdir / "metrics.jsonl"} (TensorBoard: --logdir {workdir})
+  rollouts     {workdir / "rollouts"}
+  checkpoints  {workdir / "checkpoints"}""")
 
 
 def _check_the_same(config) -> None:
@@ -96,8 +95,9 @@ def _check_shared(workdir: pathlib.Path) -> None:
     mark.unlink(missing_ok=True)
   if blind:
     raise UserError(
-        f"--workdir={workdir}: process {', '.join(blind)} of this run does not see what process 0 "
-        "writes there; expected a directory that all hosts share")
+      f"--workdir={workdir}: process {', '.join(blind)} of this run does not see what process 0 "
+      "writes there; expected a directory that all hosts share"
+    )
 
 
 def _save(run, workdir: pathlib.Path) -> str:

@@ -26,8 +26,12 @@ def repeat_prompts(prompt: Prompt, times: int) -> Prompt:
 
 
 def level_patch(
-    level: float, mean: Sequence[float], std: Sequence[float], patch_dim: int,
-    rescale_factor: float = 1 / LEVELS) -> np.ndarray:
+  level: float,
+  mean: Sequence[float],
+  std: Sequence[float],
+  patch_dim: int,
+  rescale_factor: float = 1 / LEVELS,
+) -> np.ndarray:
   """f32[C·t·p·p]; a patch of one grey level 0..255 as the processor normalises it.
 
   Args:
@@ -42,7 +46,7 @@ def level_patch(
 
 
 def black_patches(
-    key: Array, prompt: Prompt, rate: float, black: Array, *, block: int = 1, merge_size: int = 1
+  key: Array, prompt: Prompt, rate: float, black: Array, *, block: int = 1, merge_size: int = 1
 ) -> Prompt:
   """Blackens squares of `block` x `block` patches, each with probability `rate`, independently.
 
@@ -69,8 +73,7 @@ def black_patches(
 
 
 def salient_patches(
-    prompt: Prompt, saliency: Array, rate: float, black: Array, *, block: int = 1,
-    merge_size: int = 1
+  prompt: Prompt, saliency: Array, rate: float, black: Array, *, block: int = 1, merge_size: int = 1
 ) -> Prompt:
   """Blackens the ⌈rate · n⌉ squares of each image with the largest mean saliency.
 
@@ -96,6 +99,7 @@ def salient_patches(
   mean, squares = jax.lax.stop_gradient(jnp.where(real, saliency, 0.0)), grid
   if block > 1:
     for axis in range(2):  # along a column of the square, then along its columns
+
       def add(step, total, axis=axis, values=mean):
         there = corner[..., axis] + step
         at = place.at[..., axis].set(there)
@@ -144,7 +148,7 @@ def solid(prompt: Prompt, level: float, black: Array, white: Array) -> Prompt:
 
 
 def noise(
-    key: Array, prompt: Prompt, std: float, black: Array, white: Array, patch_shape: PatchShape
+  key: Array, prompt: Prompt, std: float, black: Array, white: Array, patch_shape: PatchShape
 ) -> Prompt:
   """Adds Gaussian noise of `std` grey levels to every pixel and channel, cut to what pixels can be.
 
@@ -201,8 +205,13 @@ def blur(prompt: Prompt, radius: float, patch_shape: PatchShape, merge_size: int
     total = jnp.zeros_like(x)
     for distance in range(-far, far + 1):
       there = place + distance
-      other = jnp.stack([prompt.patch_positions[..., i] if i != axis
-                         else jnp.clip(there, 0, size - 1) for i in range(2)], axis=-1)
+      other = jnp.stack(
+        [
+          prompt.patch_positions[..., i] if i != axis else jnp.clip(there, 0, size - 1)
+          for i in range(2)
+        ],
+        axis=-1,
+      )
       index = _patch_index(prompt, other, merge_size)
       patch = jnp.take_along_axis(x, index[..., None, None, None], axis=1)
       first, last = (jax.lax.slice_in_dim(patch, i, i + 1, axis=3 + axis) for i in (0, p - 1))
@@ -224,7 +233,8 @@ def _replace(prompt: Prompt, where: Array | bool, patches: Array) -> Prompt:
   """`patches` in place of those `where` it is true, bool[P, N], that are not padding."""
   chosen = (jnp.asarray(prompt.patch_segments) > 0) & where
   return dataclasses.replace(
-      prompt, patches=jnp.where(chosen[..., None], patches, prompt.patches), features=None)
+    prompt, patches=jnp.where(chosen[..., None], patches, prompt.patches), features=None
+  )
 
 
 def _patch_index(prompt: Prompt, positions: Array, merge_size: int) -> Array:

@@ -31,14 +31,24 @@ def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv("JAXRL_VLM_COLAB_RUNS", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
   monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a user has
-  NotebookClient(notebook, timeout=300, kernel_name="python3",
-                 resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+  NotebookClient(
+    notebook,
+    timeout=300,
+    kernel_name="python3",
+    resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+  ).execute()
   printed = {
     cell.id: "".join(out.text for out in cell.outputs if out.get("name") == "stdout")
-    for cell in notebook.cells if cell.cell_type == "code"}
+    for cell in notebook.cells
+    if cell.cell_type == "code"
+  }
   pictures = {
-    cell.id for cell in notebook.cells if cell.cell_type == "code"
-    for output in cell.outputs if "image/png" in output.get("data", {})}
+    cell.id
+    for cell in notebook.cells
+    if cell.cell_type == "code"
+    for output in cell.outputs
+    if "image/png" in output.get("data", {})
+  }
   # Eight greedy answers, graded.
   assert len(re.findall(r"^\d\.\d  .*[?.]  ", printed["model"], flags=re.MULTILINE)) == 8
   assert pictures == {"boards", "after", "table", "rollouts"}

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_dict
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.errors import UserError, WorkdirError, hint, validation
 
-CONFIG_TEXT = '''
+CONFIG_TEXT = """
 from ml_collections import ConfigDict
 
 def get_config():
@@ -23,7 +23,7 @@ def get_config():
       ConfigDict(dict(name="rl", steps=9, objective=dict(name="grpo"), rewards=dict(math=1.0))),
   )
   return config
-'''
+"""
 
 
 @pytest.fixture
@@ -48,7 +48,9 @@ def failure(*argv):
   return str(error.value)
 
 
-@pytest.mark.parametrize(("flag", "read", "expected"), [
+@pytest.mark.parametrize(
+  ("flag", "read", "expected"),
+  [
     ("--config.seed=3", lambda c: c.seed, 3),
     ("--config.seed=-3", lambda c: c.seed, -3),
     ("--config.learning_rate=1", lambda c: c.learning_rate, 1.0),
@@ -67,15 +69,24 @@ def failure(*argv):
     ("--config.stages[1].objective.name=vppo", lambda c: c.stages[1].objective.name, "vppo"),
     ("--config.stages[1].objective.clip_high=0.3", lambda c: c.stages[1].objective.clip_high, 0.3),
     ("--config.stages[1].objective.ratio=token", lambda c: c.stages[1].objective.ratio, "token"),
-    ("--config.stages[1].rewards.format=1", lambda c: c.stages[1].rewards.to_dict(),
-     {"math": 1.0, "format": 1}),
-    ("--config.stages[1].rewards={'exact': 0.5}", lambda c: c.stages[1].rewards.to_dict(),
-     {"exact": 0.5}),
-    ("--config.stages[1].rewards={'own.module:judge': 1.0}",
-     lambda c: read_back(c).stages[1].rewards.to_dict(),
-     {"own.module:judge": 1.0}),
+    (
+      "--config.stages[1].rewards.format=1",
+      lambda c: c.stages[1].rewards.to_dict(),
+      {"math": 1.0, "format": 1},
+    ),
+    (
+      "--config.stages[1].rewards={'exact': 0.5}",
+      lambda c: c.stages[1].rewards.to_dict(),
+      {"exact": 0.5},
+    ),
+    (
+      "--config.stages[1].rewards={'own.module:judge': 1.0}",
+      lambda c: read_back(c).stages[1].rewards.to_dict(),
+      {"own.module:judge": 1.0},
+    ),
     ("--config.stages[0].rewards.math=0.9", lambda c: c.stages[0].rewards.to_dict(), {"math": 0.9}),
-])
+  ],
+)
 def test_override(config_file, flag, read, expected):
   value = read(load(config_file, flag))
   assert value == expected
@@ -85,8 +96,7 @@ def test_override(config_file, flag, read, expected):
 def test_overrides_leave_other_fields_alone_and_the_last_one_wins(config_file):
   base = load(config_file)
   config = load(config_file, "--config.stages[0].steps", "10", "--config.seed=1", "--config.seed=2")
-  assert config_lib.diff(base, config) == [
-      "config.seed: 0 -> 2", "config.stages[0].steps: 5 -> 10"]
+  assert config_lib.diff(base, config) == ["config.seed: 0 -> 2", "config.stages[0].steps: 5 -> 10"]
 
 
 def test_override_of_a_reference_changes_what_refers_to_it():
@@ -97,15 +107,23 @@ def test_override_of_a_reference_changes_what_refers_to_it():
   assert (config.steps, config.warmup, config.n) == (5, 10, 6)
 
 
-@pytest.mark.parametrize(("flag", "message"), [
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
     ("--config.sed=3", "config.sed: no such field; did you mean 'seed'?"),
-    ("--config.stages[1].objectiv.name=vppo",
-     "config.stages[1].objectiv: no such field; did you mean 'objective'?"),
-    ("--config.stages[1].zzz=1",
-     "config.stages[1].zzz: no such field; valid: name, objective, rewards, steps"),
+    (
+      "--config.stages[1].objectiv.name=vppo",
+      "config.stages[1].objectiv: no such field; did you mean 'objective'?",
+    ),
+    (
+      "--config.stages[1].zzz=1",
+      "config.stages[1].zzz: no such field; valid: name, objective, rewards, steps",
+    ),
     ("--config.stages[2].steps=1", "config.stages[2]: index out of range; valid: 0 to 1"),
-    ("--config.stages.steps=1",
-     "config.stages.steps: no such field; config.stages is a list: write config.stages[0].steps"),
+    (
+      "--config.stages.steps=1",
+      "config.stages.steps: no such field; config.stages is a list: write config.stages[0].steps",
+    ),
     ("--config.seed[0]=1", "config.seed[0]: config.seed is not a list, so it has no [0]"),
     ("--config.seed.x=1", "config.seed.x: no such field; config.seed is 0"),
     ("--config.seed=abc", "config.seed='abc': expected int"),
@@ -117,27 +135,39 @@ def test_override_of_a_reference_changes_what_refers_to_it():
     ("--config.mesh=4", "config.mesh='4': expected tuple, e.g. (1, 2)"),
     ("--config.mesh=(4, 'x')", "config.mesh=\"(4, 'x')\": expected tuple of int"),
     ("--config.stages=3", "config.stages='3': expected one field of one item, e.g. [0].name"),
-    ("--config.stages[0]=3", "config.stages[0]='3': expected a field of it; fields: name,"
-     " objective, rewards, steps"),
+    (
+      "--config.stages[0]=3",
+      "config.stages[0]='3': expected a field of it; fields: name, objective, rewards, steps",
+    ),
     ("--config..seed=3", "--config..seed: fields look like config.field or config.stages[1].field"),
-    ("--workdr=x", "--workdr: no such flag; did you mean 'workdir'?; config fields are written"
-     " --config.FIELD=VALUE"),
-    ("--seed=3", "--seed: no such flag; valid: config, workdir; config fields are written"
-     " --config.FIELD=VALUE"),
+    (
+      "--workdr=x",
+      "--workdr: no such flag; did you mean 'workdir'?; config fields are written"
+      " --config.FIELD=VALUE",
+    ),
+    (
+      "--seed=3",
+      "--seed: no such flag; valid: config, workdir; config fields are written"
+      " --config.FIELD=VALUE",
+    ),
     ("stray", "'stray': flags look like --name=value; see --help"),
-])
+  ],
+)
 def test_mistakes_are_one_line_that_names_the_field(config_file, flag, message):
   assert failure(f"--config={config_file}", "--workdir=w", flag) == message
 
 
 def test_missing_flags_come_with_an_example(config_file):
-  example = ("; example: python -m jaxrl_vlm.train --config=configs/quickstart.py"
-             " --workdir=runs/quickstart")
+  example = (
+    "; example: python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart"
+  )
   assert failure(f"--config={config_file}") == (
-      "--workdir is missing (directory for everything the run writes)" + example)
+    "--workdir is missing (directory for everything the run writes)" + example
+  )
   assert failure("--workdir=w") == "--config is missing (Python file with get_config())" + example
   assert failure("--workdir=", f"--config={config_file}") == (
-      "--workdir: no value given; example: --workdir=runs/quickstart")
+    "--workdir: no value given; example: --workdir=runs/quickstart"
+  )
 
 
 def test_bad_config_files(tmp_path, config_file):
@@ -149,15 +179,19 @@ def test_bad_config_files(tmp_path, config_file):
 
   assert message("quik.py") == "--config=quik.py: no such file; did you mean 'quick.py'?"
   assert message("a.py", "import nothing_of_that_name\n") == (
-      "--config=a.py: does not import: ModuleNotFoundError: No module named 'nothing_of_that_name'"
-      " (a.py:1)")
+    "--config=a.py: does not import: ModuleNotFoundError: No module named 'nothing_of_that_name'"
+    " (a.py:1)"
+  )
   assert message("b.py", "\nx = (\n").startswith("--config=b.py: does not import: SyntaxError:")
   assert message("c.py", "x = 1\n") == (
-      "--config=c.py: has no function get_config() that returns a ConfigDict")
+    "--config=c.py: has no function get_config() that returns a ConfigDict"
+  )
   assert message("d.py", "def get_config():\n  return {}['lr']\n") == (
-      "--config=d.py: get_config() fails: KeyError: 'lr' (d.py:2)")
+    "--config=d.py: get_config() fails: KeyError: 'lr' (d.py:2)"
+  )
   assert message("e.py", "def get_config():\n  return {}\n") == (
-      "--config=e.py: get_config() returned a dict, expected a ConfigDict")
+    "--config=e.py: get_config() returned a dict, expected a ConfigDict"
+  )
 
 
 def test_a_config_imports_its_neighbours_from_any_directory(tmp_path, monkeypatch):
@@ -165,8 +199,9 @@ def test_a_config_imports_its_neighbours_from_any_directory(tmp_path, monkeypatc
   folder.mkdir()
   (folder / "common.py").write_text(CONFIG_TEXT)
   (folder / "mine.py").write_text(
-      "from recipes_of_this_test import common\n"
-      "def get_config():\n  c = common.get_config()\n  c.seed = 7\n  return c\n")
+    "from recipes_of_this_test import common\n"
+    "def get_config():\n  c = common.get_config()\n  c.seed = 7\n  return c\n"
+  )
   monkeypatch.chdir("/")
   path = list(sys.path)
   assert load(str(folder / "mine.py")).seed == 7
@@ -190,8 +225,8 @@ def test_diff_shows_added_and_removed_fields(config_file):
   old = load(config_file, "--config.mesh=(2, 1)")
   new = load(config_file, "--config.stages[1].objective.clip_high=0.3")
   assert config_lib.diff(old, new) == [
-      "config.mesh: (2, 1) -> (1, 1)",
-      "config.stages[1].objective.clip_high: (absent) -> 0.3",
+    "config.mesh: (2, 1) -> (1, 1)",
+    "config.stages[1].objective.clip_high: (absent) -> 0.3",
   ]
 
 
@@ -207,9 +242,10 @@ def test_workdir_belongs_to_one_config(tmp_path, config_file):
   with pytest.raises(WorkdirError) as error:
     config_lib.check_workdir(workdir, other)
   assert str(error.value) == (
-      f"--workdir={workdir}: holds a run with another config (config.seed: 0 -> 1;"
-      " config.stages[1].steps: 9 -> 8); choose another --workdir for a new run, or set these"
-      " fields back to resume that one")
+    f"--workdir={workdir}: holds a run with another config (config.seed: 0 -> 1;"
+    " config.stages[1].steps: 9 -> 8); choose another --workdir for a new run, or set these"
+    " fields back to resume that one"
+  )
   assert (workdir / "config.json").read_text() == written
 
   config_lib.check_workdir(workdir, other, may_change=("config.seed", "config.stages[1]"))
@@ -233,7 +269,7 @@ def test_unusable_workdirs(tmp_path, config_file):
 
 def test_errors_are_one_line_with_code_2_and_bugs_keep_their_traceback(tmp_path, config_file):
   program = tmp_path / "program.py"
-  program.write_text('''
+  program.write_text("""
 import sys
 from jaxrl_vlm import config
 from jaxrl_vlm.errors import validation
@@ -247,7 +283,7 @@ def main(args):
   print(args.workdir, args.config.stages[1].objective.name, "jax" in sys.modules)
 
 config.run_cli(main, "jaxrl_vlm.train", "Trains a model.")
-''')
+""")
 
   def run(*argv):
     done = subprocess.run([sys.executable, str(program), *argv], capture_output=True, text=True)
@@ -256,9 +292,15 @@ config.run_cli(main, "jaxrl_vlm.train", "Trains a model.")
   flags = (f"--config={config_file}", "--workdir", "runs/w")
   assert run(*flags, "--config.stages[1].objective.name=vppo") == (0, "runs/w vppo False\n", "")
   assert run(*flags, "--config.stages[1].stepz=1") == (
-      2, "", "config.stages[1].stepz: no such field; did you mean 'steps'?\n")
+    2,
+    "",
+    "config.stages[1].stepz: no such field; did you mean 'steps'?\n",
+  )
   assert run(*flags, "--config.seed=1") == (
-      2, "", "config.stages[1].objective.name='vpo': no such objective; did you mean 'vppo'?\n")
+    2,
+    "",
+    "config.stages[1].objective.name='vpo': no such objective; did you mean 'vppo'?\n",
+  )
   code, _, stderr = run(*flags, "--config.seed=2")
   assert code == 1
   assert stderr.startswith("Traceback") and stderr.endswith("ValueError: a bug\n")

@@ -49,11 +49,22 @@ def test_there_and_back(family, tmp_path):
 def test_command_prints_what_it_mapped(tmp_path):
   tiny.make_hf(tmp_path / "hf", family="qwen3_vl_moe")
   done = subprocess.run(
-      [sys.executable, "-m", "jaxrl_vlm.convert", f"--source={tmp_path / 'hf'}",
-       f"--target={tmp_path / 'out'}", "--dtype=bfloat16"], capture_output=True, text=True)
+    [
+      sys.executable,
+      "-m",
+      "jaxrl_vlm.convert",
+      f"--source={tmp_path / 'hf'}",
+      f"--target={tmp_path / 'out'}",
+      "--dtype=bfloat16",
+    ],
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stderr
-  assert ("decoder/layers/mlp/up                    [3, 6, 64, 24] bfloat16  <->  "
-          "model.language_model.layers.{0..2}.mlp.experts.gate_up_proj") in done.stdout
+  assert (
+    "decoder/layers/mlp/up                    [3, 6, 64, 24] bfloat16  <->  "
+    "model.language_model.layers.{0..2}.mlp.experts.gate_up_proj"
+  ) in done.stdout
   assert done.stdout.endswith(f"written: {tmp_path / 'out'}\n")
 
 
@@ -79,13 +90,16 @@ def test_checkpoint_of_a_run(kind, tmp_path, one_device):
   assert not list(tmp_path.glob(".out*"))
 
 
-@pytest.mark.parametrize(("source", "target", "dtype", "message"), [
+@pytest.mark.parametrize(
+  ("source", "target", "dtype", "message"),
+  [
     ("nothing", "out", "stored", "neither a Hugging Face directory"),
     ("hf", "hf", "stored", "hf: exists and is not an empty directory"),
     ("hf", "out", "int8", "--dtype=int8: expected 'stored', 'float32' or 'bfloat16'"),
     ("broken", "out", "stored", "model.safetensors: no such file"),
     ("llama", "out", "stored", "model_type='llama' is not supported"),
-])
+  ],
+)
 def test_mistakes(source, target, dtype, message, tmp_path):
   tiny.make_hf(tmp_path / "hf")
   for name, content in (("broken", None), ("llama", {"model_type": "llama"})):

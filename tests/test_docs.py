@@ -80,8 +80,11 @@ def rows(text: str) -> list[list[str]]:
   """The cells of all tables, without their heads."""
   lines = [line for line in text.splitlines() if line.startswith("|")]
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-  return [row for row, after in zip(cells, [*cells[1:], [""]], strict=True)
-          if "---" not in row[0] and "---" not in after[0]]
+  return [
+    row
+    for row, after in zip(cells, [*cells[1:], [""]], strict=True)
+    if "---" not in row[0] and "---" not in after[0]
+  ]
 
 
 def blocks(language: str) -> list[str]:
@@ -101,10 +104,17 @@ def literal(text: str) -> Any:
 
 def own(cls: type) -> dict[str, Any]:
   """The fields that a class adds or whose default it changes, with their defaults."""
-  parents = {f.name: f.default for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)
-             for f in dataclasses.fields(base)}
-  return {f.name: f.default for f in dataclasses.fields(cls)
-          if f.name not in parents or parents[f.name] != f.default}
+  parents = {
+    f.name: f.default
+    for base in cls.__mro__[1:]
+    if dataclasses.is_dataclass(base)
+    for f in dataclasses.fields(base)
+  }
+  return {
+    f.name: f.default
+    for f in dataclasses.fields(cls)
+    if f.name not in parents or parents[f.name] != f.default
+  }
 
 
 def test_every_method_is_in_the_table_with_all_that_it_changes():
@@ -113,7 +123,8 @@ def test_every_method_is_in_the_table_with_all_that_it_changes():
   for name, (_, what, changes, *_) in table.items():
     objective = objectives.create(name, max_length=16)
     expected = {
-      field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)
+      field.name: getattr(objective, field.name)
+      for field in dataclasses.fields(objective)
       if field.name != "max_length" and getattr(objective, field.name) != field.default
     }
     written = {key: literal(value) for key, value in (x.split("=") for x in spans(changes))}
@@ -175,7 +186,8 @@ def test_every_metric_is_in_the_table():
   assert {x for x in written if x.startswith("objective/")} == {f"objective/{x}" for x in produced}
 
   source = "".join(
-    (ROOT / "jaxrl_vlm" / "stages" / name).read_text() for name in ("rl.py", "run.py"))
+    (ROOT / "jaxrl_vlm" / "stages" / name).read_text() for name in ("rl.py", "run.py")
+  )
   logged = {"train/loss", "train/grad_norm", "train/bad_steps"}
   for name in re.findall(r'"(train/[^"]+)"', source):
     logged.add(name.replace("reward/{k}", "reward/NAME").replace("grader_{k}", "grader_KIND"))
@@ -195,8 +207,9 @@ def test_the_commands_are_possible(monkeypatch):
     objective = loading.objective_of(config.stages[0])
     plain = objectives.create(config.stages[0].objective.name, max_length=objective.max_length)
     flags = [word for word in words if ".objective." in word and ".name=" not in word]
-    assert sum(getattr(objective, f.name) != getattr(plain, f.name)
-               for f in dataclasses.fields(objective)) == len(flags)
+    assert sum(
+      getattr(objective, f.name) != getattr(plain, f.name) for f in dataclasses.fields(objective)
+    ) == len(flags)
 
 
 def test_the_example_of_a_new_objective(monkeypatch):
@@ -215,13 +228,15 @@ def test_the_example_of_a_new_objective(monkeypatch):
   bonus = np.minimum(0.7 * experience.old.entropy, np.abs(plain) / 2)
   np.testing.assert_allclose(prepared.advantages, plain + bonus, rtol=1e-6)
   assert float(objective.prepare_metrics(prepared)["bonus"]) == pytest.approx(
-    bonus[experience.mask].mean(), rel=1e-5)
+    bonus[experience.mask].mean(), rel=1e-5
+  )
 
   whole, gradients = properties.loss(objective, stats, masked_stats, prepared)
   assert np.any(gradients[0]) and not np.any(np.where(experience.mask, 0, gradients[0]))
   halves = [
     properties.loss(
-      objective, *jax.tree.map(lambda x, i=i: x[i : i + 2], (stats, masked_stats, prepared)))
+      objective, *jax.tree.map(lambda x, i=i: x[i : i + 2], (stats, masked_stats, prepared))
+    )
     for i in (0, 2)
   ]
   assert sum(float(half[0][0]) for half in halves) == pytest.approx(float(whole[0]), rel=1e-5)

@@ -24,8 +24,11 @@ def one_layer(tmp_path, family):
   given = json.loads((tmp_path / "config.json").read_text())
   config = models.from_hf(tiny.hf_config(family, given, True).to_dict())
   vision = dataclasses.replace(
-      config.vision, depth=1, deepstack_layers=config.vision.deepstack_layers[:1],
-      full_attention_layers=None if config.vision.full_attention_layers is None else (0,))
+    config.vision,
+    depth=1,
+    deepstack_layers=config.vision.deepstack_layers[:1],
+    full_attention_layers=None if config.vision.full_attention_layers is None else (0,),
+  )
   # XLA on the CPU passes every token through every expert.
   moe = config.moe and MoE(1, 1, 2 * config.moe.intermediate_size)
   return config.replace(num_layers=1, vision=vision, moe=moe, sliding_window=0, sliding_layers=())
@@ -38,12 +41,18 @@ def counted(function, *args) -> float:
 
 def hidden(config, prompt, tokens=None):
   """Of the prompt, or of responses [P, G, T] to it."""
+
   def run(params, prompt, tokens):
     variables, model = {"params": params}, models.VLM(config)
     if tokens is None:
       return model.apply(variables, prompt, method="prefill")[0]
-    shape = (1, prompt.tokens.shape[0], config.num_kv_heads, prompt.tokens.shape[1],
-             config.head_dim)
+    shape = (
+      1,
+      prompt.tokens.shape[0],
+      config.num_kv_heads,
+      prompt.tokens.shape[1],
+      config.head_dim,
+    )
     prefix = Prefix(*(jax.numpy.ones(shape),) * 2, prompt.length - 1)
     return model.apply(variables, prompt, prefix, tokens, method="respond")
 
@@ -75,8 +84,10 @@ def test_responses_logits_and_gradients_as_xla_counts_them(tmp_path):
   mine = flops.decoder(config, 2 * 3 * 16, 2 * 3 * 16 * (40 + 16))
   assert LEAST < mine / once < 1
   logits = counted(
-      lambda p, x: models.VLM(config).apply({"params": p}, x, method="unembed"), params,
-      jax.ShapeDtypeStruct((5, config.hidden_size), np.float32))
+    lambda p, x: models.VLM(config).apply({"params": p}, x, method="unembed"),
+    params,
+    jax.ShapeDtypeStruct((5, config.hidden_size), np.float32),
+  )
   assert flops.unembedding(config, 5) == pytest.approx(logits, rel=1e-6)
 
   # Backward is twice forward. XLA finds a little less to do: nothing is behind the embedding.
@@ -108,7 +119,7 @@ def test_windows_are_as_large_as_they_are_laid_out():
   v = config.vision
   for rows, columns in ((8, 8), (4, 6), (26, 38), (74, 18)):
     windows = lay_out_patches([(1, rows, columns)], 2, v.patch_size, v.window_size)[3]
-    n, layers = rows * columns, 28 * (np.bincount(windows)**2).sum() + 4 * (rows * columns)**2
+    n, layers = rows * columns, 28 * (np.bincount(windows) ** 2).sum() + 4 * (rows * columns) ** 2
     dense = n * (1176 * 1280 + 32 * (4 * 1280**2 + 3 * 1280 * 3420))
     merger = n // 4 * (5120**2 + 5120 * 2048)
     assert flops.vision(config, (rows, columns)) == 2 * (dense + 2 * 1280 * layers + merger)
@@ -124,8 +135,14 @@ def test_keys_that_a_stream_sees(tokens, before, window):
 def test_sharing_by_hand(tmp_path):
   """Two layers of width 4, two heads and one key/value head of 2, MLP 3, vocabulary 10."""
   config = one_layer(tmp_path, "qwen2_5_vl").replace(
-      vocab_size=10, hidden_size=4, intermediate_size=3, num_layers=2, num_heads=2, num_kv_heads=1,
-      head_dim=2)
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=3,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+  )
   token = 2 * (4 * 4 * 2 + 4 * 2 * 2 + 3 * 4 * 3)  # one layer: q and o, k and v, MLP
   key = 2 * 2 * 4  # one query over one key: scores and values
   assert flops.prefill(config, 5) == 2 * (5 * token + 15 * key)
@@ -136,7 +153,8 @@ def test_sharing_by_hand(tmp_path):
   assert flops.forward(config, 5, [3, 1], shared=False) == 2 * flops.prefill(config, 4) + answers
   # Separate sequences of 7 and 5 tokens, of which 4 have logits.
   assert flops.forward(config, 5, [3, 1], shared=False) == pytest.approx(
-      flops.prefill(config, 7) + flops.prefill(config, 5) + 4 * 2 * 4 * 10)
+    flops.prefill(config, 7) + flops.prefill(config, 5) + 4 * 2 * 4 * 10
+  )
   tower = flops.vision(config, (4, 4))
   both = flops.forward_backward(config, 5, [3, 1], [(4, 4)])
   assert both == 3 * (flops.forward(config, 5, [3, 1]) + tower)

@@ -33,8 +33,9 @@ def test_defaults_are_those_of_transformers(family):
       default = getattr(part, field, None)
       default = tuple(default) if isinstance(default, list) else default
       # A family without the field is one for which it is off.
-      assert value == default or (not value and not default) or (
-          field == "sliding_window_pattern"), field
+      assert (
+        value == default or (not value and not default) or (field == "sliding_window_pattern")
+      ), field
   _, text, vision = hf_config.DEFAULTS[family]
   rope = theirs.text_config.rope_parameters
   if family == "gemma3":
@@ -59,8 +60,10 @@ def test_complete_leaves_its_argument_and_keeps_other_fields():
 
 
 @pytest.mark.parametrize("family", hf_config.DEFAULTS)
-@pytest.mark.parametrize("section", [{}, {"text_config": None}, {"text_config": {}},
-                                     {"text_config": {"num_hidden_layers": 6}}])
+@pytest.mark.parametrize(
+  "section",
+  [{}, {"text_config": None}, {"text_config": {}}, {"text_config": {"num_hidden_layers": 6}}],
+)
 def test_where_the_decoder_is_as_in_transformers(family, section):
   """Fields at the top level are the decoder's in older files of the older families only."""
   config = {"model_type": family, "hidden_size": 2048, "num_hidden_layers": 12, **section}
@@ -71,12 +74,15 @@ def test_where_the_decoder_is_as_in_transformers(family, section):
     assert whole["text_config"][field] == getattr(theirs.text_config, field)
 
 
-@pytest.mark.parametrize(("family", "section", "alias", "field"), [
+@pytest.mark.parametrize(
+  ("family", "section", "alias", "field"),
+  [
     ("qwen3_vl_moe", "text_config", "num_local_experts", "num_experts"),
     ("qwen2_5_vl", "vision_config", "num_hidden_layers", "depth"),
     ("qwen3_vl", "vision_config", "num_attention_heads", "num_heads"),
     ("gemma3", "", "image_token_id", "image_token_index"),
-])
+  ],
+)
 @pytest.mark.parametrize("both", [False, True])
 def test_other_names_as_in_transformers(family, section, alias, field, both):
   fields = {alias: 8} | ({field: 4} if both else {})
@@ -87,14 +93,23 @@ def test_other_names_as_in_transformers(family, section, alias, field, both):
   assert (whole[section] if section else whole)[field] == getattr(theirs, field) == 8
 
 
-@pytest.mark.parametrize(("family", "fields", "message"), [
-    ("llama", {}, "model_type='llama' is not supported; supported: 'qwen2_vl', 'qwen2_5_vl', "
-     "'qwen3_vl', 'qwen3_vl_moe', 'gemma3'"),
+@pytest.mark.parametrize(
+  ("family", "fields", "message"),
+  [
+    (
+      "llama",
+      {},
+      "model_type='llama' is not supported; supported: 'qwen2_vl', 'qwen2_5_vl', "
+      "'qwen3_vl', 'qwen3_vl_moe', 'gemma3'",
+    ),
     (None, {}, "model_type=None is not supported; supported: 'qwen2_vl'"),
     (["gemma3"], {}, "model_type=['gemma3'] is not supported"),
-    ("qwen2_vl", {"quantization_config": {"quant_method": "awq", "bits": 4}},
-     "quantization_config.quant_method='awq': quantised checkpoints are not supported; expected "
-     "weights in bfloat16, float16 or float32"),
+    (
+      "qwen2_vl",
+      {"quantization_config": {"quant_method": "awq", "bits": 4}},
+      "quantization_config.quant_method='awq': quantised checkpoints are not supported; expected "
+      "weights in bfloat16, float16 or float32",
+    ),
     ("qwen2_vl", {"quantization_config": "fp8"}, "quantization_config.quant_method='fp8': quan"),
     ("qwen2_vl", {"num_hidden_layers": "a"}, "num_hidden_layers='a': expected a positive integer"),
     ("qwen2_vl", {"num_hidden_layers": None}, "num_hidden_layers=None: expected a positive int"),
@@ -108,22 +123,44 @@ def test_other_names_as_in_transformers(family, section, alias, field, both):
     ("qwen2_vl", {"text_config": []}, "text_config=[]: expected an object"),
     ("qwen2_vl", {"vision_config": []}, "vision_config=[]: expected an object"),
     ("qwen2_vl", {"rope_scaling": "mrope"}, "rope_scaling='mrope': expected an object"),
-    ("qwen2_vl", {"rope_scaling": {"mrope_section": [1, "a"]}},
-     "rope_scaling.mrope_section=[1, 'a']: expected a list of integers"),
-    ("qwen2_vl", {"vision_config": {"patch_size": [14, 14]}},
-     "vision_config.patch_size=[14, 14]: expected a positive integer"),
-    ("qwen2_5_vl", {"vision_config": {"fullatt_block_indexes": 7}},
-     "vision_config.fullatt_block_indexes=7: expected a list of integers"),
-    ("qwen2_5_vl", {"vision_config": {"num_hidden_layers": "a"}},
-     "vision_config.num_hidden_layers='a': expected a positive integer"),
-    ("qwen3_vl", {"text_config": {"num_hidden_layers": "a"}},
-     "text_config.num_hidden_layers='a': expected a positive integer"),
-    ("gemma3", {"text_config": {"layer_types": [1]}},
-     "text_config.layer_types=[1]: expected a list of strings"),
-    ("gemma3", {"text_config": {"rope_parameters": {"full_attention": {"factor": "a"}}}},
-     "text_config.rope_parameters.full_attention.factor='a': expected a positive number"),
+    (
+      "qwen2_vl",
+      {"rope_scaling": {"mrope_section": [1, "a"]}},
+      "rope_scaling.mrope_section=[1, 'a']: expected a list of integers",
+    ),
+    (
+      "qwen2_vl",
+      {"vision_config": {"patch_size": [14, 14]}},
+      "vision_config.patch_size=[14, 14]: expected a positive integer",
+    ),
+    (
+      "qwen2_5_vl",
+      {"vision_config": {"fullatt_block_indexes": 7}},
+      "vision_config.fullatt_block_indexes=7: expected a list of integers",
+    ),
+    (
+      "qwen2_5_vl",
+      {"vision_config": {"num_hidden_layers": "a"}},
+      "vision_config.num_hidden_layers='a': expected a positive integer",
+    ),
+    (
+      "qwen3_vl",
+      {"text_config": {"num_hidden_layers": "a"}},
+      "text_config.num_hidden_layers='a': expected a positive integer",
+    ),
+    (
+      "gemma3",
+      {"text_config": {"layer_types": [1]}},
+      "text_config.layer_types=[1]: expected a list of strings",
+    ),
+    (
+      "gemma3",
+      {"text_config": {"rope_parameters": {"full_attention": {"factor": "a"}}}},
+      "text_config.rope_parameters.full_attention.factor='a': expected a positive number",
+    ),
     ("gemma3", {"mm_tokens_per_image": None}, "mm_tokens_per_image=None: expected a positive int"),
-])
+  ],
+)
 def test_mistakes_are_named(family, fields, message):
   for read in (hf_config.complete, model_families.from_hf, lambda c: data_families.create(c, {})):
     with pytest.raises(ValueError, match=f"^config.json: {re.escape(message)}") as error:
@@ -131,12 +168,15 @@ def test_mistakes_are_named(family, fields, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("content", "message"), [
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
     (b"", "config.json: not JSON: Expecting value"),
     (b"\xff\xff\xff", "config.json: not JSON: "),
     (b'{"model_type": ', "config.json: not JSON: Expecting value: line 1 column 16"),
     (b"[]", "config.json: expected a JSON object, got list"),
-])
+  ],
+)
 def test_broken_file(content, message, tmp_path):
   (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:

@@ -15,15 +15,29 @@ LAYERS = (
   {"planning"},
   {"stages"},
   {"rollout", "scoring", "report", "evaluate", "scratch"},
-  {"objectives", "models", "rewards", "data", "checkpoint", "metrics", "views",
-   "packing", "flops", "memory"},
+  {
+    "objectives",
+    "models",
+    "rewards",
+    "data",
+    "checkpoint",
+    "metrics",
+    "views",
+    "packing",
+    "flops",
+    "memory",
+  },
   {"types", "config", "parallel"},
   {"example", "errors", "hf_config"},
 )
 # Within a layer, who else may import whom.
 NEIGHBOURS = {
-  ("evaluate", "rollout"), ("models", "data"), ("flops", "models"), ("memory", "models"),
-  ("memory", "packing")}
+  ("evaluate", "rollout"),
+  ("models", "data"),
+  ("flops", "models"),
+  ("memory", "models"),
+  ("memory", "packing"),
+}
 # Stricter than the layers: these import nothing else of the package.
 ONLY = {
   "objectives": {"types"},
@@ -134,27 +148,37 @@ BASE = {
 }
 
 
-@pytest.mark.parametrize(("module", "source", "complaint"), [
-  ("jaxrl_vlm.models.qwen", "from jaxrl_vlm import stages", "jaxrl_vlm.stages, which is not below"),
-  ("jaxrl_vlm.models.qwen", "def f():\n  import jaxrl_vlm.stages", "jaxrl_vlm.stages, which is"),
-  ("jaxrl_vlm.objectives", "from jaxrl_vlm import models", "objectives may import ['types']"),
-  ("jaxrl_vlm.rollout", "from jaxrl_vlm import Example", "imports the public API"),
-  ("jaxrl_vlm.train", "import jax", "jaxrl_vlm.train loads jax"),
-  ("jaxrl_vlm.rewards", "import optax.losses", "jaxrl_vlm.rewards loads optax"),
-  ("jaxrl_vlm.data", "from jaxrl_vlm.types import Prompt", "jaxrl_vlm.data loads jax"),
-  ("jaxrl_vlm.data", "try:\n  import jax\nexcept ImportError:\n  pass", "data loads jax"),
-  ("jaxrl_vlm.helpers", "", "helpers has no place in LAYERS"),
-])
+@pytest.mark.parametrize(
+  ("module", "source", "complaint"),
+  [
+    (
+      "jaxrl_vlm.models.qwen",
+      "from jaxrl_vlm import stages",
+      "jaxrl_vlm.stages, which is not below",
+    ),
+    ("jaxrl_vlm.models.qwen", "def f():\n  import jaxrl_vlm.stages", "jaxrl_vlm.stages, which is"),
+    ("jaxrl_vlm.objectives", "from jaxrl_vlm import models", "objectives may import ['types']"),
+    ("jaxrl_vlm.rollout", "from jaxrl_vlm import Example", "imports the public API"),
+    ("jaxrl_vlm.train", "import jax", "jaxrl_vlm.train loads jax"),
+    ("jaxrl_vlm.rewards", "import optax.losses", "jaxrl_vlm.rewards loads optax"),
+    ("jaxrl_vlm.data", "from jaxrl_vlm.types import Prompt", "jaxrl_vlm.data loads jax"),
+    ("jaxrl_vlm.data", "try:\n  import jax\nexcept ImportError:\n  pass", "data loads jax"),
+    ("jaxrl_vlm.helpers", "", "helpers has no place in LAYERS"),
+  ],
+)
 def test_violation_is_found(module, source, complaint):
   assert violations(BASE) == []
   found = violations(BASE | {module: source})
   assert len(found) == 1 and complaint in found[0]
 
 
-@pytest.mark.parametrize("source", [
-  "def f():\n  import jax",
-  "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from jaxrl_vlm.types import Prompt",
-  "from jaxrl_vlm.example import Example",
-])
+@pytest.mark.parametrize(
+  "source",
+  [
+    "def f():\n  import jax",
+    "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from jaxrl_vlm.types import Prompt",
+    "from jaxrl_vlm.example import Example",
+  ],
+)
 def test_allowed_in_data(source):
   assert violations(BASE | {"jaxrl_vlm.data": source}) == []

@@ -37,16 +37,26 @@ def test_held_is_what_lies_on_each_device():
   tree = {"q": {"kernel": jnp.zeros((8, 6))}, "norm": {"scale": jnp.zeros(3)}}
   shardings = parallel.param_shardings(mesh, tree)
   placed = jax.device_put(tree, shardings)
-  found = sum(shard.data.nbytes for leaf in jax.tree.leaves(placed)
-              for shard in leaf.addressable_shards if shard.device == jax.devices()[0])
+  found = sum(
+    shard.data.nbytes
+    for leaf in jax.tree.leaves(placed)
+    for shard in leaf.addressable_shards
+    if shard.device == jax.devices()[0]
+  )
   assert memory.held(tree, shardings) == found == (2 * 3 + 3) * 4
 
 
 def sampler(config, room, **options):
   mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, jax.devices()[:2])
   shapes = models.abstract_params(config)
-  return Sampler(models.VLM(config), mesh, Sampling(8, 1024),
-                 parallel.param_shardings(mesh, shapes), room=room, **options)
+  return Sampler(
+    models.VLM(config),
+    mesh,
+    Sampling(8, 1024),
+    parallel.param_shardings(mesh, shapes),
+    room=room,
+    **options,
+  )
 
 
 def test_groups_at_once_are_the_most_that_fit(config):
@@ -65,7 +75,8 @@ def test_groups_at_once_are_the_most_that_fit(config):
   given, copied = memory.prompts(model, patches, 32), memory.features(model, patches, 64)
   assert 0.2e9 < given < 2e9 and 0.2e9 < copied < 2e9
   assert sampler(config, 4e9 + given).groups_at_once(64, 1024, patches) == (
-      whole.groups_at_once(64, 1024))
+    whole.groups_at_once(64, 1024)
+  )
   apart, alone = (sampler(config, 12e9 + more, tensor=2) for more in (given + copied, 0))
   assert apart.groups_at_once(64, 1024, patches) == alone.groups_at_once(64, 1024) < 64
   # What the config says counts, in whole devices, if it fits.
@@ -92,14 +103,18 @@ def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
   mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, jax.devices()[:2])
   settings = tiny_run.get_config().stages[1].optimizer
   programs = Programs(
-      models.VLM(config), mesh, objectives.create("grpo", kl_coef=0.0),
-      make_optimizer(settings, 1), models.abstract_params(config), capacity=70e9)
+    models.VLM(config),
+    mesh,
+    objectives.create("grpo", kl_coef=0.0),
+    make_optimizer(settings, 1),
+    models.abstract_params(config),
+    capacity=70e9,
+  )
   # float32 weights and two moments of 3.75e9 parameters, halved.
   assert np.isclose(programs.held, 3.75e9 * 12 / 2, rtol=0.01)
   assert programs.room == 70e9 - programs.held
   sizes = 64, 2048, 1024, 8, 1024
-  fits = next(n for n in (1, 2, 4, 8, 16, 32)
-              if programs.update_bytes(*sizes, n) <= programs.room)
+  fits = next(n for n in (1, 2, 4, 8, 16, 32) if programs.update_bytes(*sizes, n) <= programs.room)
   assert fits > 1
   with pytest.raises(UserError, match=rf"microbatches=1: .*; microbatches={fits} fits$"):
     programs.check_update(*sizes)
@@ -110,8 +125,16 @@ def test_an_update_that_does_not_fit_names_the_microbatches_that_do(config):
 
 def test_views_need_memory_of_their_own(config):
   model = memory.Model(dataclasses.replace(config, attention="splash"))  # holds no scores
-  plain = dict(length=1024, patches=4096, prompts=2, group=8, tokens=512, part_tokens=4096,
-               gradient=0.0, trains_vision=False)
+  plain = dict(
+    length=1024,
+    patches=4096,
+    prompts=2,
+    group=8,
+    tokens=512,
+    part_tokens=4096,
+    gradient=0.0,
+    trains_vision=False,
+  )
   # A row more for each prompt: what its layers keep, keys and values, their gradient; and the part.
   row = 2 * (model.kept(1024) + model.keys_and_values(1024) * 3)
   one, two, nine = (memory.update(model, **plain, views=v) for v in ((1,), (1, 1), (1, 8)))
@@ -123,9 +146,16 @@ def test_views_need_memory_of_their_own(config):
 
   def need(name, **fields):
     programs = Programs(
-        models.VLM(slim), mesh, objectives.create(name, **fields), optax.sgd(0.0),
-        models.abstract_params(slim), trainable=("!vision",), capacity=70e9,
-        black=np.zeros(1), white=np.ones(1))
+      models.VLM(slim),
+      mesh,
+      objectives.create(name, **fields),
+      optax.sgd(0.0),
+      models.abstract_params(slim),
+      trainable=("!vision",),
+      capacity=70e9,
+      black=np.zeros(1),
+      white=np.ones(1),
+    )
     return programs.update_bytes(32, 2048, 4096, 8, 64)
 
   by_prompt = need("vppo", mask_per="prompt")
@@ -172,8 +202,10 @@ def test_what_only_short_prompts_have_room_for_is_said(tmp_path, one_device, cap
   monkeypatch.setattr(Programs, "update_bytes", lambda self, _, length, *more: 2e7 * length)
   train.train(config, tmp_path / "run")
   out = " ".join(capsys.readouterr().out.split())
-  assert ("tokens: 64: 4; not every prompt will fit: config.stages[0].microbatches=1: an update "
-          "with prompts of 128 tokens and 144 patches needs 2.4 GiB") in out
+  assert (
+    "tokens: 64: 4; not every prompt will fit: config.stages[0].microbatches=1: an update "
+    "with prompts of 128 tokens and 144 patches needs 2.4 GiB"
+  ) in out
 
 
 def test_a_container_has_the_memory_that_it_is_given(tmp_path, monkeypatch):
@@ -207,8 +239,15 @@ def test_prompts_by_hand(config):
   def need(devices, **fields):
     mesh = parallel.make_mesh({"fsdp": devices, "tensor": 1}, jax.devices()[:devices])
     programs = Programs(
-        models.VLM(config), mesh, objectives.create("papo", **fields), optax.sgd(0.0),
-        models.abstract_params(config), capacity=70e9, black=np.zeros(1), white=np.ones(1))
+      models.VLM(config),
+      mesh,
+      objectives.create("papo", **fields),
+      optax.sgd(0.0),
+      models.abstract_params(config),
+      capacity=70e9,
+      black=np.zeros(1),
+      white=np.ones(1),
+    )
     return programs.update_bytes(32 * devices, 2048, 4096, 8, 64) + programs.held
 
   # What is dealt to devices is there twice; the host's images of each sample too.
@@ -223,7 +262,10 @@ def test_the_tower_by_hand(config):
   vision = config.vision
   pairs = 2 * 4 * vision.num_heads * 2**19  # more than are held at a time
   assert memory.see(memory.Model(config), 4096, 3) == 3 * (
-      4096 * 2 * (2 * vision.hidden_size + 3 * vision.intermediate_size) + pairs)
+    4096 * 2 * (2 * vision.hidden_size + 3 * vision.intermediate_size) + pairs
+  )
   kernels = dataclasses.replace(config, attention="splash")
-  assert memory.see(memory.Model(kernels), 4096, 3) == memory.see(
-      memory.Model(config), 4096, 3) - 3 * pairs
+  assert (
+    memory.see(memory.Model(kernels), 4096, 3)
+    == memory.see(memory.Model(config), 4096, 3) - 3 * pairs
+  )

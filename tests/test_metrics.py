@@ -20,12 +20,14 @@ from jaxrl_vlm.errors import UserError
 
 def test_records_round_trip_and_non_finite_values_are_null(tmp_path):
   with metrics.MetricsWriter(tmp_path / "run") as writer:
-    writer.write(1, "rl", {"train/reward": np.float32(0.5), "n": 3, "nan": math.nan,
-                           "inf": -math.inf})
+    writer.write(
+      1, "rl", {"train/reward": np.float32(0.5), "n": 3, "nan": math.nan, "inf": -math.inf}
+    )
     # On disk at once: a kill after write() loses nothing.
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
-  assert text == ('{"step": 1, "stage": "rl", "train/reward": 0.5, "n": 3, "nan": null,'
-                  ' "inf": null}\n')
+  assert text == (
+    '{"step": 1, "stage": "rl", "train/reward": 0.5, "n": 3, "nan": null, "inf": null}\n'
+  )
   assert metrics.read(tmp_path / "run") == [json.loads(text)]
   assert metrics.read(tmp_path / "no_such_run") == []
 
@@ -42,10 +44,19 @@ def test_resume_has_no_duplicates_and_loses_nothing(tmp_path):
     for step in range(5, 8):
       writer.write(step, "rl", {"life": 2})
   assert [(r["step"], r["life"]) for r in metrics.read(tmp_path)] == [
-      (1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 2)]
+    (1, 1),
+    (2, 1),
+    (3, 1),
+    (4, 1),
+    (5, 2),
+    (6, 2),
+    (7, 2),
+  ]
   assert (tmp_path / "metrics.dropped.jsonl").read_text().splitlines() == [
-      '{"step": 5, "stage": "rl", "life": 1}', '{"step": 6, "stage": "rl", "life": 1}',
-      '{"step": 7, "sta']
+    '{"step": 5, "stage": "rl", "life": 1}',
+    '{"step": 6, "stage": "rl", "life": 1}',
+    '{"step": 7, "sta',
+  ]
 
   # Nothing to drop: the file is as it was.
   before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -71,13 +82,15 @@ def test_tensorboard_events_hold_the_values_and_purge_the_earlier_life(tmp_path)
     data, events = path.read_bytes(), []
     while data:  # a record: length (8 bytes), checksum (4), event, checksum (4)
       size = int.from_bytes(data[:8], "little")
-      events.append(protos.Event.FromString(data[12:12 + size]))
-      data = data[16 + size:]
+      events.append(protos.Event.FromString(data[12 : 12 + size]))
+      data = data[16 + size :]
     lives.append(events)
   assert [events[1].step for events in lives] == [0, 2]
   assert [events[1].session_log.status for events in lives] == [1, 1]  # START: purge from here on
-  assert [(events[2].step, events[2].summary.value[0].tag, events[2].summary.value[0].simple_value)
-          for events in lives] == [(1, "train/reward", 0.25), (3, "train/reward", 2.25)]
+  assert [
+    (events[2].step, events[2].summary.value[0].tag, events[2].summary.value[0].simple_value)
+    for events in lives
+  ] == [(1, "train/reward", 0.25), (3, "train/reward", 2.25)]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is full")
@@ -87,8 +100,9 @@ def test_a_full_disk_names_the_file(tmp_path):
   with pytest.raises(UserError) as error:
     writer.write(1, "rl", {"x": 1})
   assert str(error.value) == (
-      f"{tmp_path}/metrics.jsonl: cannot write metrics: No space left on device; once that is"
-      " mended, the same command resumes the run")
+    f"{tmp_path}/metrics.jsonl: cannot write metrics: No space left on device; once that is"
+    " mended, the same command resumes the run"
+  )
 
 
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
@@ -98,33 +112,60 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
 
 
 def evaluation(step, stage, overall, seeing):
-  return {"step": step, "stage": stage, "eval/accuracy": overall,
-          "eval/accuracy/perception": seeing, "eval/accuracy_of_something_else": 1.0}
+  return {
+    "step": step,
+    "stage": stage,
+    "eval/accuracy": overall,
+    "eval/accuracy/perception": seeing,
+    "eval/accuracy_of_something_else": 1.0,
+  }
 
 
 def test_before_is_the_start_of_the_last_stage():
-  train = [{"step": step, "stage": stage, "train/loss": 1.0}
-           for step, stage in ((1, "sft"), (2, "sft"), (3, "rl"), (4, "rl"))]
-  start, middle, end = (evaluation(0, "sft", 0.1, 0.2), evaluation(2, "sft", 0.5, 0.6),
-                        evaluation(4, "rl", 0.7, 0.9))
+  train = [
+    {"step": step, "stage": stage, "train/loss": 1.0}
+    for step, stage in ((1, "sft"), (2, "sft"), (3, "rl"), (4, "rl"))
+  ]
+  start, middle, end = (
+    evaluation(0, "sft", 0.1, 0.2),
+    evaluation(2, "sft", 0.5, 0.6),
+    evaluation(4, "rl", 0.7, 0.9),
+  )
   expected = [("overall", 0.5, 0.7), ("perception", 0.6, 0.9)]
   assert metrics.before_and_after([start, *train[:2], middle, *train[2:], end]) == expected
   # Evaluated again by the stage itself, ahead of its first step.
   again = evaluation(2, "rl", 0.4, 0.6)
   assert metrics.before_and_after([start, *train[:2], middle, again, *train[2:], end])[0] == (
-      "overall", 0.4, 0.7)
+    "overall",
+    0.4,
+    0.7,
+  )
   # Two stages of one kind.
-  third = [evaluation(4, "rl", 0.65, 0.9), {"step": 5, "stage": "rl", "train/loss": 1.0},
-           evaluation(5, "rl", 0.8, 0.9)]
+  third = [
+    evaluation(4, "rl", 0.65, 0.9),
+    {"step": 5, "stage": "rl", "train/loss": 1.0},
+    evaluation(5, "rl", 0.8, 0.9),
+  ]
   assert metrics.before_and_after([start, *train[:2], middle, *train[2:], end, *third])[0] == (
-      "overall", 0.65, 0.8)
+    "overall",
+    0.65,
+    0.8,
+  )
   assert metrics.before_and_after([*train[:2], end]) == [
-      ("overall", 0.7, None), ("perception", 0.9, None)]
+    ("overall", 0.7, None),
+    ("perception", 0.9, None),
+  ]
   assert metrics.before_and_after(train) == []
 
 
-STEP = {"train/reward": 0.622, "train/reward/math": 0.58, "train/reward/format": 1.0,
-        "train/accuracy": 0.58, "train/response_length": 21.3, "time/tokens_per_second": 3120.0}
+STEP = {
+  "train/reward": 0.622,
+  "train/reward/math": 0.58,
+  "train/reward/format": 1.0,
+  "train/accuracy": 0.58,
+  "train/response_length": 21.3,
+  "time/tokens_per_second": 3120.0,
+}
 
 
 def test_piped_display_prints_plain_lines(monkeypatch):
@@ -139,12 +180,12 @@ def test_piped_display_prints_plain_lines(monkeypatch):
       progress.update(step, "rl", STEP)
   numbers = "reward 0.62 (math 0.58 format 1.00)  acc 0.58  len 21  3.1k tok/s"
   assert out.getvalue().splitlines() == [
-      "sft  1/8  loss 1.23  950 tok/s",
-      "[bold]saved[/bold] " + "x" * 200,
-      "sft  2/8  loss 1.00  0:12 left",
-      f"rl  3/8  {numbers}",
-      f"rl  6/8  {numbers}  0:04 left",
-      f"rl  7/8  {numbers}  0:02 left",
+    "sft  1/8  loss 1.23  950 tok/s",
+    "[bold]saved[/bold] " + "x" * 200,
+    "sft  2/8  loss 1.00  0:12 left",
+    f"rl  3/8  {numbers}",
+    f"rl  6/8  {numbers}  0:04 left",
+    f"rl  7/8  {numbers}  0:02 left",
   ]
 
 
@@ -186,15 +227,19 @@ def test_terminal_display_is_live(monkeypatch):
 
 
 def test_results_table(monkeypatch):
-  changes = [metrics.Change("overall", 0.5, 0.625), metrics.Change("perception", 0.75, 0.7),
-             metrics.Change("reasoning", 0.1, None)]
+  changes = [
+    metrics.Change("overall", 0.5, 0.625),
+    metrics.Change("perception", 0.75, 0.7),
+    metrics.Change("reasoning", 0.1, None),
+  ]
   out = io.StringIO()
   metrics.results_table(changes, stream=out)
   assert out.getvalue() == (
-      "held-out accuracy  before  after          gain\n"
-      "overall             50.0%  62.5%  +12.5 points\n"
-      "perception          75.0%  70.0%   -5.0 points\n"
-      "reasoning           10.0%      -             -\n")
+    "held-out accuracy  before  after          gain\n"
+    "overall             50.0%  62.5%  +12.5 points\n"
+    "perception          75.0%  70.0%   -5.0 points\n"
+    "reasoning           10.0%      -             -\n"
+  )
   text = on_a_terminal(lambda stream: metrics.results_table(changes, stream=stream), monkeypatch)
   assert "\x1b[32m" in text and "+12.5 points" in text
 

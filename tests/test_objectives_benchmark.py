@@ -24,16 +24,33 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def test_a_curve_counts_tokens_and_the_seconds_of_steps_alone():
   def step(number, tokens, seconds, compilations):
-    return {"step": number, "stage": "rl", "train/generated_tokens": tokens,
-            "time/step_seconds": seconds, "time/compilations": compilations}
+    return {
+      "step": number,
+      "stage": "rl",
+      "train/generated_tokens": tokens,
+      "time/step_seconds": seconds,
+      "time/compilations": compilations,
+    }
 
   def evaluation(number, accuracy):
-    return {"step": number, "stage": "rl", "eval/accuracy": accuracy,
-            "eval/accuracy/perception": accuracy + 0.1, "eval/accuracy/reasoning": accuracy - 0.1}
+    return {
+      "step": number,
+      "stage": "rl",
+      "eval/accuracy": accuracy,
+      "eval/accuracy/perception": accuracy + 0.1,
+      "eval/accuracy/reasoning": accuracy - 0.1,
+    }
 
-  found = bench.curve([
-      evaluation(0, 0.2), step(1, 100, 50.0, 7), step(2, 250, 2.0, 7), evaluation(2, 0.3),
-      step(3, 400, 4.0, 7), evaluation(3, 0.5)])
+  found = bench.curve(
+    [
+      evaluation(0, 0.2),
+      step(1, 100, 50.0, 7),
+      step(2, 250, 2.0, 7),
+      evaluation(2, 0.3),
+      step(3, 400, 4.0, 7),
+      evaluation(3, 0.5),
+    ]
+  )
   assert found["step"] == [0, 2, 3] and found["tokens"] == [0, 250, 400]
   # The first step compiled: it counts as one of 3 seconds.
   assert found["seconds"] == [0, 5, 9]
@@ -66,25 +83,44 @@ def result(method, rate, seed, purpose, final):
   curve = {"step": [0, 10, 20], "tokens": [0, 100_000, 310_000], "seconds": [0.0, 10.0, 20.0]}
   for i, skill in enumerate(bench.SKILLS):
     curve[skill] = [0.3, 0.4 + 0.01 * i, final + 0.01 * i]
-  return {"method": method, "learning_rate": rate, "seed": seed, "purpose": purpose,
-          "seconds": 99.0, "curve": curve}
+  return {
+    "method": method,
+    "learning_rate": rate,
+    "seed": seed,
+    "purpose": purpose,
+    "seconds": 99.0,
+    "curve": curve,
+  }
 
 
 @pytest.fixture
 def data():
   rates = bench.LEARNING_RATES
-  results = [result(m, rate, seed, "tune", 0.5 + 0.01 * (i == 1) + 0.002 * (seed - 100))
-             for m in ("grpo", "vppo") for i, rate in enumerate(rates) for seed in (100, 101)]
+  results = [
+    result(m, rate, seed, "tune", 0.5 + 0.01 * (i == 1) + 0.002 * (seed - 100))
+    for m in ("grpo", "vppo")
+    for i, rate in enumerate(rates)
+    for seed in (100, 101)
+  ]
   for seed in (0, 1, 2):
-    results += [result("grpo", rates[1], seed, "compare", 0.6 + 0.01 * seed),
-                result("vppo", rates[1], seed, "compare", 0.65 + 0.012 * seed),
-                result("vppo", rates[0], seed, "compare", 0.1),  # of a rate that was tuned away
-                result("vppo_full_kl", rates[1], seed, "compare", 0.64)]
+    results += [
+      result("grpo", rates[1], seed, "compare", 0.6 + 0.01 * seed),
+      result("vppo", rates[1], seed, "compare", 0.65 + 0.012 * seed),
+      result("vppo", rates[0], seed, "compare", 0.1),  # of a rate that was tuned away
+      result("vppo_full_kl", rates[1], seed, "compare", 0.64),
+    ]
   return {
-      "date": "2026-01-01", "machine": "2 CPU cores", "at_once": 2, "commit": "abc",
-      "settings": {"token_budget": 310_000, "eval_every": 10}, "done": 18, "planned": 157,
-      "failed": {"compare_rloo_0.0001_0": "exit code 2: no such objective"},
-      "learning_rates": bench.tuned(results), "results": results}
+    "date": "2026-01-01",
+    "machine": "2 CPU cores",
+    "at_once": 2,
+    "commit": "abc",
+    "settings": {"token_budget": 310_000, "eval_every": 10},
+    "done": 18,
+    "planned": 157,
+    "failed": {"compare_rloo_0.0001_0": "exit code 2: no such objective"},
+    "learning_rates": bench.tuned(results),
+    "results": results,
+  }
 
 
 def test_the_best_mean_over_tuning_seeds_is_the_learning_rate(data):
@@ -107,12 +143,13 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert f"{len(data['results']) * 99 / 2 / 3600:.1f} hours together" in text
   assert "compare_rloo_0.0001_0: exit code 2: no such objective" in text
   rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
-  assert "the objective of \"VPPO, shaping only\" above" in text
+  assert 'the objective of "VPPO, shaping only" above' in text
   cells = [cell.strip() for cell in rows["VPPO"].strip("|").split("|")]
   assert cells == ["VPPO", "50.1", "**51.1**", "50.1"]  # the last table: learning rates
   main = bench.table(bench._compared(data["results"], data), list(bench.METHODS), "grpo")
-  grpo, vppo = ([cell.strip() for cell in line.strip("|").split("|")]
-                for line in main.splitlines()[2:])
+  grpo, vppo = (
+    [cell.strip() for cell in line.strip("|").split("|")] for line in main.splitlines()[2:]
+  )
   assert grpo[:4] == ["GRPO", "0.0001", "3", "61.0 ± 2.5"] and grpo[6] == ""
   assert vppo[3] == "66.2 ± 3.0" and vppo[6] == "+5.2 ± 0.5"
   assert float(vppo[7]) < 0.001 and vppo[7] == vppo[8]
@@ -125,17 +162,24 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
 
 
 def test_what_becomes_of_the_tokens():
-  records = [{"step": 1, "train/tries": 1.0, "objective/clip_low": 0.1, "objective/clip_high": 0.0},
-             {"step": 2, "train/tries": 2.0, "objective/clip_low": 0.2, "objective/clip_high": 0.3},
-             {"step": 2, "eval/accuracy": 0.5}]
+  records = [
+    {"step": 1, "train/tries": 1.0, "objective/clip_low": 0.1, "objective/clip_high": 0.0},
+    {"step": 2, "train/tries": 2.0, "objective/clip_low": 0.2, "objective/clip_high": 0.3},
+    {"step": 2, "eval/accuracy": 0.5},
+  ]
   found = bench.step_means(records)
-  assert found == {"train/tries": 1.5, "objective/clip_low": pytest.approx(0.15),
-                   "objective/clip_high": pytest.approx(0.15)}
+  assert found == {
+    "train/tries": 1.5,
+    "objective/clip_low": pytest.approx(0.15),
+    "objective/clip_high": pytest.approx(0.15),
+  }
   old = result("grpo", 1e-4, 0, "compare", 0.6)  # of results that were kept without means
   new = [result("vppo", 1e-4, seed, "compare", 0.6) | {"means": found} for seed in (0, 1)]
   rows = bench.steps_table({"grpo": [old], "vppo": new}).splitlines()[2:]
   assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
-      ["GRPO", "20", "–", "–", "–", "–"], ["VPPO", "20", "–", "–", "1.5", "30.0"]]
+    ["GRPO", "20", "–", "–", "–", "–"],
+    ["VPPO", "20", "–", "–", "1.5", "30.0"],
+  ]
 
 
 def test_nothing_measured_yet_is_a_page_too(data, tmp_path):
@@ -163,7 +207,9 @@ def tunings(method, finals):
   return [result(method, rate, 100, "tune", final) for rate, final in finals.items()]
 
 
-@pytest.mark.parametrize(("finals", "rates", "best"), [
+@pytest.mark.parametrize(
+  ("finals", "rates", "best"),
+  [
     ({}, (5e-5, 1e-4, 2e-4), None),
     ({5e-5: 0.3, 1e-4: 0.9}, (5e-5, 1e-4, 2e-4), None),  # one is missing: nothing is known
     ({5e-5: 0.3, 1e-4: 0.5, 2e-4: 0.4}, (5e-5, 1e-4, 2e-4), 1e-4),
@@ -172,7 +218,8 @@ def tunings(method, finals):
     ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.6}, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), None),
     ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.6, 8e-4: 0.7}, (5e-5, 1e-4, 2e-4, 4e-4, 8e-4), 8e-4),
     ({5e-5: 0.5, 1e-4: 0.4, 2e-4: 0.3, 2.5e-5: 0.6}, (5e-5, 1e-4, 2e-4, 2.5e-5, 1.25e-5), None),
-])
+  ],
+)
 def test_rates_go_on_beyond_the_edge_while_the_best_is_there(finals, rates, best):
   results = tunings("grpo", finals)
   assert bench.grid(bench.tuning(results, "grpo")) == rates
@@ -216,13 +263,27 @@ class Pretended(runs.Runner):
         (path / "model" / "config.json").write_text("{}")
         (path / "model" / "model.safetensors").write_bytes(self.weights)
         (path / "seconds.json").write_text("[360.0]")
-        evaluations = [{"step": step, "eval/accuracy": a, "eval/accuracy/perception": a,
-                        "eval/accuracy/reasoning": a} for step, a in ((0, 0.3), (1, final))]
-        step = {"step": 1, "train/generated_tokens": 100_000, "time/step_seconds": 1.0,
-                "time/compilations": 0}
-        (path / "metrics.jsonl").write_text("".join(
-            json.dumps({"stage": "rl", **r}) + "\n" for r in (*evaluations[:1], step,
-                                                            *evaluations[1:])))
+        evaluations = [
+          {
+            "step": step,
+            "eval/accuracy": a,
+            "eval/accuracy/perception": a,
+            "eval/accuracy/reasoning": a,
+          }
+          for step, a in ((0, 0.3), (1, final))
+        ]
+        step = {
+          "step": 1,
+          "train/generated_tokens": 100_000,
+          "time/step_seconds": 1.0,
+          "time/compilations": 0,
+        }
+        (path / "metrics.jsonl").write_text(
+          "".join(
+            json.dumps({"stage": "rl", **r}) + "\n"
+            for r in (*evaluations[:1], step, *evaluations[1:])
+          )
+        )
         self._keep_settings(job)
       self.ran.append(job.name)
       yield job, runs.Failed("no memory") if job.name in self.fail else 360.0
@@ -250,9 +311,10 @@ def test_common_rates_first_then_those_beyond_then_the_comparison(tmp_path, monk
   benchmark = bench.Benchmark(runner, tmp_path, SETTINGS, more)
   benchmark.run_all()
   tuning = [name for name in runner.ran if name.startswith("tune")]
-  assert runner.ran[:1 + len(tuning)] == ["base", *tuning] and len(tuning) == 33 + 4
-  assert tuning[33:] == [f"tune_{name}_100" for name in (
-      "grpo_0.0004", "rloo_2.5e-05", "grpo_0.0008", "rloo_1.25e-05")]
+  assert runner.ran[: 1 + len(tuning)] == ["base", *tuning] and len(tuning) == 33 + 4
+  assert tuning[33:] == [
+    f"tune_{name}_100" for name in ("grpo_0.0004", "rloo_2.5e-05", "grpo_0.0008", "rloo_1.25e-05")
+  ]
   rates = benchmark.data["learning_rates"]
   assert rates == dict.fromkeys(bench.TUNED, 1e-4) | {"grpo": 8e-4, "rloo": 2.5e-5}
   assert benchmark.data["done"] == benchmark.data["planned"] == 133 == len(runner.ran)
@@ -270,9 +332,13 @@ def test_a_method_is_compared_once_its_tuning_is_complete(tmp_path, capsys, monk
   with pytest.raises(SystemExit, match="3 runs failed; the same command"):
     bench.Benchmark(runner, tmp_path, SETTINGS, ()).run_all()
   left_out = {"cispo", "vppo", "rloo", *bench.VARIANTS}
-  expected = {bench.Trial(name, 8e-4 if name == "grpo" else 1e-4, seed, "compare").job(
-      tmp_path, SETTINGS, ()).name for name in bench.EVERYTHING.keys() - left_out
-      for seed in bench.SEEDS}
+  expected = {
+    bench.Trial(name, 8e-4 if name == "grpo" else 1e-4, seed, "compare")
+    .job(tmp_path, SETTINGS, ())
+    .name
+    for name in bench.EVERYTHING.keys() - left_out
+    for seed in bench.SEEDS
+  }
   assert {name for name in runner.ran if name.startswith("compare")} == expected
   said = capsys.readouterr().err
   for name in ("cispo", "vppo", "rloo"):
@@ -295,15 +361,18 @@ def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
   runner = Pretended(tmp_path / "elsewhere", accuracy)
   second = bench.Benchmark(runner, tmp_path, SETTINGS, ())
   second.run_all()
-  last = [bench.Trial(**{k: r[k] for k in ("method", "learning_rate", "seed", "purpose")})
-          for r in results[-3:]]
+  last = [
+    bench.Trial(**{k: r[k] for k in ("method", "learning_rate", "seed", "purpose")})
+    for r in results[-3:]
+  ]
   assert sorted(runner.ran) == sorted(["base", *(second.job(t).name for t in last)])
   assert second.data["done"] == first.data["done"] and len(second.data["results"]) == len(results)
   assert second.data["learning_rates"] == first.data["learning_rates"]
 
   with pytest.raises(SystemExit, match="settings is .* move it away to begin anew"):
-    bench.Benchmark(Pretended(tmp_path / "other", accuracy), tmp_path,
-                    SETTINGS | {"token_budget": 7}, ()).run_all()
+    bench.Benchmark(
+      Pretended(tmp_path / "other", accuracy), tmp_path, SETTINGS | {"token_budget": 7}, ()
+    ).run_all()
   monkeypatch.setattr(Pretended, "weights", b"others")
   with pytest.raises(SystemExit, match="cold_start is .* move it away to begin anew"):
     bench.Benchmark(Pretended(tmp_path / "third", accuracy), tmp_path, SETTINGS, ()).run_all()
@@ -316,8 +385,10 @@ def test_other_settings_are_refused_before_anything_runs(tmp_path):
   list(runner.run([benchmark.job(bench.Trial("vppo_full_kl", 8e-4, 4, "compare"))]))
   runner.ran.clear()
   settings = {**SETTINGS, "token_budget": 2000}
-  expected = (r"compare_vppo_full_kl_0.0008_4: --config.stages\[0\].token_budget is 1000 in this "
-              "run, 2000 now; delete the run, or choose another --folder$")
+  expected = (
+    r"compare_vppo_full_kl_0.0008_4: --config.stages\[0\].token_budget is 1000 in this "
+    "run, 2000 now; delete the run, or choose another --folder$"
+  )
   with pytest.raises(SystemExit, match=expected):
     bench.Benchmark(runner, tmp_path, settings, ()).run_all()
   with pytest.raises(SystemExit, match=expected):
@@ -335,17 +406,19 @@ def test_every_run_of_the_benchmark_has_a_valid_config(tmp_path, one_device):
   trials += [t for t in bench.tuning_trials() if t.seed == bench.TUNING_SEEDS[0]]
   assert len({t.method for t in trials}) == len(bench.EVERYTHING)
   for trial in trials:
-    job = trial.job(ROOT / "checkpoints" / "digits_base",
-                    {"token_budget": 1000, "eval_every": 10}, ())
+    job = trial.job(
+      ROOT / "checkpoints" / "digits_base", {"token_budget": 1000, "eval_every": 10}, ()
+    )
     flags = [f"--config={ROOT / job.config}", f"--workdir={tmp_path}", *job.flags]
     config = config_lib.load(flags).config
     stages.check(config)
     (stage,) = config.stages
     assert stage.token_budget == 1000 and stage.eval.every == (
-        5 if bench.EVERYTHING[trial.method].filters else 10)
+      5 if bench.EVERYTHING[trial.method].filters else 10
+    )
 
 
-TRAIN = '''
+TRAIN = """
 import json, os, pathlib, signal, sys, time
 
 flags = dict(a.lstrip("-").split("=", 1) for a in sys.argv[1:] if "=" in a)
@@ -361,7 +434,7 @@ if "slow" in workdir.name and not (workdir / "begun").exists():
   time.sleep(60)
 (workdir / "model").mkdir()
 (workdir / "model" / "config.json").write_text("{}")
-'''
+"""
 
 
 @pytest.fixture
@@ -401,17 +474,26 @@ def test_a_run_with_other_settings_is_refused_before_anything_runs(root):
   done = runs.Job("done", "configs/x.py", ("--config.seed=1", model, "--config.seed", "2"))
   run_alone(folder, done)
   kept = json.loads((folder / "done" / "settings.json").read_text())
-  assert kept == {"--config": "configs/x.py", "--config.seed": "2",
-                  "--config.model.path": "base/model"}
+  assert kept == {
+    "--config": "configs/x.py",
+    "--config.seed": "2",
+    "--config.model.path": "base/model",
+  }
   for job, text in (
-      (runs.Job("done", "configs/y.py", done.flags), "--config is configs/x.py in this run, "
-       "configs/y.py now"),
-      (runs.Job("done", "configs/x.py", (*done.flags, "--config.seed=3")),
-       "--config.seed is 2 in this run, 3 now"),
-      (runs.Job("done", "configs/x.py", (*done.flags, "--config.log")),
-       "--config.log is not given in this run, True now"),
-      (runs.Job("done", "configs/x.py", done.flags[:2]), "--config.seed is 2 in this run, 1 now"),
-      (runs.Job("done", "configs/x.py", (model,)), "in this run, not given now"),
+    (
+      runs.Job("done", "configs/y.py", done.flags),
+      "--config is configs/x.py in this run, configs/y.py now",
+    ),
+    (
+      runs.Job("done", "configs/x.py", (*done.flags, "--config.seed=3")),
+      "--config.seed is 2 in this run, 3 now",
+    ),
+    (
+      runs.Job("done", "configs/x.py", (*done.flags, "--config.log")),
+      "--config.log is not given in this run, True now",
+    ),
+    (runs.Job("done", "configs/x.py", done.flags[:2]), "--config.seed is 2 in this run, 1 now"),
+    (runs.Job("done", "configs/x.py", (model,)), "in this run, not given now"),
   ):
     with pytest.raises(SystemExit) as error:
       run_alone(folder, runs.Job("new", "configs/x.py"), job)
@@ -454,8 +536,16 @@ def test_a_finished_run_without_a_file_of_settings_counts_and_gets_one(root):
 
 def test_digit_runs_in_a_relative_folder_that_fail_give_an_exit_code(root, monkeypatch, capsys):
   monkeypatch.setattr(digits, "RESULT", root / "digits.json")
-  monkeypatch.setattr(digits, "result", lambda method, seed, workdir, seconds: {
-      "method": method, "seed": seed, "seconds": seconds, "accuracy": {"overall": [0.1, 0.2]}})
+  monkeypatch.setattr(
+    digits,
+    "result",
+    lambda method, seed, workdir, seconds: {
+      "method": method,
+      "seed": seed,
+      "seconds": seconds,
+      "accuracy": {"overall": [0.1, 0.2]},
+    },
+  )
   (root / "elsewhere").mkdir()
   monkeypatch.chdir(root / "elsewhere")
   argv = ["digits.py", "--seeds", "0", "--folder", "my_runs", "--at-once", "1", "--methods"]
@@ -478,7 +568,7 @@ def test_two_benchmarks_do_not_share_a_folder(root):
     runs.Runner(root / "runs", 1).__enter__()
 
 
-SCRIPT = '''
+SCRIPT = """
 import pathlib, sys
 sys.path.insert(0, {repository!r})
 from benchmarks import runs
@@ -490,7 +580,7 @@ def work():
     print(len([s for _, s in runner.run(jobs) if isinstance(s, float)]), "done")
 
 runs.main_of(work)
-'''
+"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

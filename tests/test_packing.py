@@ -16,8 +16,15 @@ from tests import tiny_run
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4),
-       st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+@given(
+  st.integers(1, 3),
+  st.integers(1, 3),
+  st.integers(1, 4),
+  st.integers(1, 4),
+  st.integers(1, 5),
+  st.integers(1, 3),
+  st.integers(0, 2**31),
+)
 def test_every_token_once(splits, devices, here, group, size, tile, seed):
   rng = np.random.default_rng(seed)
   longest = 13
@@ -31,7 +38,7 @@ def test_every_token_once(splits, devices, here, group, size, tile, seed):
     prompts = np.arange(piece, len(lengths), splits).reshape(devices, here)
     for device in range(devices):
       mine = index[piece, :, device]
-      assert (mine[used[piece]:] == here * group * each).all()
+      assert (mine[used[piece] :] == here * group * each).all()
       for part in mine:
         held = part[part < here * group * each]
         # Those of a response are all there, one after another, from its first.
@@ -53,16 +60,22 @@ def test_every_token_once(splits, devices, here, group, size, tile, seed):
 
 @pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("most", [1024, 2048, 4096])
-@pytest.mark.parametrize(("devices", "microbatches", "prompts"), [
-    (1, 1, 64), (1, 4, 64), (8, 1, 128), (8, 4, 512)])
+@pytest.mark.parametrize(
+  ("devices", "microbatches", "prompts"), [(1, 1, 64), (1, 4, 64), (8, 1, 128), (8, 4, 512)]
+)
 def test_little_is_padding(devices, microbatches, prompts, most, kernel, monkeypatch):
   """Of what a stage computes with its defaults; log-normal lengths, a quarter of the limit."""
   config = dataclasses.replace(
-      scratch.model_config(tiny_run.ARCHITECTURE), attention="splash" if kernel else "xla")
+    scratch.model_config(tiny_run.ARCHITECTURE), attention="splash" if kernel else "xla"
+  )
   program = programs.Programs(
-      models.VLM(config), parallel.make_mesh({"fsdp": devices}, jax.devices()[:devices]),
-      objectives.create("sft"), optax.sgd(0.0), models.abstract_params(config),
-      microbatches=microbatches)
+    models.VLM(config),
+    parallel.make_mesh({"fsdp": devices}, jax.devices()[:devices]),
+    objectives.create("sft"),
+    optax.sgd(0.0),
+    models.abstract_params(config),
+    microbatches=microbatches,
+  )
 
   def padding(mask):
     packing = program.packed(mask)
@@ -85,8 +98,9 @@ def test_room_for_the_longest():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4),
-       st.integers(0, 2**31))
+@given(
+  st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31)
+)
 def test_balanced_moves_nobody_to_another_minibatch(devices, microbatches, minibatches, here, seed):
   loads = np.random.default_rng(seed).integers(0, 1000, devices * microbatches * minibatches * here)
   order = balanced(loads, devices, microbatches, minibatches)

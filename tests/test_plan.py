@@ -52,8 +52,19 @@ def get_config():
   c.stages = (stage,)
   return c
 """
-PROGRAMS = ["init_state", "see", "reshard", "admit", "decode", "move", "score", "score_masked",
-            "advantages", "compare", "update"]
+PROGRAMS = [
+  "init_state",
+  "see",
+  "reshard",
+  "admit",
+  "decode",
+  "move",
+  "score",
+  "score_masked",
+  "advantages",
+  "compare",
+  "update",
+]
 
 
 @pytest.fixture
@@ -65,9 +76,14 @@ def tiny(tmp_path):
 
 def command(*arguments, cwd=ROOT):
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
-  return subprocess.run([sys.executable, "-m", "jaxrl_vlm.plan", *map(str, arguments)], cwd=cwd,
-                        env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-                        timeout=500)
+  return subprocess.run(
+    [sys.executable, "-m", "jaxrl_vlm.plan", *map(str, arguments)],
+    cwd=cwd,
+    env=env | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    timeout=500,
+  )
 
 
 # -- The whole command ----------------------------------------------------------------------------
@@ -96,7 +112,10 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
     assert row["step_seconds"] == row["runs"] * max(row["seconds"].values())
   # Of loops only that over parts of packed responses depends on the data.
   assert {name: row["unknown_loops"] for name, row in rows.items() if row["unknown_loops"]} == {
-      "score": 1, "score_masked": 1, "update": 1}
+    "score": 1,
+    "score_masked": 1,
+    "update": 1,
+  }
   # Weights that are split over four chips are gathered: three quarters of them come from others.
   assert rows["update"]["collectives"]["all-gather"] > 0
   held = result["holds"]
@@ -104,15 +123,18 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
     assert rows[name]["peak"] > held["parameters"] + held["optimizer"]
   assert sum(result["split"].values()) == pytest.approx(result["step_seconds"])
   assert result["tokens_per_second_per_chip"] == pytest.approx(
-      8 * 2 * 256 / result["step_seconds"] / 4)
+    8 * 2 * 256 / result["step_seconds"] / 4
+  )
 
   # The tables are the same numbers.
   assert done.stdout.strip() == plan.report(result)
   shown = done.stdout.splitlines()
   for name, row in rows.items():
     memory, times = (line.split() for line in shown if line.startswith(f"{name} "))
-    assert memory[1:] == [*(f"{row[k] / GIB:.2f}" for k in (
-        "arguments", "temporaries", "needs", "beside", "peak")), "yes"]
+    assert memory[1:] == [
+      *(f"{row[k] / GIB:.2f}" for k in ("arguments", "temporaries", "needs", "beside", "peak")),
+      "yes",
+    ]
     assert times[1] == f"{row['runs']:g}" and times[-1] == f"{row['step_seconds']:.2f}"
 
   # Again: nothing is compiled, and the result is the same, as JSON alone.
@@ -127,10 +149,16 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
   """More prompts than a chip can hold: one line, after the table."""
   pytest.importorskip("libtpu")
   done = command(
-      f"--config={tiny}", "--topology=v5e:2x2", f"--cache={tmp_path}",
-      "--config.prompt_buckets=(4096,)", "--config.patch_buckets=(16384,)",
-      "--config.stages[0].prompts_per_step=1024", "--config.stages[0].microbatches=2",
-      "--config.stages[0].max_tokens=32", "--config.rollout.groups=8")
+    f"--config={tiny}",
+    "--topology=v5e:2x2",
+    f"--cache={tmp_path}",
+    "--config.prompt_buckets=(4096,)",
+    "--config.patch_buckets=(16384,)",
+    "--config.stages[0].prompts_per_step=1024",
+    "--config.stages[0].microbatches=2",
+    "--config.stages[0].max_tokens=32",
+    "--config.rollout.groups=8",
+  )
   assert done.returncode == 2, done.stderr
   message = done.stderr.splitlines()[-1]
   assert message.startswith("v5e:2x2: update does not fit (nor ")
@@ -147,18 +175,24 @@ def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, 
   stages = tmp_path / "stages.py"
   two_heads = tiny.read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 2')
   two_heads = two_heads.replace('"hidden_size": 512', '"hidden_size": 256')
-  stages.write_text(two_heads.replace("  c.stages = (stage,)", """
+  stages.write_text(
+    two_heads.replace(
+      "  c.stages = (stage,)",
+      """
   first, second = base.sft(), base.sft()
   for one, prompts in ((first, 4), (second, 8)):
     one.prompts_per_step, one.max_tokens, one.steps = prompts, 256, 5
     one.data.name = "digit_boards"
-  c.stages = (first, second)"""))
+  c.stages = (first, second)""",
+    )
+  )
   given = f"--config={stages}", f"--cache={tmp_path / 'cache'}"
 
   wrong = command(*given, "--topology=v5e", "--search", "--response_tokens=999")
   assert wrong.returncode == 2
   assert wrong.stderr.splitlines()[-1] == (
-      "--response_tokens=999: expected 1 to config.stages[0].max_tokens=256")
+    "--response_tokens=999: expected 1 to config.stages[0].max_tokens=256"
+  )
 
   done = command(*given, "--topology=v5e:2x2", "--search", f"--out={tmp_path / 'found.json'}")
   assert done.returncode == 0, done.stderr
@@ -172,8 +206,9 @@ def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, 
   assert again.returncode == 0, again.stderr
   assert json.loads(again.stdout)["stages"] == found
 
-  smallest = command(*given, "--topology=v5e", "--search", "--json",
-                     "--config.stages[0].prompts_per_step=2")
+  smallest = command(
+    *given, "--topology=v5e", "--search", "--json", "--config.stages[0].prompts_per_step=2"
+  )
   assert smallest.returncode == 0, smallest.stderr
   found = json.loads(smallest.stdout)["stages"]
   assert [(stage["topology"], stage["mesh"]["tensor"]) for stage in found] == 2 * [("v5e:2x2", 2)]
@@ -212,11 +247,14 @@ def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch):
   line = message(config, "--topology=v9:2x2")
   assert all(f"{name}:{{" in line for name in roofline.CHIPS)
   assert message(config, "--topology=v5", "--search") == (
-      "--topology=v5: no such TPU; did you mean 'v5p' or 'v5e'?")
+    "--topology=v5: no such TPU; did you mean 'v5p' or 'v5e'?"
+  )
   assert message(config, "--topology=v5e:2x2", "--length=many") == (
-      "--length=many: expected a whole number")
+    "--length=many: expected a whole number"
+  )
   assert message(config, "--topology=v5e:2x2", "--search=maybe") == (
-      "--search=maybe: expected true or false")
+    "--search=maybe: expected true or false"
+  )
   assert "no such file" in message("--config=nothing.py", "--topology=v5e:2x2")
   assert message(config).startswith("--topology is missing")
 
@@ -224,18 +262,22 @@ def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch):
 def test_without_libtpu_it_says_how_to_get_it(tiny, capsys, monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(
-      importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
+    importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
+  )
   refused(f"--config={tiny}", "--topology=v5e:2x2")
   assert capsys.readouterr().err == (
-      "libtpu, the TPU compiler, is not installed: pip install -e '.[plan]'\n")
+    "libtpu, the TPU compiler, is not installed: pip install -e '.[plan]'\n"
+  )
 
 
 def test_a_model_is_a_directory_or_a_published_name(tiny, tmp_path):
   config = config_lib.load_config_file(str(ROOT / "configs" / "vppo_7b.py"))
-  for path, name in (("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B"),
-                     ("/models/Qwen2.5-VL-72B-Instruct", "Qwen2.5-VL-72B"),
-                     ("Qwen3-VL-30B-A3B-Thinking", "Qwen3-VL-30B-A3B"),
-                     ("gemma-3-4b", "gemma-3-4b")):
+  for path, name in (
+    ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B"),
+    ("/models/Qwen2.5-VL-72B-Instruct", "Qwen2.5-VL-72B"),
+    ("Qwen3-VL-30B-A3B-Thinking", "Qwen3-VL-30B-A3B"),
+    ("gemma-3-4b", "gemma-3-4b"),
+  ):
     config.model.path = path
     found = step.architecture(config)
     assert found == models.from_hf(CONFIGS[name], dtype="bfloat16", remat="full")
@@ -252,10 +294,14 @@ def test_a_model_is_a_directory_or_a_published_name(tiny, tmp_path):
 
 def test_what_the_compiler_says_where_it_is_too_much():
   for text, gib in (
-      ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-       "temporaries (16.02G) exceeds available HBM (15.75G).", 16.02),
-      ("... total memory required for HLO temporaries (1.19T) exceeds", 1.19 * 1024),
-      ("Ran out of memory in memory space hbm. Used 512.0M of 95.74G hbm.", 0.5)):
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+      "temporaries (16.02G) exceeds available HBM (15.75G).",
+      16.02,
+    ),
+    ("... total memory required for HLO temporaries (1.19T) exceeds", 1.19 * 1024),
+    ("Ran out of memory in memory space hbm. Used 512.0M of 95.74G hbm.", 0.5),
+  ):
     assert compiled.needed(text) == pytest.approx(gib * GIB)
 
 
@@ -267,16 +313,37 @@ def test_slices_have_the_chips_and_links_that_they_should():
     assert [s.chips for s in roofline.slices(chip)] == [4, 8, 16, 32, 64, 128, 256]
     for where in roofline.slices(chip):
       assert roofline.find_slice(where.name) == where
-  links = {name: roofline.find_slice(name).links for name in (
-      "v5e:2x2", "v5e:4x4", "v5e:8x16", "v5e:16x16", "v5p:2x2x1", "v5p:2x4x4", "v5p:4x4x4")}
-  assert links == {"v5e:2x2": 2, "v5e:4x4": 2, "v5e:8x16": 3, "v5e:16x16": 4, "v5p:2x2x1": 2,
-                   "v5p:2x4x4": 3, "v5p:4x4x4": 6}
+  links = {
+    name: roofline.find_slice(name).links
+    for name in (
+      "v5e:2x2",
+      "v5e:4x4",
+      "v5e:8x16",
+      "v5e:16x16",
+      "v5p:2x2x1",
+      "v5p:2x4x4",
+      "v5p:4x4x4",
+    )
+  }
+  assert links == {
+    "v5e:2x2": 2,
+    "v5e:4x4": 2,
+    "v5e:8x16": 3,
+    "v5e:16x16": 4,
+    "v5p:2x2x1": 2,
+    "v5p:2x4x4": 3,
+    "v5p:4x4x4": 6,
+  }
 
 
-@pytest.mark.parametrize(("cost", "rules", "seconds"), [
+@pytest.mark.parametrize(
+  ("cost", "rules", "seconds"),
+  [
     (Cost(flops=197e12, bytes=1e9), "compute", 1.0),
     (Cost(flops=1e12, bytes=2 * 819e9), "HBM", 2.0),
-    (Cost(bytes=1e9, collectives={"all-gather": 2e11, "all-reduce": 1e11}), "ICI", 3.0)])
+    (Cost(bytes=1e9, collectives={"all-gather": 2e11, "all-reduce": 1e11}), "ICI", 3.0),
+  ],
+)
 def test_the_busiest_rules(cost, rules, seconds):
   found = roofline.bound(cost, roofline.find_slice("v5e:4x4"))
   assert found.rules == rules and found.seconds == pytest.approx(seconds)
@@ -312,13 +379,16 @@ def test_model_flops_of_a_step_are_those_of_its_responses():
   assert both == pytest.approx(reading + answering, rel=1e-3)
 
 
-@pytest.mark.parametrize(("model", "name", "shared"), [
+@pytest.mark.parametrize(
+  ("model", "name", "shared"),
+  [
     ("Qwen2.5-VL-3B", "v5e:16x16", 2),  # as the config of the benchmark says: it has two heads
     ("Qwen2.5-VL-32B", "v5p:4x4x4", 4),  # as the config says: a sixth of a chip
     ("Qwen2.5-VL-32B", "v6e:8x8", 8),  # a quarter
     ("Qwen2.5-VL-32B", "v5e:16x16", 8),  # half, and not 16, each with all eight heads
     ("Qwen2.5-VL-72B", "v6e:8x8", 16),  # more than half on eight
-])
+  ],
+)
 def test_how_many_chips_share_the_weights_of_rollouts(model, name, shared):
   fitted = plan._fitted(benchmark.config_of(model), 0, roofline.find_slice(name), 2)
   assert (fitted.mesh.tensor, fitted.rollout.tensor) == (2, shared)

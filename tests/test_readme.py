@@ -16,7 +16,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What a training command is given besides, so that it takes seconds.
 SMALL = (
-  "steps=2", "prompts_per_step=4", "num_samples=2", "max_tokens=8", "eval.examples=4",
+  "steps=2",
+  "prompts_per_step=4",
+  "num_samples=2",
+  "max_tokens=8",
+  "eval.examples=4",
   "eval.batch=4",
 )
 
@@ -35,11 +39,16 @@ def write_tfds(folder: pathlib.Path) -> None:
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-        "picture": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-        "question": tfds.features.Text(),
-        "label": tfds.features.ClassLabel(names=[str(i) for i in range(10)]),
-      }))
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          {
+            "picture": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "question": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=[str(i) for i in range(10)]),
+          }
+        ),
+      )
 
     def _split_generators(self, dl_manager):
       return {split: self._generate_examples() for split in ("train", "test")}
@@ -67,11 +76,19 @@ def folder(tmp_path_factory) -> pathlib.Path:
 def shell(command: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
   path = [os.path.dirname(sys.executable), os.environ["PATH"]]
   environment = os.environ | {
-    "PATH": os.pathsep.join(path), "PYTHONPATH": str(ROOT), "TFDS_DATA_DIR": str(folder / "tfds"),
-    "XLA_FLAGS": ""}  # one device, as a user has
+    "PATH": os.pathsep.join(path),
+    "PYTHONPATH": str(ROOT),
+    "TFDS_DATA_DIR": str(folder / "tfds"),
+    "XLA_FLAGS": "",
+  }  # one device, as a user has
   return subprocess.run(
-    ["bash", "-euo", "pipefail", "-c", command], cwd=folder, env=environment, text=True,
-    capture_output=True, timeout=300)
+    ["bash", "-euo", "pipefail", "-c", command],
+    cwd=folder,
+    env=environment,
+    text=True,
+    capture_output=True,
+    timeout=300,
+  )
 
 
 def smaller(command: str) -> str:
@@ -82,10 +99,19 @@ def smaller(command: str) -> str:
 def test_examples(folder):
   """Every block below the two commands: Python is run or, with a name in front, written."""
   # Plans take minutes, and have tests of their own.
-  examples = [block for block in blocks(README)
-              if "venv" not in block[1] and "jaxrl_vlm.plan" not in block[1]]
+  examples = [
+    block for block in blocks(README) if "venv" not in block[1] and "jaxrl_vlm.plan" not in block[1]
+  ]
   assert [language for language, _ in examples] == [
-    "bash", "bash", "python", "bash", "bash", "python", "bash", "python"]
+    "bash",
+    "bash",
+    "python",
+    "bash",
+    "bash",
+    "python",
+    "bash",
+    "python",
+  ]
   for language, text in examples:
     name = re.match(r"# (\w+\.py)\n", text)
     if name:

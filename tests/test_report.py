@@ -50,18 +50,36 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture
 def workdir(tmp_path):
   """A run of two stages, 40 steps, with three logged steps of rollouts."""
-  config_lib.check_workdir(tmp_path, ConfigDict({"seed": 0, "stages": (
-      ConfigDict({"kind": "sft", "steps": 2, "objective": ConfigDict({"name": "sft"})}),
-      ConfigDict({"kind": "rl", "steps": 38, "objective": ConfigDict({"name": "vppo"})}))}))
+  config_lib.check_workdir(
+    tmp_path,
+    ConfigDict(
+      {
+        "seed": 0,
+        "stages": (
+          ConfigDict({"kind": "sft", "steps": 2, "objective": ConfigDict({"name": "sft"})}),
+          ConfigDict({"kind": "rl", "steps": 38, "objective": ConfigDict({"name": "vppo"})}),
+        ),
+      }
+    ),
+  )
   with metrics.MetricsWriter(tmp_path) as writer:
     for step in (1, 2):
       writer.write(step, "sft", {"train/loss": 1.0 / step})
     writer.write(2, "rl", {"eval/accuracy": 0.5, "eval/accuracy/perception": 0.75})
     for step in range(3, 41):
-      writer.write(step, "rl", {"train/reward": step / 40, "train/reward/math": step / 50,
-                                "train/reward/format": 1.0, "train/accuracy": step / 50,
-                                "train/response_length": 20.0 + step, "objective/kl": float("nan"),
-                                "time/tokens_per_second": 3120.0})
+      writer.write(
+        step,
+        "rl",
+        {
+          "train/reward": step / 40,
+          "train/reward/math": step / 50,
+          "train/reward/format": 1.0,
+          "train/accuracy": step / 50,
+          "train/response_length": 20.0 + step,
+          "objective/kl": float("nan"),
+          "time/tokens_per_second": 3120.0,
+        },
+      )
     writer.write(40, "rl", {"eval/accuracy": 0.625, "eval/accuracy/perception": 0.875})
   log = RolloutLog(tmp_path)
   for step in (10, 20, 30, 40):
@@ -73,17 +91,35 @@ def workdir(tmp_path):
 def test_rollouts_round_trip_and_images_are_stored_once(tmp_path):
   log = RolloutLog(tmp_path)
   red, blue = picture("red"), picture("blue", form="JPEG")
-  log.write(10, "rl", [(Example("a", "How many?", "4", (red, blue)), [sample()]),
-                       (Example("b", "And now?", "5", (red,)), [])])
+  log.write(
+    10,
+    "rl",
+    [
+      (Example("a", "How many?", "4", (red, blue)), [sample()]),
+      (Example("b", "And now?", "5", (red,)), []),
+    ],
+  )
   log.write(20, "rl", [(Example("a", "How many?", "4", (red, blue)), [sample("\ud800 lone")])])
   steps = read_rollouts(tmp_path)
   assert list(steps) == [10, 20]
   first, second = steps[10]
   assert (tmp_path / "rollouts" / "step_000010.jsonl").exists()
   assert {k: v for k, v in first.items() if k != "images"} == {
-      "step": 10, "stage": "rl", "id": "a", "question": "How many?", "answer": "4",
-      "samples": [{"text": "<think>2 + 2</think>\\boxed{4}", "reward": 0.9,
-                   "components": {"math": 1.0, "format": 0.0}, "advantage": 1.0, "length": 12}]}
+    "step": 10,
+    "stage": "rl",
+    "id": "a",
+    "question": "How many?",
+    "answer": "4",
+    "samples": [
+      {
+        "text": "<think>2 + 2</think>\\boxed{4}",
+        "reward": 0.9,
+        "components": {"math": 1.0, "format": 0.0},
+        "advantage": 1.0,
+        "length": 12,
+      }
+    ],
+  }
   assert first["images"][:1] == second["images"]
   files = sorted((tmp_path / "rollouts" / "images").iterdir())
   assert len(files) == 2
@@ -115,8 +151,14 @@ def test_report_shows_the_run(workdir):
   assert "overall50.0% 62.5%+12.5 points" in words
   assert "perception75.0% 87.5%+12.5 points" in words
   assert "tokens / s3,120" in words
-  for title in ("Reward", "Reward by component", "Accuracy", "Response length, tokens",
-                "train/loss", "time/tokens_per_second"):
+  for title in (
+    "Reward",
+    "Reward by component",
+    "Accuracy",
+    "Response length, tokens",
+    "train/loss",
+    "time/tokens_per_second",
+  ):
     assert ("svg", "aria-label", f"{title} by step") in page.attributes
   assert ("svg", "aria-label", "objective/kl by step") not in page.attributes  # never finite
   assert [step for step in (10, 20, 30, 40) if f"Question at {step}?" in words] == [10, 30, 40]
@@ -137,15 +179,15 @@ def test_report_is_self_contained(workdir):
 
 
 ATTACKS = (
-    "<script>alert(1)</script>",
-    "</style><script>alert(2)</script>",
-    "</p></article></main><img src=x onerror=alert(3)>",
-    "\"'><svg onload=alert(4)>",
-    "<a href='javascript:alert(5)'>x</a> javascript:alert(5)",
-    "<think><iframe src=//evil.example></think>\\boxed{<b onclick=alert(6)>}",
-    "{{ 7 * 7 }}{% for x in y %}",
-    "<!-- ]]> --><style>*{display:none}</style>",
-    "<meta http-equiv=refresh content='0;url=//evil.example'>",
+  "<script>alert(1)</script>",
+  "</style><script>alert(2)</script>",
+  "</p></article></main><img src=x onerror=alert(3)>",
+  "\"'><svg onload=alert(4)>",
+  "<a href='javascript:alert(5)'>x</a> javascript:alert(5)",
+  "<think><iframe src=//evil.example></think>\\boxed{<b onclick=alert(6)>}",
+  "{{ 7 * 7 }}{% for x in y %}",
+  "<!-- ]]> --><style>*{display:none}</style>",
+  "<meta http-equiv=refresh content='0;url=//evil.example'>",
 )
 
 
@@ -153,14 +195,21 @@ def test_untrusted_text_is_inert_wherever_it_stands(workdir):
   safe = Page(write_report(workdir).read_text(encoding="utf-8"))
   for step in (10, 30, 40):
     examples = [
-        (Example(attack, attack, attack, (picture("red"),)),
-         [Sample(attack, 1.0, {attack: 1.0}, 0.0, 3)]) for attack in ATTACKS[:8]]
+      (
+        Example(attack, attack, attack, (picture("red"),)),
+        [Sample(attack, 1.0, {attack: 1.0}, 0.0, 3)],
+      )
+      for attack in ATTACKS[:8]
+    ]
     RolloutLog(workdir).write(step, ATTACKS[0], examples)
   with metrics.MetricsWriter(workdir, start=100) as writer:
     for number, attack in enumerate(ATTACKS):
       writer.write(100 + number, attack, {attack: 1.0, f"train/reward/{attack}": 1.0})
-    writer.write(200, ATTACKS[0], {f"eval/accuracy/{attack}": 0.5 for attack in ATTACKS}
-                 | {"eval/accuracy": 0.5})
+    writer.write(
+      200,
+      ATTACKS[0],
+      {f"eval/accuracy/{attack}": 0.5 for attack in ATTACKS} | {"eval/accuracy": 0.5},
+    )
   config = config_lib.from_json((workdir / "config.json").read_text())
   config.note = "".join(ATTACKS)
   (workdir / "config.json").write_text(config_lib.to_json(config))
@@ -170,7 +219,8 @@ def test_untrusted_text_is_inert_wherever_it_stands(workdir):
   assert page.tags.count("style") == 1
   assert page.tags.count("meta") == safe.tags.count("meta")
   assert {(tag, name) for tag, name, _ in page.attributes} <= {
-      (tag, name) for tag, name, _ in safe.attributes}
+    (tag, name) for tag, name, _ in safe.attributes
+  }
   for attack in ATTACKS[:5]:
     assert attack in page.text  # shown as it was written
   assert "{{ 7 * 7 }}" in page.text
@@ -184,8 +234,10 @@ def test_policy_forbids_everything_but_our_style_and_embedded_pictures(workdir):
   # A policy binds only what comes after it.
   assert policy.start() < text.index("<style>")
   assert re.fullmatch(
-      r"default-src 'none'; img-src data:; style-src 'sha256-([A-Za-z0-9+/=]{44})';"
-      r" base-uri 'none'; form-action 'none'", policy[1])
+    r"default-src 'none'; img-src data:; style-src 'sha256-([A-Za-z0-9+/=]{44})';"
+    r" base-uri 'none'; form-action 'none'",
+    policy[1],
+  )
   # The hash as a browser computes it, over exactly what stands between the tags.
   style = text.partition("<style>")[2].partition("</style>")[0]
   assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy[1]
@@ -209,8 +261,11 @@ def test_large_pictures_are_embedded_smaller(tmp_path):
 
 
 def test_chart_places_points_on_its_axes():
-  chart = plots.chart("t", {"a": ([0, 5, 10], [0.0, None, 1.0]), "none": ([0], [float("nan")])},
-                      stages=[(0, "sft"), (5, "rl")])
+  chart = plots.chart(
+    "t",
+    {"a": ([0, 5, 10], [0.0, None, 1.0]), "none": ([0], [float("nan")])},
+    stages=[(0, "sft"), (5, "rl")],
+  )
   assert chart is not None
   (line,) = chart.lines
   ticks = {label: y for y, label in chart.y_ticks}
@@ -223,8 +278,12 @@ def test_chart_places_points_on_its_axes():
 
 
 def test_save_curve_writes_an_image(tmp_path):
-  save_curve(tmp_path / "curve.png", {"a": (range(50), range(50)), "b": ([0, 9], [1, None])},
-             title="Held-out accuracy", y_label="accuracy")
+  save_curve(
+    tmp_path / "curve.png",
+    {"a": (range(50), range(50)), "b": ([0, 9], [1, None])},
+    title="Held-out accuracy",
+    y_label="accuracy",
+  )
   with Image.open(tmp_path / "curve.png") as image:
     assert (image.format, image.size) == ("PNG", (1280, 720))
     assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
@@ -232,8 +291,10 @@ def test_save_curve_writes_an_image(tmp_path):
 
 def test_no_jax_and_nothing_slow_at_import():
   # Reward workers import the entry points, and with them these modules.
-  code = ("import sys, json; import jaxrl_vlm.config, jaxrl_vlm.metrics, jaxrl_vlm.report;"
-          "print(json.dumps([m for m in ('jax', 'matplotlib', 'jinja2', 'tensorboardX')"
-          " if m in sys.modules]))")
+  code = (
+    "import sys, json; import jaxrl_vlm.config, jaxrl_vlm.metrics, jaxrl_vlm.report;"
+    "print(json.dumps([m for m in ('jax', 'matplotlib', 'jinja2', 'tensorboardX')"
+    " if m in sys.modules]))"
+  )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert json.loads(done.stdout) == []

@@ -15,17 +15,39 @@ SUPPRESSED = (3, 17, 49)
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "head"])
 def setup(request):
   """A model of which only the unembedding is used, its parameters, hidden states of two views."""
-  vision = VisionConfig(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=D,
-                        patch_size=4, temporal_patch_size=2, spatial_merge_size=2)
-  model = models.VLM(ModelConfig(
-      family="qwen2_5_vl", vocab_size=V, hidden_size=D, intermediate_size=8, num_layers=1,
-      num_heads=1, num_kv_heads=1, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4,
-      tied=request.param, vision=vision, suppressed_tokens=SUPPRESSED))
+  vision = VisionConfig(
+    depth=1,
+    hidden_size=8,
+    intermediate_size=8,
+    num_heads=1,
+    out_hidden_size=D,
+    patch_size=4,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+  )
+  model = models.VLM(
+    ModelConfig(
+      family="qwen2_5_vl",
+      vocab_size=V,
+      hidden_size=D,
+      intermediate_size=8,
+      num_layers=1,
+      num_heads=1,
+      num_kv_heads=1,
+      head_dim=8,
+      rms_norm_eps=1e-6,
+      rope_theta=1e4,
+      tied=request.param,
+      vision=vision,
+      suppressed_tokens=SUPPRESSED,
+    )
+  )
   rng = np.random.default_rng(0)
   table = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
   params = {"embed": {"embedding": table}} if request.param else {"head": table.T}
-  hidden, hidden_masked = (jnp.asarray(rng.normal(size=(P, G, T, D)), jnp.float32)
-                           for _ in range(2))
+  hidden, hidden_masked = (
+    jnp.asarray(rng.normal(size=(P, G, T, D)), jnp.float32) for _ in range(2)
+  )
   return model, params, table, hidden, hidden_masked
 
 
@@ -73,9 +95,9 @@ def test_full_kl_of_equal_views_is_zero_and_so_is_its_gradient(setup):
   model, params, _, hidden, _ = setup
   kl = scoring.full_kl(model, params, hidden, params, hidden, 0.8, 3)
   np.testing.assert_array_equal(kl, np.zeros((P, G, T)))
-  grads = jax.grad(
-      lambda a, b: scoring.full_kl(model, params, a, params, b).sum(), argnums=(0, 1))(
-          hidden, hidden)
+  grads = jax.grad(lambda a, b: scoring.full_kl(model, params, a, params, b).sum(), argnums=(0, 1))(
+    hidden, hidden
+  )
   for grad in grads:  # the minimum; float32 rounding of p − q
     np.testing.assert_allclose(grad, np.zeros_like(grad), atol=1e-5)
 
@@ -89,8 +111,7 @@ def test_full_kl_stays_finite_where_a_suppressed_token_would_be_certain(setup):
     return scoring.full_kl(model, params, hidden, params, hidden_masked, 1.0, 2).sum()
 
   value, grads = jax.value_and_grad(total, argnums=(0, 1, 2))(params, hidden, hidden_masked)
-  np.testing.assert_allclose(
-      value, slow_kl(table, hidden, hidden_masked, 1.0).sum(), rtol=1e-3)
+  np.testing.assert_allclose(value, slow_kl(table, hidden, hidden_masked, 1.0).sum(), rtol=1e-3)
   for grad in jax.tree.leaves(grads):
     assert np.isfinite(grad).all()
   (of_table,) = jax.tree.leaves(grads[0])

@@ -98,8 +98,7 @@ def test_update(folder, monkeypatch):
   assert result["model_flops"]["shared"] == whole
   apart = 4 * flops.forward_backward(config, update.TEXT + 4, text[:1], [(4, 4)])
   assert result["fewer_flops"] == pytest.approx(apart / whole)
-  assert result["share"] == pytest.approx(
-      (result["faster"] - 1) / (result["fewer_flops"] - 1))
+  assert result["share"] == pytest.approx((result["faster"] - 1) / (result["fewer_flops"] - 1))
   assert result["padding"] == 0  # 256 tokens fill a batch of 256
   assert "asked: 70%" in update.describe(case.name, result)
 
@@ -115,8 +114,9 @@ def test_padding_is_what_no_response_fills():
 def test_images_and_rewards():
   found = host.preprocessing(count=1, repeats=1)  # equal to transformers, or it fails
   assert set(found) == {"decoded", "JPEG"}
-  graded = {name: host.grading(name, 1, prompts=4, group=2, repeats=1)
-            for name in ("math", "exact")}
+  graded = {
+    name: host.grading(name, 1, prompts=4, group=2, repeats=1) for name in ("math", "exact")
+  }
   assert graded["math"]["mean_reward"] == 0.5  # in any notation
   assert graded["exact"]["mean_reward"] == 0.25
 
@@ -140,8 +140,9 @@ def test_the_trace_of_a_step_tells_waiting_from_work():
 
 def test_the_picture_of_a_step(tmp_path):
   parts = {part: 0.5 + i for i, part in enumerate([*host.PARTS, "everything else"])}
-  values = {f"parts, {name}": {"parts": parts, "step_seconds": sum(parts.values())}
-            for name in host.RUNS}
+  values = {
+    f"parts, {name}": {"parts": parts, "step_seconds": sum(parts.values())} for name in host.RUNS
+  }
   host.draw(values, tmp_path / "step.png")
   assert (tmp_path / "step.png").stat().st_size > 5_000
 
@@ -162,8 +163,10 @@ def test_the_page_of_growth(tmp_path, monkeypatch, capsys):
     for size in sizes:
       for work in growth.WORK:
         point = dataclasses.replace(growth.Point(), **{axis: size})
-        values[point.name(work)] = {"seconds": 1e-12 * growth.model_flops(work, point),
-                                    "memory": float(size)}
+        values[point.name(work)] = {
+          "seconds": 1e-12 * growth.model_flops(work, point),
+          "memory": float(size),
+        }
   path = tmp_path / "growth.json"
   path.write_text(json.dumps(values))
   monkeypatch.setattr(sys, "argv", ["growth.py", "--page", f"--out={path}"])
@@ -182,11 +185,17 @@ def test_gpu_on_a_very_small_model(config, tmp_path, monkeypatch):
   size = gpu.TINY
   result = gpu.measure(config, size)
   parts = result["parts"]
-  assert set(parts) == {"copy of the prompts", "vision tower", "rollout",
-                        "packing and advantages", "update"}
+  assert set(parts) == {
+    "copy of the prompts",
+    "vision tower",
+    "rollout",
+    "packing and advantages",
+    "update",
+  }
   assert 0 < sum(parts.values()) <= result["step_seconds"]
   assert result["update_mfu"] == pytest.approx(
-      result["model_flops"] / parts["update"] / result["product_flops"])
+    result["model_flops"] / parts["update"] / result["product_flops"]
+  )
   assert "asked: 45%" in gpu.describe("card", result)
 
   params = models.abstract_params(config)

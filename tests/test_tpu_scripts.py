@@ -22,8 +22,10 @@ PAGE = ROOT / "docs" / "pods.md"
 CONFIG = "configs/quickstart.py"
 # What a shell would take apart.
 FLAGS = [
-  "--config.stages[0].objective.name=vppo", "--config.model.lora.targets=(\"decoder\",\"vision\")",
-  "--config.x=it's $HOME `id` $(id) $$ & two  words %i", "--config.y=",
+  "--config.stages[0].objective.name=vppo",
+  '--config.model.lora.targets=("decoder","vision")',
+  "--config.x=it's $HOME `id` $(id) $$ & two  words %i",
+  "--config.y=",
   "--config.z=a\\b*?;|<>#~\t!",
 ]
 
@@ -31,7 +33,7 @@ FLAGS = [
 # a pattern and answers, of which each is given once and the last for ever: [output, status] or
 # ["do", what to run first, in a shell]; otherwise a small cloud with two workers, whose homes and
 # bucket are directories.
-STAND_IN = r'''#!PYTHON
+STAND_IN = r"""#!PYTHON
 import fcntl, json, os, pathlib, re, shutil, subprocess, sys
 
 world = pathlib.Path(os.environ["WORLD"])
@@ -126,7 +128,7 @@ elif name == "curl":
 elif name == "uv" and words[0] == "venv":
   os.makedirs(".venv/bin")
   os.symlink(world / "bin" / "trainer", ".venv/bin/python")
-'''
+"""
 
 # Its name is that of its home. Not among the calls: it is asked for everywhere.
 UNAME = """#!/bin/sh
@@ -134,7 +136,7 @@ echo "${HOST:-here}"
 """
 
 # In the place of Python: each launch does the next thing of world/behaviour, "TEXT:what".
-TRAINER = r'''#!/usr/bin/env bash
+TRAINER = r"""#!/usr/bin/env bash
 set -eu
 for word in "$@"; do case $word in --workdir=*) workdir=${word#*=};; esac; done
 mkdir -p "$HOME/launches"
@@ -154,7 +156,7 @@ case $what in
   wait* | save*) while :; do sleep 0.05; done ;;
   *) echo "$what"; exit 3 ;;
 esac
-'''
+"""
 
 
 class World:
@@ -165,8 +167,18 @@ class World:
     self.clone = folder / "clone"
     (folder / "bin").mkdir()
     (folder / "bucket").mkdir()
-    for name in ("gcloud", "kubectl", "ssh", "scp", "sudo", "mountpoint", "findmnt", "gcsfuse",
-                 "curl", "uv"):
+    for name in (
+      "gcloud",
+      "kubectl",
+      "ssh",
+      "scp",
+      "sudo",
+      "mountpoint",
+      "findmnt",
+      "gcsfuse",
+      "curl",
+      "uv",
+    ):
       self._program(name, STAND_IN)
     self._program("trainer", TRAINER)
     self._program("uname", UNAME)
@@ -178,8 +190,15 @@ class World:
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
       subprocess.run([*git, *words], cwd=self.clone, check=True)
     self.settings = {
-      "NAME": "my-tpu", "ZONE": "us-west4-a", "TYPE": "v5litepod-16", "BUCKET": "gs://my-bucket",
-      "MOUNT": str(folder / "mnt"), "POLL": "0.1", "WORLD": str(folder), "STOP_SECONDS": "10"}
+      "NAME": "my-tpu",
+      "ZONE": "us-west4-a",
+      "TYPE": "v5litepod-16",
+      "BUCKET": "gs://my-bucket",
+      "MOUNT": str(folder / "mnt"),
+      "POLL": "0.1",
+      "WORLD": str(folder),
+      "STOP_SECONDS": "10",
+    }
 
   def _program(self, name: str, text: str) -> None:
     path = self.folder / "bin" / name
@@ -187,16 +206,29 @@ class World:
     path.chmod(0o755)
 
   def environment(self, **settings) -> dict[str, str]:
-    plain = {k: v for k, v in os.environ.items()
-             if k not in ("PROJECT", "RUN", "RUNTIME", "HOSTS", "WORKDIR", "PYTHONPATH")}
-    everything = plain | self.settings | settings | {
-      "PATH": os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])}
+    plain = {
+      k: v
+      for k, v in os.environ.items()
+      if k not in ("PROJECT", "RUN", "RUNTIME", "HOSTS", "WORKDIR", "PYTHONPATH")
+    }
+    everything = (
+      plain
+      | self.settings
+      | settings
+      | {"PATH": os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])}
+    )
     return {k: v for k, v in everything.items() if v is not None}
 
   def script(self, name: str, *words: str, **settings) -> subprocess.CompletedProcess:
     return subprocess.run(
-      [str(self.clone / "tpu_scripts" / name), *words], cwd=self.folder, text=True, timeout=120,
-      env=self.environment(**settings), capture_output=True, stdin=subprocess.DEVNULL)
+      [str(self.clone / "tpu_scripts" / name), *words],
+      cwd=self.folder,
+      text=True,
+      timeout=120,
+      env=self.environment(**settings),
+      capture_output=True,
+      stdin=subprocess.DEVNULL,
+    )
 
   def answer(self, *answers) -> None:
     (self.folder / "answers.json").write_text(json.dumps(answers))
@@ -264,11 +296,21 @@ def test_every_script_parses_and_has_help(world, path):
 # -- settings and flags ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, missing, words", [
-  ("create.sh", "NAME", []), ("create.sh", "ZONE", []), ("create.sh", "TYPE", []),
-  ("setup.sh", "BUCKET", []), ("launch.sh", "BUCKET", [CONFIG]), ("watch.sh", "TYPE", [CONFIG]),
-  ("sync.sh", "BUCKET", []), ("delete.sh", "NAME", ["--yes"]),
-  ("gpu_host.sh", "WORKDIR", ["launch", CONFIG]), ("kubernetes/launch.sh", "IMAGE", [CONFIG])])
+@pytest.mark.parametrize(
+  "name, missing, words",
+  [
+    ("create.sh", "NAME", []),
+    ("create.sh", "ZONE", []),
+    ("create.sh", "TYPE", []),
+    ("setup.sh", "BUCKET", []),
+    ("launch.sh", "BUCKET", [CONFIG]),
+    ("watch.sh", "TYPE", [CONFIG]),
+    ("sync.sh", "BUCKET", []),
+    ("delete.sh", "NAME", ["--yes"]),
+    ("gpu_host.sh", "WORKDIR", ["launch", CONFIG]),
+    ("kubernetes/launch.sh", "IMAGE", [CONFIG]),
+  ],
+)
 def test_a_missing_setting_is_one_line(world, name, missing, words):
   kubernetes = {"TOPOLOGY": "4x4", "IMAGE": "i"} if "kubernetes" in name else {}
   result = world.script(name, *words, **kubernetes | {missing: None})
@@ -276,12 +318,16 @@ def test_a_missing_setting_is_one_line(world, name, missing, words):
   assert re.fullmatch(rf"{missing} is not set; export {missing}=\S+\n", result.stderr)
 
 
-@pytest.mark.parametrize("name, words, said", [
-  ("create.sh", ["--spto"], r"--spto: create.sh has no such flag; expected one of: .*--spot"),
-  ("create.sh", ["now"], "now: create.sh takes no such argument"),
-  ("launch.sh", [], r"no config; expected: launch.sh configs/NAME.py"),
-  ("launch.sh", ["configs/nothing.py"], "configs/nothing.py: no such file in .*clone"),
-  ("gpu_host.sh", ["fly"], "fly: no such command; expected setup, launch")])
+@pytest.mark.parametrize(
+  "name, words, said",
+  [
+    ("create.sh", ["--spto"], r"--spto: create.sh has no such flag; expected one of: .*--spot"),
+    ("create.sh", ["now"], "now: create.sh takes no such argument"),
+    ("launch.sh", [], r"no config; expected: launch.sh configs/NAME.py"),
+    ("launch.sh", ["configs/nothing.py"], "configs/nothing.py: no such file in .*clone"),
+    ("gpu_host.sh", ["fly"], "fly: no such command; expected setup, launch"),
+  ],
+)
 def test_a_wrong_argument_is_one_line(world, name, words, said):
   result = world.script(name, *words)
   assert result.returncode == 2 and not world.calls()
@@ -298,21 +344,41 @@ def test_an_unknown_type_and_an_absent_gcloud(world):
 
 
 ACTIONS = [
-  ("create.sh", []), ("create.sh", ["--spot"]), ("create.sh", ["--queued"]), ("setup.sh", []),
-  ("launch.sh", [CONFIG, *FLAGS]), ("launch.sh", ["--stop"]), ("launch.sh", ["--follow"]),
-  ("watch.sh", ["--spot", "--queued", "--delete", CONFIG]), ("sync.sh", []), ("delete.sh", []),
-  ("delete.sh", ["--yes"]), ("gpu_host.sh", ["setup"]), ("gpu_host.sh", ["launch", CONFIG]),
-  ("gpu_host.sh", ["watch", CONFIG]), ("gpu_host.sh", ["stop"]), ("gpu_host.sh", ["follow"]),
-  ("kubernetes/launch.sh", [CONFIG])]
+  ("create.sh", []),
+  ("create.sh", ["--spot"]),
+  ("create.sh", ["--queued"]),
+  ("setup.sh", []),
+  ("launch.sh", [CONFIG, *FLAGS]),
+  ("launch.sh", ["--stop"]),
+  ("launch.sh", ["--follow"]),
+  ("watch.sh", ["--spot", "--queued", "--delete", CONFIG]),
+  ("sync.sh", []),
+  ("delete.sh", []),
+  ("delete.sh", ["--yes"]),
+  ("gpu_host.sh", ["setup"]),
+  ("gpu_host.sh", ["launch", CONFIG]),
+  ("gpu_host.sh", ["watch", CONFIG]),
+  ("gpu_host.sh", ["stop"]),
+  ("gpu_host.sh", ["follow"]),
+  ("kubernetes/launch.sh", [CONFIG]),
+]
 
 
-@pytest.mark.parametrize("name, words, hosts", [
-  (*action, hosts) for action in ACTIONS
-  for hosts in (["", "one two"] if action[0] == "gpu_host.sh" else [""])])
+@pytest.mark.parametrize(
+  "name, words, hosts",
+  [
+    (*action, hosts)
+    for action in ACTIONS
+    for hosts in (["", "one two"] if action[0] == "gpu_host.sh" else [""])
+  ],
+)
 def test_a_dry_run_shows_commands_and_calls_nothing(world, name, words, hosts):
   before = sorted(world.clone.rglob("*"))
-  result = ok(world.script(
-    name, "--dry-run", *words, HOSTS=hosts, WORKDIR="/shared/run", IMAGE="i", TOPOLOGY="4x4"))
+  result = ok(
+    world.script(
+      name, "--dry-run", *words, HOSTS=hosts, WORKDIR="/shared/run", IMAGE="i", TOPOLOGY="4x4"
+    )
+  )
   assert not world.calls() and shown(result)
   assert sorted(world.clone.rglob("*")) == before and not (world.folder / "homes").exists()
 
@@ -320,22 +386,37 @@ def test_a_dry_run_shows_commands_and_calls_nothing(world, name, words, hosts):
 # -- one script after the other -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words, group, kind", [
-  ([], "tpu-vm", []), (["--spot"], "tpu-vm", ["--spot"]), (["--queued"], "queued-resources", []),
-  (["--queued", "--spot"], "queued-resources", ["--spot"])])
+@pytest.mark.parametrize(
+  "words, group, kind",
+  [
+    ([], "tpu-vm", []),
+    (["--spot"], "tpu-vm", ["--spot"]),
+    (["--queued"], "queued-resources", []),
+    (["--queued", "--spot"], "queued-resources", ["--spot"]),
+  ],
+)
 def test_create(world, words, group, kind):
   if group == "queued-resources":
     world.answer(
-      ["queued-resources describe", [["NOT_FOUND", 1], ["WAITING_FOR_RESOURCES", 0],
-                                     ["PROVISIONING", 0], ["ACTIVE", 0]]])
+      [
+        "queued-resources describe",
+        [["NOT_FOUND", 1], ["WAITING_FOR_RESOURCES", 0], ["PROVISIONING", 0], ["ACTIVE", 0]],
+      ]
+    )
   result = ok(world.script("create.sh", *words, PROJECT="mine"))
   (create,) = [call for call in world.calls() if "create" in call]
   version = "--version" if group == "tpu-vm" else "--runtime-version"
   name = [] if group == "tpu-vm" else ["--node-id=my-tpu"]
   assert create[:6] == ["gcloud", "compute", "tpus", group, "create", "my-tpu"]
   assert set(create[6:]) == {
-    "--zone=us-west4-a", "--project=mine", "--quiet", "--accelerator-type=v5litepod-16",
-    f"{version}=v2-alpha-tpuv5-lite", *name, *kind}
+    "--zone=us-west4-a",
+    "--project=mine",
+    "--quiet",
+    "--accelerator-type=v5litepod-16",
+    f"{version}=v2-alpha-tpuv5-lite",
+    *name,
+    *kind,
+  }
   # Every command is shown, in the order in which it runs.
   assert shown(result) == world.calls()
 
@@ -383,14 +464,16 @@ def test_setup_makes_every_worker_a_copy_of_the_clone(world):
     assert not (copy / "ignored").exists()
     assert (copy / ".venv" / "bin" / "python").exists()
   assert [c[1:] for c in world.calls("uv") if c[1] == "pip"] == [
-    ["pip", "install", "-q", "--python=.venv/bin/python", "-e", ".[plan]"]] * 2
+    ["pip", "install", "-q", "--python=.venv/bin/python", "-e", ".[plan]"]
+  ] * 2
   (mount,) = [c for c in world.calls("gcsfuse") if c[1] != "--version"]
   assert mount[-2:] == ["my-bucket", str(world.folder / "mnt")]
   assert {"--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"} <= set(mount)
   assert [words for words in shown(result) if words[0] == "gcloud"] == world.calls("gcloud")[3:]
   # The user's own index is as it was.
-  status = subprocess.run(["git", "status", "--short"], cwd=world.clone, text=True,
-                          capture_output=True, check=True).stdout
+  status = subprocess.run(
+    ["git", "status", "--short"], cwd=world.clone, text=True, capture_output=True, check=True
+  ).stdout
   assert "?? configs/mine.py" in status
   ok(world.script("setup.sh"))  # again
 
@@ -399,8 +482,12 @@ def test_setup_makes_every_worker_a_copy_of_the_clone(world):
 def test_setup_leaves_alone_what_it_did_not_put_there(world, name, home):
   ok(world.script("create.sh"))
   theirs = world.folder / "homes" / home
-  for path in ("jaxrl_vlm/configs/mine.py", "jaxrl_vlm/jaxrl_vlm/mine.py",
-               f"jaxrl_vlm/{CONFIG}", "jaxrl_vlm.tar.gz"):
+  for path in (
+    "jaxrl_vlm/configs/mine.py",
+    "jaxrl_vlm/jaxrl_vlm/mine.py",
+    f"jaxrl_vlm/{CONFIG}",
+    "jaxrl_vlm.tar.gz",
+  ):
     (theirs / path).parent.mkdir(parents=True, exist_ok=True)
     (theirs / path).write_text("the user's")
   before = {path: path.read_text() for path in theirs.rglob("*") if path.is_file()}
@@ -424,8 +511,10 @@ def test_another_bucket_than_the_one_that_is_mounted(world):
     mount = world.folder / "mnt"
     assert result.returncode != 0
     for worker in "01":
-      assert (f"worker {worker}: {mount} is my-bucket, not the bucket BUCKET=other; unmount it on "
-              f"all workers (fusermount -u {mount}), or set BUCKET") in result.stderr
+      assert (
+        f"worker {worker}: {mount} is my-bucket, not the bucket BUCKET=other; unmount it on "
+        f"all workers (fusermount -u {mount}), or set BUCKET"
+      ) in result.stderr
   assert not [call for call in world.calls() if "worker.sh start" in " ".join(call)]
   world.behave("finish")
   ok(world.script("launch.sh", CONFIG))
@@ -438,8 +527,14 @@ def test_launch_gives_every_worker_the_flags_as_they_are(world):
   workdir = world.folder / "mnt" / "runs" / "my-tpu"
   for home in ("0", "1"):
     ((words, _),) = world.launches(home)
-    assert words == ["-u", "-m", "jaxrl_vlm.train", f"--config={CONFIG}", *FLAGS,
-                     f"--workdir={workdir}"]
+    assert words == [
+      "-u",
+      "-m",
+      "jaxrl_vlm.train",
+      f"--config={CONFIG}",
+      *FLAGS,
+      f"--workdir={workdir}",
+    ]
   assert "finished in 1 s" in result.stdout
   assert result.stderr.endswith("finished: gs://my-bucket/runs/my-tpu/model\n")
   logs = {path.name: path.read_text() for path in workdir.glob("logs/*/*.log")}
@@ -459,8 +554,12 @@ def test_launch_stop_and_launch_again(world):
       assert result.returncode != 0 and "a run is going on here; stop it first" in result.stderr
   world.wait_for("begins", 2)
   follower = subprocess.Popen(
-    [str(world.clone / "tpu_scripts" / "launch.sh"), "--follow"], env=world.environment(),
-    text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    [str(world.clone / "tpu_scripts" / "launch.sh"), "--follow"],
+    env=world.environment(),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   result = ok(world.script("launch.sh", "--stop"))
   for worker in "01":
     assert f"worker {worker}: stopped: SIGTERM: stopped after step 7" in result.stdout
@@ -492,7 +591,8 @@ def test_sync(world):
   source = "gs://my-bucket/runs/my-tpu"
   assert [call[1:] for call in world.calls()] == [
     ["storage", "rsync", "--recursive", "--exclude=^checkpoints/.*", source, "here"],
-    ["storage", "rsync", "--recursive", source, "runs/my-tpu"]]
+    ["storage", "rsync", "--recursive", source, "runs/my-tpu"],
+  ]
   assert (world.folder / "here").is_dir() and (world.folder / "runs" / "my-tpu").is_dir()
 
 
@@ -506,8 +606,13 @@ def test_delete_asks(world):
     keyboard, terminal = pty.openpty()
     os.write(keyboard, f"{answer}\n".encode())
     result = subprocess.run(
-      [str(world.clone / "tpu_scripts" / "delete.sh")], stdin=terminal, text=True, timeout=60,
-      env=world.environment(), capture_output=True)
+      [str(world.clone / "tpu_scripts" / "delete.sh")],
+      stdin=terminal,
+      text=True,
+      timeout=60,
+      env=world.environment(),
+      capture_output=True,
+    )
     os.close(keyboard)
     os.close(terminal)
     assert "Delete the TPU my-tpu in us-west4-a?" in result.stderr
@@ -518,12 +623,24 @@ def test_delete_asks(world):
 
 
 def test_delete_takes_the_queued_resource_and_its_node(world):
-  world.answer(["queued-resources describe", [["ACTIVE", 0]]], ["queued.* delete", [["", 0]]],
-               ["tpu-vm describe", [["DELETING", 0], ["NOT_FOUND", 1]]])
+  world.answer(
+    ["queued-resources describe", [["ACTIVE", 0]]],
+    ["queued.* delete", [["", 0]]],
+    ["tpu-vm describe", [["DELETING", 0], ["NOT_FOUND", 1]]],
+  )
   ok(world.script("delete.sh", "--yes"))
   (delete,) = [call for call in world.calls() if "delete" in call]
-  assert delete == ["gcloud", "compute", "tpus", "queued-resources", "delete", "my-tpu",
-                    "--zone=us-west4-a", "--force", "--quiet"]
+  assert delete == [
+    "gcloud",
+    "compute",
+    "tpus",
+    "queued-resources",
+    "delete",
+    "my-tpu",
+    "--zone=us-west4-a",
+    "--force",
+    "--quiet",
+  ]
 
 
 # -- watching -------------------------------------------------------------------------------------
@@ -544,17 +661,38 @@ def test_watch_goes_through_preemption_and_failure_to_the_end(world):
   # second launch fails by itself, and the third finishes.
   kill = f"echo PREEMPTED >{world.folder}/node"
   world.behave("save 10")
-  world.answer(["tpu-vm describe", [
-    ["do", ":"], ["do", ":"], ["do", ":"], ["do", ":"], ["do", ":"],
-    ["do", f"until [ -e {world.folder}/bucket/runs/my-tpu/checkpoints/10 ]; do sleep 0.1; done;"
-           f" {kill}; printf 'broken\\nfinish\\n' >{world.folder}/behaviour"],
-    ["do", ":"]]])
+  world.answer(
+    [
+      "tpu-vm describe",
+      [
+        ["do", ":"],
+        ["do", ":"],
+        ["do", ":"],
+        ["do", ":"],
+        ["do", ":"],
+        [
+          "do",
+          f"until [ -e {world.folder}/bucket/runs/my-tpu/checkpoints/10 ]; do sleep 0.1; done;"
+          f" {kill}; printf 'broken\\nfinish\\n' >{world.folder}/behaviour",
+        ],
+        ["do", ":"],
+      ],
+    ]
+  )
   result = ok(world.script("watch.sh", "--spot", "--delete", CONFIG, *FLAGS))
   assert names(world) == [
-    "create", "scp", "start",                  # it was not there
-    "delete", "create", "scp", "start",        # preempted
-    "stop", "scp", "start",                    # failed
-    "delete"]
+    "create",
+    "scp",
+    "start",  # it was not there
+    "delete",
+    "create",
+    "scp",
+    "start",  # preempted
+    "stop",
+    "scp",
+    "start",  # failed
+    "delete",
+  ]
   creations = [call for call in world.calls() if "create" in call]
   assert all("--spot" in call for call in creations)
   assert "my-tpu: gone, checkpoint none; launch 1 of 5" in result.stderr
@@ -579,10 +717,19 @@ def test_watch_takes_up_a_run_that_is_going_on_and_waits_for_it_to_end(world):
   before = len(names(world))
   model = world.folder / "bucket" / "runs" / "my-tpu" / "model"
   # The model appears while processes still run: it is not taken for the end.
-  world.answer(["tpu-vm describe", [
-    ["do", ":"], ["do", f"mkdir -p {model}; touch {model}/config.json"], ["do", ":"],
-    ["do", f"kill $(cat {world.folder}/homes/*/.jaxrl_vlm/*/child)"], ["do", "sleep 2"],
-    ["do", ":"]]])
+  world.answer(
+    [
+      "tpu-vm describe",
+      [
+        ["do", ":"],
+        ["do", f"mkdir -p {model}; touch {model}/config.json"],
+        ["do", ":"],
+        ["do", f"kill $(cat {world.folder}/homes/*/.jaxrl_vlm/*/child)"],
+        ["do", "sleep 2"],
+        ["do", ":"],
+      ],
+    ]
+  )
   result = ok(world.script("watch.sh", CONFIG))
   assert "my-tpu: finished" in result.stderr and len(names(world)) == before
   assert "worker.sh status" in " ".join(world.calls("gcloud")[-1])
@@ -630,9 +777,12 @@ def test_watch_does_not_touch_what_does_not_answer(world):
 def test_watch_keeps_a_place_in_the_queue(world):
   world.behave("finish")
   world.answer(
-    ["queued-resources describe", [["WAITING_FOR_RESOURCES", 0], ["WAITING_FOR_RESOURCES", 0],
-                                   ["ACTIVE", 0]]],
-    ["tpu-vm describe", [["NOT_FOUND", 1]] * 3 + [["READY", 0]]])
+    [
+      "queued-resources describe",
+      [["WAITING_FOR_RESOURCES", 0], ["WAITING_FOR_RESOURCES", 0], ["ACTIVE", 0]],
+    ],
+    ["tpu-vm describe", [["NOT_FOUND", 1]] * 3 + [["READY", 0]]],
+  )
   ok(world.script("watch.sh", "--queued", CONFIG))
   assert not [call for call in world.calls("gcloud") if "delete" in call or "create" in call]
 
@@ -674,9 +824,14 @@ def test_gpu_hosts_that_share_a_home(world):
   settings = {"HOSTS": "one two", "WORKDIR": str(world.folder / "run")}
 
   def status(host: str) -> str:
-    return ok(subprocess.run(
-      [clone_of(world, host) / "tpu_scripts" / "worker.sh", "status"], text=True,
-      env=world.environment(HOME=str(world.folder / "nfs"), HOST=host), capture_output=True)).stdout
+    return ok(
+      subprocess.run(
+        [clone_of(world, host) / "tpu_scripts" / "worker.sh", "status"],
+        text=True,
+        env=world.environment(HOME=str(world.folder / "nfs"), HOST=host),
+        capture_output=True,
+      )
+    ).stdout
 
   ok(world.script("gpu_host.sh", "setup", **settings))
   for host in ("one", "two"):
@@ -696,7 +851,8 @@ def test_gpu_hosts_that_share_a_home(world):
   result = ok(world.script("gpu_host.sh", "stop", **settings))
   assert sorted(result.stdout.splitlines()) == [
     "worker 0: no run to stop",
-    "worker 1: stopped: SIGTERM: stopped after step 7; the same command continues."]
+    "worker 1: stopped: SIGTERM: stopped after step 7; the same command continues.",
+  ]
 
 
 def test_this_machine_with_gpus(world):
@@ -719,11 +875,16 @@ def test_this_machine_with_gpus(world):
 # -- Kubernetes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topology, hosts, chips, spot", [
-  ("4x4", 4, 4, ["--spot"]), ("2x2x4", 4, 4, []), ("2x2", 1, 4, []), ("1x1", 1, 1, [])])
+@pytest.mark.parametrize(
+  "topology, hosts, chips, spot",
+  [("4x4", 4, 4, ["--spot"]), ("2x2x4", 4, 4, []), ("2x2", 1, 4, []), ("1x1", 1, 1, [])],
+)
 def test_jobset(world, topology, hosts, chips, spot):
-  ok(world.script("kubernetes/launch.sh", *spot, CONFIG, *FLAGS, IMAGE="image:1",
-                  TOPOLOGY=topology, MOUNT=None))
+  ok(
+    world.script(
+      "kubernetes/launch.sh", *spot, CONFIG, *FLAGS, IMAGE="image:1", TOPOLOGY=topology, MOUNT=None
+    )
+  )
   ((*command, path),) = world.calls("kubectl")
   assert command == ["kubectl", "apply", "-f"] and path.endswith("jobset.yaml")
   text = (world.folder / "applied.yaml").read_text()
@@ -741,7 +902,8 @@ def test_jobset(world, topology, hosts, chips, spot):
   assert job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
   assert {"DisruptionTarget", "75"} == {
     str(r.get("onPodConditions", [{}])[0].get("type") or r["onExitCodes"]["values"][0])
-    for r in job["podFailurePolicy"]["rules"]}
+    for r in job["podFailurePolicy"]["rules"]
+  }
 
   pod = job["template"]["spec"]
   assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
@@ -749,7 +911,8 @@ def test_jobset(world, topology, hosts, chips, spot):
   assert pod["nodeSelector"] == {
     "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
     "cloud.google.com/gke-tpu-topology": topology,
-    **({"cloud.google.com/gke-spot": "true"} if spot else {})}
+    **({"cloud.google.com/gke-spot": "true"} if spot else {}),
+  }
   (container,) = pod["containers"]
   assert job["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == container["name"]
   assert container["image"] == "image:1"
@@ -770,8 +933,9 @@ def test_jobset(world, topology, hosts, chips, spot):
   assert {"name": "bucket", "mountPath": "/bucket"} in container["volumeMounts"]
 
 
-@pytest.mark.parametrize("setting, value", [
-  ("TOPOLOGY", "16"), ("TOPOLOGY", "4x"), ("CHIPS", "3"), ("NAME", "My_TPU")])
+@pytest.mark.parametrize(
+  "setting, value", [("TOPOLOGY", "16"), ("TOPOLOGY", "4x"), ("CHIPS", "3"), ("NAME", "My_TPU")]
+)
 def test_jobset_settings(world, setting, value):
   settings = {"IMAGE": "i", "TOPOLOGY": "4x4"} | {setting: value}
   result = world.script("kubernetes/launch.sh", CONFIG, **settings)
@@ -790,7 +954,10 @@ def test_a_pod_ends_with_status_0_only_when_the_run_is_finished(world, what, sta
   home.mkdir(parents=True)
   pod = subprocess.Popen(
     [str(world.clone / "tpu_scripts" / "worker.sh"), "pod", str(world.folder / "run"), "0", *FLAGS],
-    env=world.environment(HOME=str(home), JAX_PROCESS_ID="1"), text=True, stdout=subprocess.PIPE)
+    env=world.environment(HOME=str(home), JAX_PROCESS_ID="1"),
+    text=True,
+    stdout=subprocess.PIPE,
+  )
   assert pod.stdout
   lines = [pod.stdout.readline() for _ in range(2)]
   assert f"begins: {what}" in lines[-1]
@@ -836,13 +1003,21 @@ def test_every_script_is_in_the_page_and_every_command_of_the_page_is_accepted(w
       if CONFIG in words and "--dry-run" not in words:
         # Where another run is, this one is refused; where one is finished, nothing is done.
         folder = settings["WORKDIR"] if name == "gpu_host.sh" else settings.get("RUN", "runs/NAME")
-        asked = words[words.index(CONFIG):]
+        asked = words[words.index(CONFIG) :]
         assert runs.setdefault(folder, asked) == asked, f"{line}: {folder} is another run's"
     elif words[:2] == ["python", "-m"]:
       assert words[2] in ("jaxrl_vlm.plan", "jaxrl_vlm.train"), line
   assert len(runs) == 5
-  assert {"create.sh", "setup.sh", "launch.sh", "watch.sh", "sync.sh", "delete.sh", "gpu_host.sh",
-          "kubernetes/launch.sh"} <= seen and not world.calls()
+  assert {
+    "create.sh",
+    "setup.sh",
+    "launch.sh",
+    "watch.sh",
+    "sync.sh",
+    "delete.sh",
+    "gpu_host.sh",
+    "kubernetes/launch.sh",
+  } <= seen and not world.calls()
 
 
 def test_the_page_names_only_settings_that_exist():

@@ -22,8 +22,10 @@ from tests import tiny
 SIDE, N = 4, 160  # pixels of a patch, patches of a row
 # (frames, rows, columns) of patches: two images and a video of two temporal patches; a single
 # large image; text only.
-GRIDS = {2: ([(1, 6, 4), (1, 2, 10), (2, 4, 6)], [(1, 12, 8)], []),
-         4: ([(1, 4, 8), (1, 8, 4), (2, 4, 4)], [(1, 12, 8)], [])}
+GRIDS = {
+  2: ([(1, 6, 4), (1, 2, 10), (2, 4, 6)], [(1, 12, 8)], []),
+  4: ([(1, 4, 8), (1, 8, 4), (2, 4, 4)], [(1, 12, 8)], []),
+}
 
 
 @functools.cache
@@ -31,9 +33,13 @@ def make(merge: int, frames: int = 2):
   """(settings, prompt, videos): the prompt and the pixels [T·t, H, W, 3] it was made of."""
   settings = PatchSettings(patch_size=SIDE, temporal_patch_size=frames, merge_size=merge)
   rng = np.random.default_rng(merge)
-  fields = {"patches": np.full((3, N, settings.patch_dim), 7, "f4"),
-            "patch_positions": np.zeros((3, N, 2), "i4"), "patch_grids": np.ones((3, N, 2), "i4"),
-            "patch_segments": np.zeros((3, N), "i4"), "patch_windows": np.zeros((3, N), "i4")}
+  fields = {
+    "patches": np.full((3, N, settings.patch_dim), 7, "f4"),
+    "patch_positions": np.zeros((3, N, 2), "i4"),
+    "patch_grids": np.ones((3, N, 2), "i4"),
+    "patch_segments": np.zeros((3, N), "i4"),
+    "patch_windows": np.zeros((3, N), "i4"),
+  }
   videos = []
   for row, grids in enumerate(GRIDS[merge]):
     videos.append([])
@@ -47,19 +53,26 @@ def make(merge: int, frames: int = 2):
     laid = lay_out_patches(grids, merge, SIDE, None)
     names = ("patch_positions", "patch_grids", "patch_segments", "patch_windows")
     for name, values in zip(names, laid, strict=True):
-      fields[name][row, :len(values)] = values
+      fields[name][row, : len(values)] = values
     if patches:
       values = np.concatenate(patches)
-      fields["patches"][row, :len(values)] = values
+      fields["patches"][row, : len(values)] = values
   empty = np.zeros((3, 1), "i4")
-  prompt = Prompt(tokens=empty, length=empty[:, 0], positions=np.zeros((3, 1, 3), "i4"),
-                  next_position=empty[:, 0], feature_index=empty - 1, **fields)
+  prompt = Prompt(
+    tokens=empty,
+    length=empty[:, 0],
+    positions=np.zeros((3, 1, 3), "i4"),
+    next_position=empty[:, 0],
+    feature_index=empty - 1,
+    **fields,
+  )
   return settings, prompt, videos
 
 
 def level_patch(settings: PatchSettings, level: float) -> np.ndarray:
   return views.level_patch(
-      level, settings.image_mean, settings.image_std, settings.patch_dim, settings.rescale_factor)
+    level, settings.image_mean, settings.image_std, settings.patch_dim, settings.rescale_factor
+  )
 
 
 def levels(settings):
@@ -83,7 +96,7 @@ def frames_of(settings: PatchSettings, prompt: Prompt, row: int) -> list[np.ndar
     for i in at:
       r, c = np.asarray(prompt.patch_positions[row, i]) * p
       patch = np.asarray(prompt.patches[row, i], np.float64).reshape(3, t, p, p)
-      frame[:, r:r + p, c:c + p] = ((patch * std + mean) * 255).transpose(1, 2, 3, 0)
+      frame[:, r : r + p, c : c + p] = ((patch * std + mean) * 255).transpose(1, 2, 3, 0)
     out.append(frame)
   return out
 
@@ -116,25 +129,29 @@ def test_black_patches_are_squares_of_the_grid_drawn_at_their_corners(merge, blo
   settings, prompt, _ = make(merge)
   black, _ = levels(settings)
   key = jax.random.key(3)
-  new = jax.jit(lambda prompt: views.black_patches(
-      key, prompt, 0.4, black, block=block, merge_size=merge))(prompt)
+  new = jax.jit(
+    lambda prompt: views.black_patches(key, prompt, 0.4, black, block=block, merge_size=merge)
+  )(prompt)
   assert_only_patches_of_images_changed(new, prompt)
   drawn = draws(key, 0.4, prompt)
   for row, grids in enumerate(GRIDS[merge]):
     frames, places = frames_of(settings, new, row), frames_of(settings, prompt, row)
     # The draw of each patch, laid over the frames.
-    index = prompt.replace(patches=np.broadcast_to(
-        drawn[..., None], prompt.patches.shape).astype("f4"))
+    index = prompt.replace(
+      patches=np.broadcast_to(drawn[..., None], prompt.patches.shape).astype("f4")
+    )
     # patches of 0 and 1 come back as grey levels mean·255 and (mean + std)·255
-    hits = [f > 255 * (np.array(settings.image_mean) + np.array(settings.image_std) / 2)
-            for f in frames_of(settings, index, row)]
+    hits = [
+      f > 255 * (np.array(settings.image_mean) + np.array(settings.image_std) / 2)
+      for f in frames_of(settings, index, row)
+    ]
     assert len(frames) == sum(grid[0] for grid in grids)
     square = block * SIDE
     for frame, expected, hit in zip(frames, places, hits, strict=True):
       for y in range(0, frame.shape[1], square):
         for x in range(0, frame.shape[2], square):
           if hit[0, y, x, 0]:
-            expected[:, y:y + square, x:x + square] = 0
+            expected[:, y : y + square, x : x + square] = 0
       # float32 pixels of up to 255.
       np.testing.assert_allclose(frame, expected, atol=1e-4)
 
@@ -145,6 +162,7 @@ def test_black_patches_are_as_many_as_the_rate_and_follow_the_key():
   many = views.repeat_prompts(prompt, 200)
   real = np.asarray(many.patch_segments) > 0
   for block, per_sample in ((1, 188), (2, 47)):
+
     def darkened(seed, block=block):
       new = views.black_patches(jax.random.key(seed), many, 0.3, black, block=block, merge_size=2)
       return np.asarray((new.patches == black).all(-1))
@@ -177,7 +195,7 @@ def test_solid_is_what_the_processor_makes_of_a_grey_image(level):
     expected = [patchify(np.full_like(v, level), settings) for v in pixels]
     expected = np.concatenate([np.zeros((0, settings.patch_dim)), *expected])
     # Two roundings of float32.
-    np.testing.assert_allclose(new.patches[row, :len(expected)], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(new.patches[row, : len(expected)], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_noise_is_gaussian_in_grey_levels_and_cut_at_black_and_white():
@@ -194,9 +212,13 @@ def test_noise_is_gaussian_in_grey_levels_and_cut_at_black_and_white():
   assert (np.asarray(new.patches) != noisy(1, 189.0).patches).any()
 
   # The same draws at a 1000th of the size tell ε wherever nothing is cut.
-  cases = [(row, *pair) for row in (0, 40)
-           for pair in zip(*(frames_of(settings, p, row) for p in (many, new, noisy(0, 0.189))),
-                           strict=True)]
+  cases = [
+    (row, *pair)
+    for row in (0, 40)
+    for pair in zip(
+      *(frames_of(settings, p, row) for p in (many, new, noisy(0, 0.189))), strict=True
+    )
+  ]
   drawn = []
   for row, before, after, little in cases:
     assert after.min() > -1e-4 and after.max() < 255 + 1e-4
@@ -224,16 +246,19 @@ def slow_blur(frame: np.ndarray, radius: float) -> np.ndarray:
   total = sum(weights.values())
   for axis in (1, 2):
     size = frame.shape[axis]
-    frame = sum(w / total * frame.take(np.clip(np.arange(size) + j, 0, size - 1), axis=axis)
-                for j, w in weights.items())
+    frame = sum(
+      w / total * frame.take(np.clip(np.arange(size) + j, 0, size - 1), axis=axis)
+      for j, w in weights.items()
+    )
   return frame
 
 
 @pytest.mark.parametrize(("merge", "frames", "radius"), [(2, 2, 0.5), (2, 2, 6.0), (4, 1, 1.7)])
 def test_blur_is_that_of_whole_frames(merge, frames, radius):
   settings, prompt, _ = make(merge, frames)
-  new = jax.jit(lambda prompt: views.blur(
-      prompt, radius, shape(settings), settings.merge_size))(prompt)
+  new = jax.jit(lambda prompt: views.blur(prompt, radius, shape(settings), settings.merge_size))(
+    prompt
+  )
   assert_only_patches_of_images_changed(new, prompt)
   for row in range(2):
     pairs = zip(frames_of(settings, prompt, row), frames_of(settings, new, row), strict=True)
@@ -245,8 +270,7 @@ def test_blur_is_that_of_whole_frames(merge, frames, radius):
 
 def test_blur_is_close_to_pillows_away_from_the_border():
   settings, prompt, videos = make(2)
-  new = views.blur(
-      prompt, 2.0, shape(settings), settings.merge_size)
+  new = views.blur(prompt, 2.0, shape(settings), settings.merge_size)
   image = Image.fromarray(videos[1][0][0])
   theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(2.0)), np.float64)
   ours = frames_of(settings, new, 1)[0][0]
@@ -270,8 +294,9 @@ def slow_salient(prompt: Prompt, row: int, saliency: np.ndarray, rate: float, bl
     squares: dict[tuple, list[int]] = {}
     for i in np.flatnonzero(segments == segment):
       squares.setdefault(tuple(places[i] // block), []).append(i)
-    means = {at: np.mean(saliency[row, members], dtype=np.float64)
-             for at, members in squares.items()}
+    means = {
+      at: np.mean(saliency[row, members], dtype=np.float64) for at, members in squares.items()
+    }
     count = int(np.ceil(round(rate * len(squares), 9)))
     for at in sorted(squares, key=lambda at: (-means[at], at))[:count]:
       hit[squares[at]] = True
@@ -279,8 +304,10 @@ def slow_salient(prompt: Prompt, row: int, saliency: np.ndarray, rate: float, bl
 
 
 @pytest.mark.parametrize("merge", [2, 4])
-@pytest.mark.parametrize(("block", "rate"), [
-    (1, 0.5), (1, 0.33), (1, 1.0), (2, 0.3), (3, 0.6), (4, 0.01), (5, 0.4), (20, 0.5)])
+@pytest.mark.parametrize(
+  ("block", "rate"),
+  [(1, 0.5), (1, 0.33), (1, 1.0), (2, 0.3), (3, 0.6), (4, 0.01), (5, 0.4), (20, 0.5)],
+)
 def test_the_most_salient_squares_of_every_image_go_black(merge, block, rate):
   settings, prompt, _ = make(merge)
   black, _ = levels(settings)
@@ -288,9 +315,12 @@ def test_the_most_salient_squares_of_every_image_go_black(merge, block, rate):
   # Few whole values: means are exact, and many are equal.
   few = rng.integers(0, 3, prompt.patches.shape[:2]).astype("f4")
   apart = rng.permutation(few.size).reshape(few.shape).astype("f4")
-  scaled = apart * 10.0**-(prompt.patch_segments % 3)  # images of all magnitudes
-  fast = jax.jit(lambda prompt, saliency: views.salient_patches(
-      prompt, saliency, rate, black, block=block, merge_size=merge))
+  scaled = apart * 10.0 ** -(prompt.patch_segments % 3)  # images of all magnitudes
+  fast = jax.jit(
+    lambda prompt, saliency: views.salient_patches(
+      prompt, saliency, rate, black, block=block, merge_size=merge
+    )
+  )
   for saliency in (few, apart, scaled.astype("f4"), np.zeros_like(few)):
     saliency = np.where(prompt.patch_segments > 0, saliency, 1e9).astype("f4")
     new = fast(prompt, saliency)
@@ -319,7 +349,7 @@ def saliency_of(model, params, prompt):
 def attention_of(theirs, prompt: Prompt, row: int, layer: int, monkeypatch) -> list[np.ndarray]:
   """[H, n, n] probabilities in a layer of transformers' tower for each frame of a row."""
   name = re.compile(rf"(visual\.blocks\.{layer}\.attn|vision_.*layers\.{layer}\.self_attn)$")
-  module, = (m for n, m in theirs.named_modules() if name.search(n))
+  (module,) = (m for n, m in theirs.named_modules() if name.search(n))
   file = sys.modules[type(module).__module__]
   eager, seen = vars(file)["eager_attention_forward"], []
 
@@ -371,17 +401,21 @@ def test_saliency_does_not_depend_on_padding_or_other_images(pair):
   assert gone.any()
 
   fields = {}
-  for name, fill in {"patches": 9, "patch_positions": 0, "patch_grids": 1, "patch_segments": 0,
-                     "patch_windows": 0}.items():
+  for name, fill in {
+    "patches": 9,
+    "patch_positions": 0,
+    "patch_grids": 1,
+    "patch_segments": 0,
+    "patch_windows": 0,
+  }.items():
     field = np.array(getattr(prompt, name))
     field[gone] = fill
-    field = np.pad(field, [(0, 0), (0, 40), (0, 0)][:field.ndim], constant_values=fill)
+    field = np.pad(field, [(0, 0), (0, 40), (0, 0)][: field.ndim], constant_values=fill)
     fields[name] = field
   other = prompt.replace(**fields)
   found = np.asarray(saliency_of(model, params, other))
   assert not found[other.patch_segments == 0].any()
-  np.testing.assert_allclose(
-      found[:, :segments.shape[1]], np.where(gone, 0, expected), atol=1e-6)
+  np.testing.assert_allclose(found[:, : segments.shape[1]], np.where(gone, 0, expected), atol=1e-6)
 
 
 def test_saliency_in_bfloat16_with_recomputed_layers(pair):
@@ -404,7 +438,8 @@ def test_saliency_within_a_gradient_has_none(pair):
   def loss(params, patches):
     saliency = saliency_of(model, params, prompt.replace(patches=patches))
     view = views.salient_patches(
-        prompt, saliency, 0.4, jnp.zeros(patches.shape[-1]), block=2, merge_size=2)
+      prompt, saliency, 0.4, jnp.zeros(patches.shape[-1]), block=2, merge_size=2
+    )
     return (saliency**2).sum() + (view.patches**2).sum()
 
   grads = jax.jit(jax.grad(loss, (0, 1)))(params, prompt.patches)
@@ -413,18 +448,41 @@ def test_saliency_within_a_gradient_has_none(pair):
 
 def test_saliency_without_patches_or_without_full_attention():
   vision = models.VisionConfig(
-      depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16,
-      patch_size=SIDE, temporal_patch_size=2, spatial_merge_size=2, window_size=16,
-      full_attention_layers=())
+    depth=2,
+    hidden_size=16,
+    intermediate_size=16,
+    num_heads=2,
+    out_hidden_size=16,
+    patch_size=SIDE,
+    temporal_patch_size=2,
+    spatial_merge_size=2,
+    window_size=16,
+    full_attention_layers=(),
+  )
   config = models.ModelConfig(
-      family="qwen2_5_vl", vocab_size=8, hidden_size=16, intermediate_size=16, num_layers=1,
-      num_heads=2, num_kv_heads=2, head_dim=8, rms_norm_eps=1e-6, rope_theta=1e4, tied=True,
-      mrope_section=(1, 1, 2), vision=vision)
+    family="qwen2_5_vl",
+    vocab_size=8,
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    tied=True,
+    mrope_section=(1, 1, 2),
+    vision=vision,
+  )
   _, prompt, _ = make(2)
   model, params = models.VLM(config), models.abstract_params(config)
   with pytest.raises(ValueError, match=r"vision.full_attention_layers=\(\): expected at least one"):
     jax.eval_shape(functools.partial(saliency_of, model), params, prompt)
-  text = prompt.replace(**{name: getattr(prompt, name)[:, :0] for name in (
-      "patches", "patch_positions", "patch_grids", "patch_segments", "patch_windows")})
+  text = prompt.replace(
+    **{
+      name: getattr(prompt, name)[:, :0]
+      for name in ("patches", "patch_positions", "patch_grids", "patch_segments", "patch_windows")
+    }
+  )
   found = jax.eval_shape(functools.partial(saliency_of, model), params, text)
   assert (found.shape, found.dtype) == ((3, 0), np.float32)

@@ -24,42 +24,83 @@ def hf_config(family: str, processor_config: dict[str, Any], tied: bool) -> Any:
   given = processor_config
   vision = dict(given["vision_config"])
   text: dict[str, Any] = dict(
-      vocab_size=given["vocab_size"], hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-      num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6,
-      bos_token_id=given["bos_token_id"], eos_token_id=given["eos_token_id"])
+    vocab_size=given["vocab_size"],
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    rms_norm_eps=1e-6,
+    bos_token_id=given["bos_token_id"],
+    eos_token_id=given["eos_token_id"],
+  )
   rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
   if family == "qwen2_vl":
     vision |= dict(depth=3, embed_dim=32, hidden_size=64, mlp_ratio=2, num_heads=2)
     text |= dict(rope_parameters=rope)
   elif family == "qwen2_5_vl":
-    vision |= dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2,
-                   out_hidden_size=64, fullatt_block_indexes=[1])
+    vision |= dict(
+      depth=3,
+      hidden_size=32,
+      intermediate_size=48,
+      num_heads=2,
+      out_hidden_size=64,
+      fullatt_block_indexes=[1],
+    )
     text |= dict(rope_parameters=rope)
   elif family == "gemma3":
-    vision |= dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=48,
-                   num_hidden_layers=2, num_attention_heads=2, vision_use_head=False)
+    vision |= dict(
+      model_type="siglip_vision_model",
+      hidden_size=32,
+      intermediate_size=48,
+      num_hidden_layers=2,
+      num_attention_heads=2,
+      vision_use_head=False,
+    )
     text |= dict(
-        num_hidden_layers=5, head_dim=16, query_pre_attn_scalar=24, sliding_window=9,
-        sliding_window_pattern=3,
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})
+      num_hidden_layers=5,
+      head_dim=16,
+      query_pre_attn_scalar=24,
+      sliding_window=9,
+      sliding_window_pattern=3,
+      rope_parameters={
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      },
+    )
   else:
-    vision |= dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2,
-                   out_hidden_size=64, num_position_embeddings=25,
-                   deepstack_visual_indexes=[0, 1])
+    vision |= dict(
+      depth=3,
+      hidden_size=32,
+      intermediate_size=48,
+      num_heads=2,
+      out_hidden_size=64,
+      num_position_embeddings=25,
+      deepstack_visual_indexes=[0, 1],
+    )
     text |= dict(head_dim=16, rope_parameters=rope | {"mrope_interleaved": True})
     if family == "qwen3_vl_moe":
       text |= dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24)
-  ids = {k: v for k, v in given.items()
-         if k.endswith(("_token_id", "_token_index")) and k[:3] not in ("bos", "eos")}
+  ids = {
+    k: v
+    for k, v in given.items()
+    if k.endswith(("_token_id", "_token_index")) and k[:3] not in ("bos", "eos")
+  }
   ids |= {k: given[k] for k in ("mm_tokens_per_image",) if k in given}
   return transformers.AutoConfig.for_model(
-      family, text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    family, text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids
+  )
 
 
-def make_hf(path: pathlib.Path, *, family: str = "qwen2_5_vl", tied: bool = False, seed: int = 0,
-            dtype: torch.dtype = torch.float32, **saving):
+def make_hf(
+  path: pathlib.Path,
+  *,
+  family: str = "qwen2_5_vl",
+  tied: bool = False,
+  seed: int = 0,
+  dtype: torch.dtype = torch.float32,
+  **saving,
+):
   """Writes the directory; returns the torch model."""
   tiny_processor.make_processor_dir(path, family=family)
   generation = (path / "generation_config.json").read_text()
@@ -87,15 +128,24 @@ def images(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
 
 def turn(*content: str | None):
   """A user's message; None is an image, "<video>" a video."""
-  parts = [{"type": "image"} if c is None else {"type": "video"} if c == "<video>"
-           else {"type": "text", "text": c} for c in content]
+  parts = [
+    {"type": "image"}
+    if c is None
+    else {"type": "video"}
+    if c == "<video>"
+    else {"type": "text", "text": c}
+    for c in content
+  ]
   return [{"role": "user", "content": parts}]
 
 
 def conversations(seed: int = 0):
   """A mixed batch: text only, one image, several images of different sizes."""
-  messages = [turn("what is three plus four"), turn(None, "what digit is this"),
-              turn("first", None, "then", None, "which is larger")]
+  messages = [
+    turn("what is three plus four"),
+    turn(None, "what digit is this"),
+    turn("first", None, "then", None, "which is larger"),
+  ]
   return messages, [[], images((40, 56), seed=seed), images((64, 32), (28, 84), seed=seed + 1)]
 
 
@@ -103,7 +153,7 @@ def mixed_batch(processor: Processor, family: str):
   """A Prompt of text only, one image, several of all shapes, the smallest and the largest image
   allowed and, where the family has them, a video and a video beside an image."""
   messages, pictures = conversations()
-  side = int(getattr(processor.image_settings, "max_pixels", 0)**0.5)
+  side = int(getattr(processor.image_settings, "max_pixels", 0) ** 0.5)
   messages += [turn(None, "small"), turn(None, "large"), turn("wide", None, "and tall", None)]
   pictures += [images((1, 1)), images((side or 90, side or 90)), images((20, 160), (170, 15))]
   videos: list[list[Video]] = [[] for _ in messages]
@@ -131,7 +181,7 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
     size, p = config.vision_config.image_size, config.vision_config.patch_size
     pixels = np.zeros((segments.max(initial=0), 3, size, size), np.float32)
     for patch, segment, (r, c) in zip(patches, segments, where, strict=True):
-      pixels[segment - 1, :, r * p:(r + 1) * p, c * p:(c + 1) * p] = patch.reshape(3, p, p)
+      pixels[segment - 1, :, r * p : (r + 1) * p, c * p : (c + 1) * p] = patch.reshape(3, p, p)
     inputs["token_type_ids"] = torch.tensor(image.astype(np.int64))[None]
     return inputs | ({"pixel_values": torch.tensor(pixels)} if len(pixels) else {})
   inputs["mm_token_type_ids"] = torch.tensor(image + 2 * video.astype(np.int64))[None]
@@ -146,8 +196,10 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
       frames = len(np.unique(segments[part]))
       found[bool(kinds[begin] == 2)].append((patches[part], (frames, *grids[start])))
       start = part.stop
-  for is_video, pixels, grid in ((False, "pixel_values", "image_grid_thw"),
-                                 (True, "pixel_values_videos", "video_grid_thw")):
+  for is_video, pixels, grid in (
+    (False, "pixel_values", "image_grid_thw"),
+    (True, "pixel_values_videos", "video_grid_thw"),
+  ):
     if found[is_video]:
       inputs[pixels] = torch.tensor(np.concatenate([a for a, _ in found[is_video]]))
       inputs[grid] = torch.tensor([[int(n) for n in g] for _, g in found[is_video]])
@@ -156,9 +208,12 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
     times = np.asarray(prompt.positions[row, :length, 0])
     per_second = config.vision_config.tokens_per_second
     starts = [b for b in edges[:-1] if kinds[b] == 2]
-    inputs["second_per_grid_ts"] = torch.tensor([
+    inputs["second_per_grid_ts"] = torch.tensor(
+      [
         (times[b + int(t[1:].prod()) // merge] - times[b]) / per_second
-        for b, t in zip(starts, inputs["video_grid_thw"], strict=True)])
+        for b, t in zip(starts, inputs["video_grid_thw"], strict=True)
+      ]
+    )
   return inputs
 
 
@@ -176,11 +231,14 @@ def torch_greedy(model, prompt, row: int, config: ModelConfig, max_tokens: int):
   inputs = torch_inputs(model, prompt, row)
   # The model's own settings: they would fill in what is None in settings that `generate` is given.
   model.generation_config = transformers.GenerationConfig(
-      max_new_tokens=max_tokens, do_sample=False, pad_token_id=config.pad_token,
-      eos_token_id=list(config.stop_tokens) or None,
-      suppress_tokens=list(config.suppressed_tokens))
+    max_new_tokens=max_tokens,
+    do_sample=False,
+    pad_token_id=config.pad_token,
+    eos_token_id=list(config.stop_tokens) or None,
+    suppress_tokens=list(config.suppressed_tokens),
+  )
   # Without a mask, pad tokens that stand in the prompt would be taken for padding.
   mask = torch.ones_like(inputs["input_ids"])
   with torch.no_grad():
     tokens = model.generate(**inputs, attention_mask=mask)[0]
-  return tokens[len(mask[0]):].numpy()
+  return tokens[len(mask[0]) :].numpy()

@@ -115,10 +115,12 @@ def make_tokenizer() -> tokenizers.Tokenizer:
   """Byte-level BPE with Qwen's splitting rule, special tokens last; about 400 ids."""
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.NFC()
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-    pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated", invert=False),
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-  ])
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="isolated", invert=False),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   tokenizer.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
   trainer = trainers.BpeTrainer(vocab_size=432, initial_alphabet=alphabet, show_progress=False)
@@ -130,14 +132,12 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 
 def make_gemma_tokenizer() -> tokenizers.Tokenizer:
   """BPE over spaces as "▁" with byte fallback; runs of newlines are added tokens, as in Gemma."""
-  tokenizer = tokenizers.Tokenizer(
-    models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-  )
+  tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
   tokenizer.normalizer = normalizers.Replace(" ", "▁")
   tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
-  tokenizer.decoder = decoders.Sequence([
-    decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()
-  ])
+  tokenizer.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
   letters = sorted(set("".join(_CORPUS)) - {" "}) + ["▁"]
   lines = ["\n" * count for count in range(1, 5)]
   some_bytes = [f"<0x{value:02X}>" for value in range(256)]
@@ -209,9 +209,7 @@ def make_processor_dir(
   token_area = (patch_size * merge_size) ** 2
   min_pixels = token_area if min_pixels is None else min_pixels
   max_pixels = 64 * token_area if max_pixels is None else max_pixels
-  names = {
-    "qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"
-  }
+  names = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}
   _write(
     path,
     "tokenizer_config.json",

@@ -11,20 +11,30 @@ from collections.abc import Iterator
 ROOT = pathlib.Path(__file__).parents[1]
 
 ARCHITECTURE = {
-    "tie_word_embeddings": False,
-    "min_pixels": 16 * 16,
-    "max_pixels": 48 * 48,
-    "text": {
-        "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "rope_parameters": {
-            "rope_type": "default", "mrope_section": (1, 1, 2), "rope_theta": 10000.0},
-    },
-    "vision": {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
-        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 32,
-        "fullatt_block_indexes": (1,),
-    },
+  "tie_word_embeddings": False,
+  "min_pixels": 16 * 16,
+  "max_pixels": 48 * 48,
+  "text": {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "mrope_section": (1, 1, 2), "rope_theta": 10000.0},
+  },
+  "vision": {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 8,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "window_size": 32,
+    "fullatt_block_indexes": (1,),
+  },
 }
 BOARDS = {"live": True, "train": 64, "test": 8, "tasks": ("read", "colour"), "style": "direct"}
 
@@ -32,8 +42,10 @@ BOARDS = {"live": True, "train": 64, "test": 8, "tasks": ("read", "colour"), "st
 def xla_flags(devices: int) -> str:
   """XLA_FLAGS for so many virtual CPU devices; programs are compiled quickly, for they are small
   and run a few times."""
-  return (f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-          "--xla_llvm_disable_expensive_passes=true")
+  return (
+    f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true"
+  )
 
 
 def variety(example, text: str) -> float:

@@ -54,15 +54,15 @@ QUESTION_TASKS = PERCEPTION + REASONING
 BASE_TASKS = ("transcribe", "arithmetic")
 
 _QUESTIONS = {
-    "read": "What digit is in row {row}, column {column}?",
-    "colour": "What colour is the digit in row {row}, column {column}?",
-    "where": "Where is the {digit}? Answer as row,column.",
-    "sum_row": "What is the sum of row {row}?",
-    "sum_column": "What is the sum of column {column}?",
-    "count": "How many times does the digit {digit} appear?",
-    "largest_colour": "What is the largest {colour} digit?",
-    "compare": "Which row has the larger sum, {row} or {other}?",
-    "transcribe": "Read the board.",
+  "read": "What digit is in row {row}, column {column}?",
+  "colour": "What colour is the digit in row {row}, column {column}?",
+  "where": "Where is the {digit}? Answer as row,column.",
+  "sum_row": "What is the sum of row {row}?",
+  "sum_column": "What is the sum of column {column}?",
+  "count": "How many times does the digit {digit} appear?",
+  "largest_colour": "What is the largest {colour} digit?",
+  "compare": "Which row has the larger sum, {row} or {other}?",
+  "transcribe": "Read the board.",
 }
 _INK = np.array([[240, 70, 60], [70, 205, 80], [80, 135, 255], [245, 215, 60]], np.float32)
 
@@ -159,11 +159,17 @@ def _draw_board(rng: np.random.Generator, split: str, digits: np.ndarray) -> Boa
     for c, digit in enumerate(row):
       size = sizes[r][c]
       room = CELL - size + 1
-      line.append(Cell(
-          digit=digit, colour=COLOURS[colours[r][c]],
+      line.append(
+        Cell(
+          digit=digit,
+          colour=COLOURS[colours[r][c]],
           source=int(pool[digit][int(picks[r][c] * len(pool[digit]))]),
-          x=CELL * c + int(jitter[r][c][0] * room), y=CELL * r + int(jitter[r][c][1] * room),
-          size=size, brightness=brightness[r][c]))
+          x=CELL * c + int(jitter[r][c][0] * room),
+          y=CELL * r + int(jitter[r][c][1] * room),
+          size=size,
+          brightness=brightness[r][c],
+        )
+      )
     cells.append(tuple(line))
   red, green, blue = background.tolist()
   return Board(tuple(cells), (red, green, blue))
@@ -177,7 +183,7 @@ def render(board: Board) -> np.ndarray:
   for row in board.cells:
     for cell in row:
       ink, _ = _glyph(cell.source, cell.size)
-      window = canvas[cell.y:cell.y + cell.size, cell.x:cell.x + cell.size]
+      window = canvas[cell.y : cell.y + cell.size, cell.x : cell.x + cell.size]
       window += ink * (_INK[COLOURS.index(cell.colour)] * cell.brightness - window)
   return np.clip(canvas, 0, 255).astype(np.uint8)
 
@@ -196,9 +202,14 @@ def _cells(board: Board) -> list[list[dict[str, Any]]]:
     line = []
     for cell in row:
       x0, y0, x1, y1 = _glyph(cell.source, cell.size)[1]
-      line.append({
-          "digit": cell.digit, "colour": cell.colour, "source": cell.source,
-          "box": [cell.x + x0, cell.y + y0, cell.x + x1, cell.y + y1]})
+      line.append(
+        {
+          "digit": cell.digit,
+          "colour": cell.colour,
+          "source": cell.source,
+          "box": [cell.x + x0, cell.y + y0, cell.x + x1, cell.y + y1],
+        }
+      )
     truth.append(line)
   return truth
 
@@ -209,8 +220,12 @@ def _cells(board: Board) -> list[list[dict[str, Any]]]:
 
 
 def _draw_question(
-    rng: np.random.Generator, split: str, task: str, rows_range: Sequence[int],
-    columns_range: Sequence[int]) -> tuple[Board, dict[str, Any]]:
+  rng: np.random.Generator,
+  split: str,
+  task: str,
+  rows_range: Sequence[int],
+  columns_range: Sequence[int],
+) -> tuple[Board, dict[str, Any]]:
   """A board, and what the task asks about it. Rows and columns count from 1."""
   rows = int(rng.integers(rows_range[0], rows_range[1] + 1))
   cols = int(rng.integers(columns_range[0], columns_range[1] + 1))
@@ -259,12 +274,14 @@ def _running_sum(numbers: Sequence[int], add: Callable[[int, int], int]) -> tupl
 def board_text(board: Board) -> str:
   """The whole board in words: "1: 3r 8b; 2: 0g 5y"."""
   return "; ".join(
-      f"{r}: " + _spaced([f"{cell.digit}{cell.colour[0]}" for cell in row])
-      for r, row in enumerate(board.cells, 1))
+    f"{r}: " + _spaced([f"{cell.digit}{cell.colour[0]}" for cell in row])
+    for r, row in enumerate(board.cells, 1)
+  )
 
 
-def solve(board: Board, task: str, asked: Mapping[str, Any],
-          add: Callable[[int, int], int] = operator.add) -> tuple[list[str], str]:
+def solve(
+  board: Board, task: str, asked: Mapping[str, Any], add: Callable[[int, int], int] = operator.add
+) -> tuple[list[str], str]:
   """The steps of the `local` style and the answer; `add` does the running sums.
 
   Raises:
@@ -360,7 +377,8 @@ class _Slips:
     if not self._rates:
       return board
     return dataclasses.replace(
-        board, cells=tuple(tuple(self._cell(cell) for cell in row) for row in board.cells))
+      board, cells=tuple(tuple(self._cell(cell) for cell in row) for row in board.cells)
+    )
 
   def add(self, a: int, b: int) -> int:
     """a + b, or a number at most 3 away from it."""
@@ -368,8 +386,9 @@ class _Slips:
       return a + b
     return int(self._rng.choice([n for n in range(max(0, a + b - 3), a + b + 4) if n != a + b]))
 
-  def solve(self, board: Board, task: str, asked: Mapping[str, Any]
-            ) -> tuple[Board, list[str], str]:
+  def solve(
+    self, board: Board, task: str, asked: Mapping[str, Any]
+  ) -> tuple[Board, list[str], str]:
     """The board as it was read, and `solve` of that."""
     for _ in range(1000):
       seen = self.read(board)
@@ -377,7 +396,8 @@ class _Slips:
       with contextlib.suppress(ValueError):
         return seen, *solve(seen, task, asked, self.add)
     raise ValueError(
-        f"slips={dict(self._rates)!r}: expected rates at which {task!r} can be answered")
+      f"slips={dict(self._rates)!r}: expected rates at which {task!r} can be answered"
+    )
 
 
 def _response(thought: str, answer: str) -> str:
@@ -405,29 +425,42 @@ def _choose(rng: np.random.Generator, field: str, choice: Choice, known: Sequenc
   raise ValueError(f"{field}={choice!r}: expected at least one name with a positive weight")
 
 
-def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
-           style: Choice | None = None, rows: Sequence[int] = ROWS,
-           columns: Sequence[int] = COLUMNS, slips: Mapping[str, float] | None = None
-           ) -> tuple[Board | None, Example]:
+def sample(
+  split: str,
+  seed: int,
+  index: int,
+  tasks: Choice | None = None,
+  style: Choice | None = None,
+  rows: Sequence[int] = ROWS,
+  columns: Sequence[int] = COLUMNS,
+  slips: Mapping[str, float] | None = None,
+) -> tuple[Board | None, Example]:
   """As `make_example`, but gives the board itself (None for arithmetic) and no images."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
   _check_slips(slips or {})
   rng = np.random.default_rng((SPLITS.index(split), seed, index))
   teacher = _Slips(slips or {}, SPLITS.index(split), seed, index, 1)
-  task = _choose(rng, "tasks", QUESTION_TASKS if tasks is None else tasks,
-                 QUESTION_TASKS + BASE_TASKS)
+  task = _choose(
+    rng, "tasks", QUESTION_TASKS if tasks is None else tasks, QUESTION_TASKS + BASE_TASKS
+  )
   name = f"{split}-{seed}-{index}"
-  meta: dict[str, Any] = {"skill": "reasoning" if task in (*REASONING, "arithmetic") else
-                          "perception", "task": task}
+  meta: dict[str, Any] = {
+    "skill": "reasoning" if task in (*REASONING, "arithmetic") else "perception",
+    "task": task,
+  }
   if task == "arithmetic":
     # The additions that occur in running sums of at most four digits.
     more = int(rng.integers(1, 4))
     numbers = [int(rng.integers(0, 37 - 9 * more)), *rng.integers(0, 10, more).tolist()]
     steps, total = _running_sum(numbers, teacher.add)
     return None, Example(
-        id=name, question="+".join(map(str, numbers)) + "=", answer=str(sum(numbers)),
-        target=_response("; ".join(steps), str(total)), meta=meta)
+      id=name,
+      question="+".join(map(str, numbers)) + "=",
+      answer=str(sum(numbers)),
+      target=_response("; ".join(steps), str(total)),
+      meta=meta,
+    )
 
   board, asked = _draw_question(rng, split, task, rows, columns)
   target = None
@@ -441,16 +474,27 @@ def sample(split: str, seed: int, index: int, tasks: Choice | None = None,
       seen, steps, reached = teacher.solve(board, task, asked)
       thought = {"direct": ["guess"], "local": steps, "board": [board_text(seen), *steps]}
       target = _response("; ".join(thought[meta["style"]]), reached)
-  meta |= {"asked": asked, "rows": len(board.cells), "cols": len(board.cells[0]),
-           "cells": _cells(board)}
-  return board, Example(id=name, question=_QUESTIONS[task].format(**asked), answer=answer,
-                        target=target, meta=meta)
+  meta |= {
+    "asked": asked,
+    "rows": len(board.cells),
+    "cols": len(board.cells[0]),
+    "cells": _cells(board),
+  }
+  return board, Example(
+    id=name, question=_QUESTIONS[task].format(**asked), answer=answer, target=target, meta=meta
+  )
 
 
-def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
-                 style: Choice | None = None, rows: Sequence[int] = ROWS,
-                 columns: Sequence[int] = COLUMNS,
-                 slips: Mapping[str, float] | None = None) -> Example:
+def make_example(
+  split: str,
+  seed: int,
+  index: int,
+  tasks: Choice | None = None,
+  style: Choice | None = None,
+  rows: Sequence[int] = ROWS,
+  columns: Sequence[int] = COLUMNS,
+  slips: Mapping[str, float] | None = None,
+) -> Example:
   """The sample number `index`: one PNG image of [16 * rows, 16 * cols], none for arithmetic.
 
   Args:
@@ -479,10 +523,17 @@ def make_example(split: str, seed: int, index: int, tasks: Choice | None = None,
 class LiveBoards:
   """Samples drawn as they are read: random access to `size` of them, and nothing on disk."""
 
-  def __init__(self, split: str, size: int = 1_000_000, seed: int = 0,
-               tasks: Choice | None = None, style: Choice | None = None,
-               rows: Sequence[int] = ROWS, columns: Sequence[int] = COLUMNS,
-               slips: Mapping[str, float] | None = None):
+  def __init__(
+    self,
+    split: str,
+    size: int = 1_000_000,
+    seed: int = 0,
+    tasks: Choice | None = None,
+    style: Choice | None = None,
+    rows: Sequence[int] = ROWS,
+    columns: Sequence[int] = COLUMNS,
+    slips: Mapping[str, float] | None = None,
+  ):
     if size < 1:
       raise ValueError(f"{split}={size}: expected at least 1 question")
     self._split, self._size, self._seed = split, size, seed
@@ -509,25 +560,29 @@ def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
     """Boards of handwritten digits with questions, written as TFDS without TensorFlow."""
 
     VERSION = tfds.core.Version("1.1.0")  # a change of the boards or questions needs another
-    BUILDER_CONFIGS = [tfds.core.BuilderConfig(
-        name="default" if settings == check_settings() else digest,
-        description=json.dumps(settings))]
+    BUILDER_CONFIGS = [
+      tfds.core.BuilderConfig(
+        name="default" if settings == check_settings() else digest, description=json.dumps(settings)
+      )
+    ]
 
     def _info(self):
       return tfds.core.DatasetInfo(
-          builder=self,
-          description=__doc__,
-          features=tfds.features.FeaturesDict({
-              "id": tfds.features.Text(),
-              "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
-              "question": tfds.features.Text(),
-              "answer": tfds.features.Text(),
-              "target": tfds.features.Text(),
-              "meta": tfds.features.Text(doc="JSON"),
-          }),
-          homepage="https://scikit-learn.org/stable/modules/generated/"
-                   "sklearn.datasets.load_digits.html",
-          disable_shuffling=True,  # readers shuffle
+        builder=self,
+        description=__doc__,
+        features=tfds.features.FeaturesDict(
+          {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "question": tfds.features.Text(),
+            "answer": tfds.features.Text(),
+            "target": tfds.features.Text(),
+            "meta": tfds.features.Text(doc="JSON"),
+          }
+        ),
+        homepage="https://scikit-learn.org/stable/modules/generated/"
+        "sklearn.datasets.load_digits.html",
+        disable_shuffling=True,  # readers shuffle
       )
 
     def _split_generators(self, dl_manager):
@@ -535,29 +590,51 @@ def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
       return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split):
-      boards = LiveBoards(split, settings[split], settings["seed"], settings["tasks"],
-                          settings["style"], slips=settings.get("slips"))
+      boards = LiveBoards(
+        split,
+        settings[split],
+        settings["seed"],
+        settings["tasks"],
+        settings["style"],
+        slips=settings.get("slips"),
+      )
       for index in range(len(boards)):
         example = boards[index]
-        yield index, {
-            "id": example.id, "image": io.BytesIO(example.images[0]),
-            "question": example.question, "answer": example.answer,
-            "target": example.target or "", "meta": json.dumps(example.meta)}
+        yield (
+          index,
+          {
+            "id": example.id,
+            "image": io.BytesIO(example.images[0]),
+            "question": example.question,
+            "answer": example.answer,
+            "target": example.target or "",
+            "meta": json.dumps(example.meta),
+          },
+        )
 
   return DigitBoards(data_dir=data_dir)
 
 
-def check_settings(train: int = TRAIN, test: int = TEST, seed: int = 0,
-                   tasks: Choice | None = None,
-                   style: Choice | None = ("local", "board"),
-                   slips: Mapping[str, float] | None = None) -> dict[str, Any]:
+def check_settings(
+  train: int = TRAIN,
+  test: int = TEST,
+  seed: int = 0,
+  tasks: Choice | None = None,
+  style: Choice | None = ("local", "board"),
+  slips: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
   """The settings of `builder` in JSON's types; a ValueError names the first wrong one."""
   if tasks is not None and "arithmetic" in ([tasks] if isinstance(tasks, str) else tasks):
     raise ValueError("tasks='arithmetic': has no image to store; set live=True")
   for split, size in (("train", train), ("test", test)):
     LiveBoards(split, size, seed, tasks, style, slips=slips)
-  settings = {"train": train, "test": test, "seed": seed, "tasks": _plain(tasks),
-              "style": _plain(style)}
+  settings = {
+    "train": train,
+    "test": test,
+    "seed": seed,
+    "tasks": _plain(tasks),
+    "style": _plain(style),
+  }
   # Without slips the settings are those that datasets on disk are named after.
   return settings | {"slips": dict(slips)} if slips else settings
 

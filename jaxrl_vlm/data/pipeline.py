@@ -20,8 +20,14 @@ class BatchIterator:
     given: that number, which is also that of the next batch.
   """
 
-  def __init__(self, source: Source, batches: Any, rows: Sequence[int] | None,
-               identity: dict[str, Any], workers: int):
+  def __init__(
+    self,
+    source: Source,
+    batches: Any,
+    rows: Sequence[int] | None,
+    identity: dict[str, Any],
+    workers: int,
+  ):
     self._source, self._batches, self._rows = source, batches, rows
     self._identity, self._workers = identity, workers
     self.given = 0
@@ -43,11 +49,12 @@ class BatchIterator:
     # A little ahead of the consumer: elements are whole batches of encoded images, and
     # preparation shares the cores with a model that may run on them too.
     ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    batches = self._batches[self.given:].map(_Read(self._source, self._rows))
+    batches = self._batches[self.given :].map(_Read(self._source, self._rows))
     stream = batches.to_iter_dataset(ahead)
     if self._workers:
       stream = stream.mp_prefetch(
-          grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+        grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+      )
     return iter(stream)
 
   def get_state(self) -> dict[str, Any]:
@@ -79,15 +86,15 @@ class BatchIterator:
 
 
 def make_iterator(
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    shuffle: bool = True,
-    repeat: bool = True,
-    workers: int = 0,
-    rows: Sequence[int] | None = None,
-    drop_remainder: bool = True,
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  shuffle: bool = True,
+  repeat: bool = True,
+  workers: int = 0,
+  rows: Sequence[int] | None = None,
+  drop_remainder: bool = True,
 ) -> BatchIterator:
   """Batches of a source's examples in an order that is a function of the arguments.
 
@@ -119,8 +126,13 @@ def make_iterator(
   if repeat:
     dataset = dataset.repeat()
   batches = dataset.batch(batch_size, drop_remainder=drop_remainder, batch_fn=_as_list)
-  identity = {"examples": size, "batch_size": batch_size, "seed": seed, "shuffle": shuffle,
-              "repeat": repeat}
+  identity = {
+    "examples": size,
+    "batch_size": batch_size,
+    "seed": seed,
+    "shuffle": shuffle,
+    "repeat": repeat,
+  }
   return BatchIterator(source, batches, rows, identity, workers)
 
 

@@ -169,9 +169,7 @@ class Processor:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if files.chat_template is not None:
       tokenizer.chat_template = files.chat_template
-    return cls(
-      tokenizer, family, files, prompt_buckets=prompt_buckets, patch_buckets=patch_buckets
-    )
+    return cls(tokenizer, family, files, prompt_buckets=prompt_buckets, patch_buckets=patch_buckets)
 
   def save_pretrained(self, path: str | pathlib.Path) -> None:
     """Writes the files that were read, unchanged but for the pixel bounds that were overridden.
@@ -212,12 +210,14 @@ class Processor:
         raise ValueError(f"{len(conversations)} conversations, but {len(given)} lists of {field}")
       return [() if row is None else row for row in given]
 
-    return self.collate([
-      self.encode_messages(messages, images, f"conversation {i}", videos)
-      for i, (messages, images, videos) in enumerate(
-        zip(conversations, rows("images", images), rows("videos", videos), strict=True)
-      )
-    ])
+    return self.collate(
+      [
+        self.encode_messages(messages, images, f"conversation {i}", videos)
+        for i, (messages, images, videos) in enumerate(
+          zip(conversations, rows("images", images), rows("videos", videos), strict=True)
+        )
+      ]
+    )
 
   def encode(self, example: Example, system: str | None = None) -> EncodedPrompt:
     """The question of an example as a user turn, after a system turn when given.
@@ -414,8 +414,9 @@ def _fit(size: int, buckets: Sequence[int], what: str, field: str, name: str) ->
   for bucket in buckets:
     if size <= bucket:
       return bucket
-  raise PromptTooLong(f"{name}: {size} {what}, but the largest bucket is {buckets[-1]} "
-                      f"(config.{field})")
+  raise PromptTooLong(
+    f"{name}: {size} {what}, but the largest bucket is {buckets[-1]} (config.{field})"
+  )
 
 
 def _ascending(field: str, buckets: Sequence[int], multiple: int) -> tuple[int, ...]:

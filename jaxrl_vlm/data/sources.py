@@ -25,13 +25,13 @@ from jaxrl_vlm.example import Example
 
 # Options of each kind of source, config.data.options.
 OPTIONS = {
-    # As digit_boards.builder; live: draw the boards as they are read and store nothing.
-    # rows, columns: with live, the least and the most of them.
-    "digit_boards": ("tasks", "style", "slips", "seed", "train", "test", "live", "rows", "columns"),
-    # fields: names of the dataset's features, {"question": "text", ...}; by default our own names.
-    "tfds": ("fields",),
-    # allow_outside: images may lie outside the directory of the file.
-    "jsonl": ("allow_outside",),
+  # As digit_boards.builder; live: draw the boards as they are read and store nothing.
+  # rows, columns: with live, the least and the most of them.
+  "digit_boards": ("tasks", "style", "slips", "seed", "train", "test", "live", "rows", "columns"),
+  # fields: names of the dataset's features, {"question": "text", ...}; by default our own names.
+  "tfds": ("fields",),
+  # allow_outside: images may lie outside the directory of the file.
+  "jsonl": ("allow_outside",),
 }
 _FIELDS = ("id", "question", "answer", "images", "image", "target", "rewards", "meta")
 
@@ -64,15 +64,17 @@ def open_source(spec: Mapping[str, Any] | ConfigDict, split: str, need: str = "a
     return JsonLines(name.replace("{split}", split), need=need, **options)
   data_dir = str(spec.get("dir") or "") or None
   if kind == "tfds":
-    return TfdsSource(name, functools.partial(_open_tfds, name, data_dir), split, need=need,
-                      **options)
+    return TfdsSource(
+      name, functools.partial(_open_tfds, name, data_dir), split, need=need, **options
+    )
   if split not in digit_boards.SPLITS:
     raise UserError(f"split {split!r} of digit_boards: {hint(split, digit_boards.SPLITS)}")
   with validation("data.options."):
     if options.pop("live", False):
       size = options.get(split, 1_000_000)
-      drawn = {key: value for key, value in options.items()
-               if key not in ("live", *digit_boards.SPLITS)}
+      drawn = {
+        key: value for key, value in options.items() if key not in ("live", *digit_boards.SPLITS)
+      }
       return digit_boards.LiveBoards(split, size, **drawn)
     digit_boards.check_settings(**options)
   cache = data_dir or os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
@@ -95,8 +97,9 @@ def check(spec: Mapping[str, Any] | ConfigDict) -> tuple[str, str, dict[str, Any
     kind = "jsonl" if name.endswith((".jsonl", ".json")) else "tfds"
   for option in options:
     if option not in OPTIONS[kind]:
-      raise UserError(f"data.options.{option}: no such option of {name}; "
-                      f"{hint(option, OPTIONS[kind])}")
+      raise UserError(
+        f"data.options.{option}: no such option of {name}; {hint(option, OPTIONS[kind])}"
+      )
   return kind, name, options
 
 
@@ -117,8 +120,9 @@ def _open_tfds(name: str, data_dir: str | None) -> Any:
     builder = tfds.builder(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
     near = hint(name, [*tfds.list_builders(with_community_datasets=False), "digit_boards"])
-    raise UserError(f"data.name={name!r}: neither a .jsonl file nor a TFDS dataset; {near}"
-                    ) from error
+    raise UserError(
+      f"data.name={name!r}: neither a .jsonl file nor a TFDS dataset; {near}"
+    ) from error
   builder.download_and_prepare(file_format="array_record")
   return builder
 
@@ -146,8 +150,14 @@ class TfdsSource:
     need: "answer" or "target".
   """
 
-  def __init__(self, name: str, make: Callable[[], Any], split: str,
-               fields: Mapping[str, str] | None = None, need: str = "answer"):
+  def __init__(
+    self,
+    name: str,
+    make: Callable[[], Any],
+    split: str,
+    fields: Mapping[str, str] | None = None,
+    need: str = "answer",
+  ):
     self._name, self._make, self._split, self._need = name, make, split, need
     self._labels: dict[str, list[str]] = {}
     builder = make()
@@ -157,8 +167,10 @@ class TfdsSource:
       if field not in _FIELDS:
         raise UserError(f"data.options.fields.{field}: no such field; {hint(field, _FIELDS)}")
       if feature not in features:
-        raise UserError(f"data.options.fields.{field}={feature!r}: no such feature of {name}; "
-                        f"{hint(feature, features)}")
+        raise UserError(
+          f"data.options.fields.{field}={feature!r}: no such feature of {name}; "
+          f"{hint(feature, features)}"
+        )
     if "image" in fields:
       fields["images"] = fields.pop("image")
     elif "images" not in fields and "images" not in features and "image" in features:
@@ -167,8 +179,10 @@ class TfdsSource:
     self._fields |= fields
     for field in ("question", need):
       if field not in self._fields:
-        raise UserError(f"data.options.fields.{field}: {name} has no feature of this name; name "
-                        f"the one to use, of: {', '.join(sorted(features))}")
+        raise UserError(
+          f"data.options.fields.{field}: {name} has no feature of this name; name "
+          f"the one to use, of: {', '.join(sorted(features))}"
+        )
     base = split.partition("[")[0]
     if base not in builder.info.splits:
       raise UserError(f"split {split!r} of {name}: {hint(base, builder.info.splits)}")
@@ -248,8 +262,10 @@ class JsonLines:
           if line.strip():
             example, _ = self._parse(line, number)
             if example.id in seen:
-              raise UserError(f"{self._path}:{number}: field 'id': {example.id!r} is also that of "
-                              f"line {seen[example.id]}")
+              raise UserError(
+                f"{self._path}:{number}: field 'id': {example.id!r} is also that of "
+                f"line {seen[example.id]}"
+              )
             seen[example.id] = number
             self._starts.append(start)
             self._lines.append(number)
@@ -288,8 +304,10 @@ class JsonLines:
       raise UserError(f"{where}expected an object {{...}}, got {type(record).__name__}")
     for field in record:
       if field not in _FIELDS:
-        raise UserError(f"{where}field {field!r}: no such field; {hint(field, _FIELDS)} "
-                        "(other facts go into 'meta')")
+        raise UserError(
+          f"{where}field {field!r}: no such field; {hint(field, _FIELDS)} "
+          "(other facts go into 'meta')"
+        )
 
     def text(field: str, needed: bool) -> str:
       value = record.get(field)
@@ -304,17 +322,26 @@ class JsonLines:
       return value
 
     rewards, meta = record.get("rewards"), record.get("meta") or {}
-    if rewards is not None and not (isinstance(rewards, dict) and all(
-        isinstance(weight, int | float) for weight in rewards.values())):
-      raise UserError(f"{where}field 'rewards': expected {{\"name\": weight, ...}}, "
-                      f"got {json.dumps(rewards)[:60]}")
+    if rewards is not None and not (
+      isinstance(rewards, dict)
+      and all(isinstance(weight, int | float) for weight in rewards.values())
+    ):
+      raise UserError(
+        f"{where}field 'rewards': expected {{\"name\": weight, ...}}, "
+        f"got {json.dumps(rewards)[:60]}"
+      )
     if not isinstance(meta, dict):
-      raise UserError(f"{where}field 'meta': expected an object {{...}}, got "
-                      f"{json.dumps(meta)[:60]}")
+      raise UserError(
+        f"{where}field 'meta': expected an object {{...}}, got {json.dumps(meta)[:60]}"
+      )
     example = Example(
-        id=text("id", False) or f"{self._path.name}:{number}", question=text("question", True),
-        answer=text("answer", self._need == "answer"),
-        target=text("target", self._need == "target") or None, rewards=rewards, meta=meta)
+      id=text("id", False) or f"{self._path.name}:{number}",
+      question=text("question", True),
+      answer=text("answer", self._need == "answer"),
+      target=text("target", self._need == "target") or None,
+      rewards=rewards,
+      meta=meta,
+    )
     return example, self._images(record, where)
 
   def _images(self, record: Mapping[str, Any], where: str) -> list[pathlib.Path]:
@@ -329,8 +356,10 @@ class JsonLines:
     for name in names:
       path = (self._root / name).resolve()
       if not self._allow_outside and not path.is_relative_to(self._root):
-        raise UserError(f"{where}field {field!r}: {name} is outside {self._root}; "
-                        "set data.options.allow_outside=True to permit it")
+        raise UserError(
+          f"{where}field {field!r}: {name} is outside {self._root}; "
+          "set data.options.allow_outside=True to permit it"
+        )
       if not path.is_file():
         raise UserError(f"{where}field {field!r}: no such file: {name}")
       paths.append(path)

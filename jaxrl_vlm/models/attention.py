@@ -59,14 +59,18 @@ class Sight:
 
   def padded(self, queries: int, keys: int) -> "Sight":
     """With copies of the last query, which sees something, and keys that none sees."""
+
     def repeat(a):
-      return None if a is None else jnp.pad(
-          a, ((0, 0), (0, queries - a.shape[1])), mode="edge")
+      return None if a is None else jnp.pad(a, ((0, 0), (0, queries - a.shape[1])), mode="edge")
 
     more = ((0, 0), (0, keys - self.key_segment.shape[1]))
     return dataclasses.replace(
-        self, segment=repeat(self.segment), first=repeat(self.first), last=repeat(self.last),
-        key_segment=jnp.pad(self.key_segment, more, constant_values=-1))
+      self,
+      segment=repeat(self.segment),
+      first=repeat(self.first),
+      last=repeat(self.last),
+      key_segment=jnp.pad(self.key_segment, more, constant_values=-1),
+    )
 
 
 def choose(name: str, devices: Iterable[Any], config: ModelConfig) -> str:
@@ -87,15 +91,19 @@ def choose(name: str, devices: Iterable[Any], config: ModelConfig) -> str:
   if platforms != {"tpu"}:
     missing["splash"] = f"a mesh of TPUs, this one is of {', '.join(sorted(platforms))}"
   if platforms != {"gpu"} or not ampere:
-    missing["cudnn"] = (f"a mesh of NVIDIA GPUs of compute capability 8.0 or more, this one is of "
-                        f"{', '.join(sorted({device.device_kind for device in devices}))}")
+    missing["cudnn"] = (
+      f"a mesh of NVIDIA GPUs of compute capability 8.0 or more, this one is of "
+      f"{', '.join(sorted({device.device_kind for device in devices}))}"
+    )
   elif config.dtype != "bfloat16":
     missing["cudnn"] = f"config.model.dtype='bfloat16', this model computes in {config.dtype!r}"
   elif config.head_dim > (256 if hopper else 128):
     missing["cudnn"] = f"smaller heads than this model's, of head_dim={config.head_dim}"
   if name in missing:
-    raise ValueError(f"config.model.attention={name!r}: expected {missing[name]}; the others are "
-                     f"{', '.join(choice for choice in CHOICES if choice != name)}")
+    raise ValueError(
+      f"config.model.attention={name!r}: expected {missing[name]}; the others are "
+      f"{', '.join(choice for choice in CHOICES if choice != name)}"
+    )
   if name != "auto":
     return name
   return next(kind for kind in ("splash", "cudnn", "xla") if kind not in missing)
@@ -128,8 +136,11 @@ def attend(config: ModelConfig, q: Array, k: Array, v: Array, sight: Sight, scal
   rows = parallel.ROWS if q.shape[0] % parallel.rows(mesh) == 0 else None
   heads = "tensor" if k.shape[1] % split == 0 else None
   return jax.shard_map(
-      kernel, mesh=mesh, out_specs=Spec(rows, None, heads), check_vma=False,
-      in_specs=(Spec(rows, None, heads), Spec(rows, heads), Spec(rows, heads), Spec(rows)),
+    kernel,
+    mesh=mesh,
+    out_specs=Spec(rows, None, heads),
+    check_vma=False,
+    in_specs=(Spec(rows, None, heads), Spec(rows, heads), Spec(rows, heads), Spec(rows)),
   )(q, k, v, sight)
 
 
@@ -146,8 +157,9 @@ def answers(config: ModelConfig, tokens: int) -> bool:
   return config.attention != "xla" and tokens <= MOST_SPANNED and not config.sliding_window
 
 
-def over_prompts(config: ModelConfig, q: Array, k: Array, v: Array, sliding: Array,
-                 images: Array | None) -> Array:
+def over_prompts(
+  config: ModelConfig, q: Array, k: Array, v: Array, sliding: Array, images: Array | None
+) -> Array:
   """Attention of prompts over themselves, with windows and images that see all of themselves.
 
   Args:
@@ -171,13 +183,22 @@ def over_prompts(config: ModelConfig, q: Array, k: Array, v: Array, sliding: Arr
   zero = jnp.zeros((p, t), jnp.int32)
   causal = not config.sliding_window and images is None
   sight = Sight(zero, zero, first, last, spanned=t, causal=causal)
-  out = attend(config, q[:, 0], k[:, 0].swapaxes(1, 2), v[:, 0].swapaxes(1, 2), sight,
-               config.attention_scale)
+  out = attend(
+    config, q[:, 0], k[:, 0].swapaxes(1, 2), v[:, 0].swapaxes(1, 2), sight, config.attention_scale
+  )
   return out[:, None]
 
 
-def over_responses(config: ModelConfig, q: Array, k: Array, v: Array, number: Array, row: Array,
-                   prefix_kv: Sequence[Array], prefix_length: Array) -> Array:
+def over_responses(
+  config: ModelConfig,
+  q: Array,
+  k: Array,
+  v: Array,
+  number: Array,
+  row: Array,
+  prefix_kv: Sequence[Array],
+  prefix_length: Array,
+) -> Array:
   """Attention of blocks of responses over their own responses and the prefixes of their prompts.
 
   The keys of a part are those of its blocks and, behind them, of all its prefixes; the prompt is
@@ -206,19 +227,24 @@ def over_responses(config: ModelConfig, q: Array, k: Array, v: Array, number: Ar
 
   k, v = (joined(*pair) for pair in zip((k, v), prefix_kv, strict=True))
   length = prefix_length.reshape(r, -1, 1)
-  prefixes = jnp.where(jnp.arange(prefix_kv[0].shape[2]) < length,
-                       jnp.arange(length.shape[1])[:, None], -1)
+  prefixes = jnp.where(
+    jnp.arange(prefix_kv[0].shape[2]) < length, jnp.arange(length.shape[1])[:, None], -1
+  )
   rows = of_tokens(row)
   sight = Sight(
-      rows, jnp.concatenate([rows, prefixes.reshape(r, -1)], axis=1),
-      first=of_tokens((jnp.arange(n) - number) * size),
-      last=jnp.broadcast_to(jnp.arange(n * size), rows.shape), spanned=n * size)
+    rows,
+    jnp.concatenate([rows, prefixes.reshape(r, -1)], axis=1),
+    first=of_tokens((jnp.arange(n) - number) * size),
+    last=jnp.broadcast_to(jnp.arange(n * size), rows.shape),
+    spanned=n * size,
+  )
   out = attend(config, q.reshape(r, n * size, h, d), k, v, sight, config.attention_scale)
   return out.reshape(q.shape)
 
 
-def over_frames(config: ModelConfig, q: Array, k: Array, v: Array, segments: Array, scale: float
-                ) -> Array:
+def over_frames(
+  config: ModelConfig, q: Array, k: Array, v: Array, segments: Array, scale: float
+) -> Array:
   """Attention of patches over their frames; `segments`: i32[B, N], 0 is padding. As `attend`."""
   # Padding sees a little padding: less to compute than if all of it were one frame.
   n = segments.shape[1]
@@ -251,8 +277,9 @@ def _upcoming(active: Array) -> Array:
   return jax.lax.cummin(at, reverse=True).reshape(i, j) % j
 
 
-def _splash(q: Array, k: Array, v: Array, sight: Sight, scale: float, interpret: bool = False
-            ) -> Array:
+def _splash(
+  q: Array, k: Array, v: Array, sight: Sight, scale: float, interpret: bool = False
+) -> Array:
   """`attend` on one TPU. Pairs of blocks in which no row has a query that sees a key are skipped.
 
   Which ones these are is known only when it runs. The kernel can take that, but what makes it
@@ -272,26 +299,40 @@ def _splash(q: Array, k: Array, v: Array, sight: Sight, scale: float, interpret:
   if sight.first is not None and sight.last is not None:
     span = sight.first << 16 | sight.last
   sizes = splash.BlockSizes(
-      block_q=of_q, block_kv=of_k, block_q_dkv=of_q, block_kv_dkv=of_k, block_q_dq=of_q,
-      block_kv_dq=of_k)
+    block_q=of_q,
+    block_kv=of_k,
+    block_q_dkv=of_q,
+    block_kv_dkv=of_k,
+    block_q_dq=of_q,
+    block_kv_dq=of_k,
+  )
 
   def row(q, k, v, span, *segments):
     def info(upcoming):
       return MaskInfo(upcoming[None], None, active[None].astype(jnp.int32), None, span)
 
     kernel = splash.SplashAttentionKernel(
-        info(by_query), info(by_query), info(by_key), is_mqa=False, block_sizes=sizes,
-        save_residuals=False, mask_value=splash.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
-        residual_checkpoint_name=layers.KEPT, interpret=interpret,
-        mask_function=None if span is None else _WithinSpan(sight.spanned))
+      info(by_query),
+      info(by_query),
+      info(by_key),
+      is_mqa=False,
+      block_sizes=sizes,
+      save_residuals=False,
+      mask_value=splash.DEFAULT_MASK_VALUE,
+      attn_logits_soft_cap=None,
+      residual_checkpoint_name=layers.KEPT,
+      interpret=interpret,
+      mask_function=None if span is None else _WithinSpan(sight.spanned),
+    )
     return kernel(q, k, v, splash.SegmentIds(*segments))
 
   out: Any = jax.vmap(row)(q, k, v, span, sight.segment, sight.key_segment)
   return out.swapaxes(1, 2)[:, :n]
 
 
-def _cudnn(q: Array, k: Array, v: Array, sight: Sight, scale: float,
-           implementation: Any = "cudnn") -> Array:
+def _cudnn(
+  q: Array, k: Array, v: Array, sight: Sight, scale: float, implementation: Any = "cudnn"
+) -> Array:
   """`attend` on one GPU.
 
   The kernel wants even numbers of queries and keys. Any other mask than the causal one it takes as
@@ -302,14 +343,15 @@ def _cudnn(q: Array, k: Array, v: Array, sight: Sight, scale: float,
   q = jnp.pad(q, ((0, 0), (0, n % 2), (0, 0), (0, 0)))
   mask = None if sight.causal else sight.padded(n + n % 2, s + s % 2).mask()[:, None]
   out = jax.nn.dot_product_attention(
-      q, k, v, mask=mask, is_causal=sight.causal, scale=scale, implementation=implementation)
+    q, k, v, mask=mask, is_causal=sight.causal, scale=scale, implementation=implementation
+  )
   return out[:, :n]
 
 
 # By `ModelConfig.attention`; those behind the first two are for machines without such devices.
 _KERNELS = {
-    "splash": _splash,
-    "cudnn": _cudnn,
-    "splash_interpreted": functools.partial(_splash, interpret=True),
-    "cudnn_by_xla": functools.partial(_cudnn, implementation="xla"),
+  "splash": _splash,
+  "cudnn": _cudnn,
+  "splash_interpreted": functools.partial(_splash, interpret=True),
+  "cudnn_by_xla": functools.partial(_cudnn, implementation="xla"),
 }

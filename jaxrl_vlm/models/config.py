@@ -90,7 +90,7 @@ class VisionConfig:
     """Patches of a whole window, which is rounded down to whole visual tokens."""
     assert self.window_size is not None, "this tower has no windows"
     merge = self.spatial_merge_size
-    return (self.window_size // merge // self.patch_size * merge)**2
+    return (self.window_size // merge // self.patch_size * merge) ** 2
 
   @property
   def segments(self) -> tuple[tuple[int, int], ...]:

@@ -134,9 +134,11 @@ class Blocks:
     each = -(-t // self.size)
     response = self.index // each
     return BlockPlaces(
-        number=self.index % each, row=jnp.minimum(response // (p * g // rows), rows - 1),
-        reach=each - 1,
-        tile=self.tile if rows == p else 1)  # samples with prompts of their own share no keys
+      number=self.index % each,
+      row=jnp.minimum(response // (p * g // rows), rows - 1),
+      reach=each - 1,
+      tile=self.tile if rows == p else 1,
+    )  # samples with prompts of their own share no keys
 
 
 @struct.dataclass
@@ -161,7 +163,8 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
   r, n, size = q.shape[:3]
   if attention.answers(config, n * size):
     return attention.over_responses(
-        config, q, k, v, places.number, places.row, prefix_kv, prefix_length)
+      config, q, k, v, places.number, places.row, prefix_kv, prefix_length
+    )
   scale, tile = config.attention_scale, places.tile
   wide, tiles = tile * size, n // tile  # tokens of a tile, tiles of a part
   far = -(-places.reach // tile)  # tiles before its own in which a block may see its response
@@ -182,8 +185,10 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
 
   def own(first):
     """Keys and values of `near` tiles from `first` tiles back on, and where they are seen."""
-    keys, values = (fold(jnp.concatenate(
-        [jnp.roll(a, first + i, axis=1) for i in range(near)], axis=3)) for a in (k, v))
+    keys, values = (
+      fold(jnp.concatenate([jnp.roll(a, first + i, axis=1) for i in range(near)], axis=3))
+      for a in (k, v)
+    )
     back, key = first + jnp.arange(near * wide) // wide, jnp.arange(near * wide) % wide
 
     def sees(at):
@@ -210,11 +215,13 @@ def _over_blocks(config, q, k, v, sliding, prefix_kv, prefix_length, places):
     return mask
 
   keys, values, sees = own(0)
-  keys, values = (jnp.concatenate([of_prefix(a), b], axis=2)
-                  for a, b in zip(prefix_kv, (keys, values), strict=True))
+  keys, values = (
+    jnp.concatenate([of_prefix(a), b], axis=2)
+    for a, b in zip(prefix_kv, (keys, values), strict=True)
+  )
   out = layers.attend(
-      queries, keys, values,
-      lambda at: jnp.concatenate([sees_prefix(at), sees(at)], axis=-1), scale)
+    queries, keys, values, lambda at: jnp.concatenate([sees_prefix(at), sees(at)], axis=-1), scale
+  )
 
   def further(so_far, first):
     return layers.merge(so_far, layers.attend(queries, *own(first), scale)), None
@@ -247,8 +254,9 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
   def fold(a):  # [P, G, T, ...] -> [P·G, T, ...]: each sample sees only itself
     return a.reshape(p * g, *a.shape[2:])
 
-  own = layers.attend(fold(q), fold(k).swapaxes(1, 2), fold(v).swapaxes(1, 2), sees_own,
-                      config.attention_scale)
+  own = layers.attend(
+    fold(q), fold(k).swapaxes(1, 2), fold(v).swapaxes(1, 2), sees_own, config.attention_scale
+  )
   if prefix_kv is None:
     return own[0].reshape(q.shape)
   # The prefix is read once for all samples: their queries become one row of G·T queries.
@@ -259,8 +267,9 @@ def _over_stream(config, q, k, v, sliding, prefix_kv, prefix_length, images):
     mask = place < length
     return mask & in_window(length + (at % t)[:, None] - place) if config.sliding_window else mask
 
-  shared = layers.attend(q.reshape(p, g * t, *q.shape[3:]), keys, values, sees_prefix,
-                         config.attention_scale)
+  shared = layers.attend(
+    q.reshape(p, g * t, *q.shape[3:]), keys, values, sees_prefix, config.attention_scale
+  )
   mean, lse = (a.reshape(p * g, t, *a.shape[2:]) for a in shared)
   return layers.merge((mean, lse), own)[0].reshape(q.shape)
 
@@ -306,8 +315,11 @@ def _over_cells(config, q, k, v, sliding, prefix_kv, prefix_length, own_kv, chun
         return jnp.zeros_like(q), jnp.full(q.shape[:3], layers.MASKED)
       return over_own([a[..., :end, :] for a in own_kv], zero, cells.used)
 
-    parts.append(jax.lax.switch(
-        jnp.searchsorted(jnp.array(ends), cells.longest), [lambda e=e: before(e) for e in ends]))
+    parts.append(
+      jax.lax.switch(
+        jnp.searchsorted(jnp.array(ends), cells.longest), [lambda e=e: before(e) for e in ends]
+      )
+    )
 
   take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
   keys, values = (a.to(q.dtype) if isinstance(a, Int8) else a for a in prefix_kv)
@@ -335,8 +347,20 @@ class DecoderLayer(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, carry, layer, sliding, prefix_kv, own_kv, angles, prefix_length, images,
-               deepstack, places, cells):
+  def __call__(
+    self,
+    carry,
+    layer,
+    sliding,
+    prefix_kv,
+    own_kv,
+    angles,
+    prefix_length,
+    images,
+    deepstack,
+    places,
+    cells,
+  ):
     """One layer.
 
     Args:
@@ -369,8 +393,9 @@ class DecoderLayer(nn.Module):
     y = norm("norm1")(x)
 
     def heads(count, name):
-      dense = layers.Dense(count * config.head_dim, config.qkv_bias, config.dtype, config.lora,
-                           name=name)
+      dense = layers.Dense(
+        count * config.head_dim, config.qkv_bias, config.dtype, config.lora, name=name
+      )
       return dense(y).reshape(p, g, t, count, config.head_dim)
 
     q, k = heads(config.num_heads, "q"), heads(config.num_kv_heads, "k")
@@ -390,22 +415,35 @@ class DecoderLayer(nn.Module):
     else:
       # Read before it is written: XLA for CPU copies the chunk half as often.
       chunk_kv = [jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in chunk]
-      y = _over_cells(config, q[:, :, 0], k[:, :, 0], v[:, :, 0], sliding, prefix_kv,
-                      prefix_length, own_kv, chunk_kv, cells)
+      y = _over_cells(
+        config,
+        q[:, :, 0],
+        k[:, :, 0],
+        v[:, :, 0],
+        sliding,
+        prefix_kv,
+        prefix_length,
+        own_kv,
+        chunk_kv,
+        cells,
+      )
       at = (layer, 0, 0, 0, cells.step, 0)
       chunk = tuple(
-          jax.lax.dynamic_update_slice(into, new.swapaxes(2, 3)[None].astype(into.dtype), at)
-          for into, new in zip(chunk, (k, v), strict=True))
+        jax.lax.dynamic_update_slice(into, new.swapaxes(2, 3)[None].astype(into.dtype), at)
+        for into, new in zip(chunk, (k, v), strict=True)
+      )
 
     y = layers.Dense(config.hidden_size, False, config.dtype, config.lora, name="o")(
-        y.reshape(p, g, t, -1))
+      y.reshape(p, g, t, -1)
+    )
     x = x + (norm("post_norm1")(y) if config.post_norms else y)
     y = layers.mlp(config, "mlp")(norm("norm2")(x))
     x = x + (norm("post_norm2")(y) if config.post_norms else y)
     if deepstack is not None:
       n = deepstack.shape[0]
-      more = jax.lax.dynamic_index_in_dim(
-          deepstack, jnp.minimum(layer, n - 1), keepdims=False)[:, None]
+      more = jax.lax.dynamic_index_in_dim(deepstack, jnp.minimum(layer, n - 1), keepdims=False)[
+        :, None
+      ]
       x = x + jnp.where(layer < n, more, 0).astype(x.dtype)
     return (x, chunk), out
 
@@ -418,7 +456,7 @@ def _rotary_axes(config: ModelConfig) -> np.ndarray:
     return np.repeat(np.arange(3), config.mrope_section)
   axes = np.zeros(config.head_dim // 2, int)
   for axis in (1, 2):
-    axes[axis:3 * config.mrope_section[axis]:3] = axis
+    axes[axis : 3 * config.mrope_section[axis] : 3] = axis
   return axes
 
 
@@ -429,9 +467,16 @@ class Decoder(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x: Array, positions: Array, prefix: Prefix | None = None, cells: Cells | None = None,
-      images: Array | None = None, deepstack: Array | None = None,
-      places: BlockPlaces | None = None, finish: bool = True) -> tuple[Array, Any, Any]:
+    self,
+    x: Array,
+    positions: Array,
+    prefix: Prefix | None = None,
+    cells: Cells | None = None,
+    images: Array | None = None,
+    deepstack: Array | None = None,
+    places: BlockPlaces | None = None,
+    finish: bool = True,
+  ) -> tuple[Array, Any, Any]:
     """Runs a stream.
 
     Args:
@@ -464,9 +509,11 @@ class Decoder(nn.Module):
 
     layer = layers.rematted(DecoderLayer, config.remat)
     stack = nn.scan(
-        layer, variable_axes={"params": 0}, split_rngs={"params": True},
-        in_axes=(0, 0, 0, 0, *(nn.broadcast,) * 6),  # type: ignore[arg-type]  # flax says int
-        length=config.num_layers,
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, 0, 0, 0, *(nn.broadcast,) * 6),  # type: ignore[arg-type]  # flax says int
+      length=config.num_layers,
     )
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
     length = None if prefix is None else prefix.length
@@ -475,10 +522,19 @@ class Decoder(nn.Module):
       chunk, own_kv = (cells.chunk_k, cells.chunk_v), (cells.k, cells.v)
       where = dataclasses.replace(cells, k=None, v=None, chunk_k=None, chunk_v=None)
     (x, chunk), kv = stack(config, name="layers")(
-        (x, chunk), jnp.arange(config.num_layers), sliding, prefix_kv, own_kv, (every, near),
-        length, images, deepstack, places, where)
+      (x, chunk),
+      jnp.arange(config.num_layers),
+      sliding,
+      prefix_kv,
+      own_kv,
+      (every, near),
+      length,
+      images,
+      deepstack,
+      places,
+      where,
+    )
     if cells is not None and chunk is not None:
-      cells = dataclasses.replace(
-          cells, chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
+      cells = dataclasses.replace(cells, chunk_k=chunk[0], chunk_v=chunk[1], step=cells.step + 1)
     norm = layers.RMSNorm(config.rms_norm_eps, config.norm_offset, name="norm")
     return norm(x) if finish else x, kv, cells

@@ -23,10 +23,10 @@ SCORES = 2**19  # of queries and keys of one head, that attention holds at a tim
 
 # Under their names in `config.json`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+  "silu": nn.silu,
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
 
@@ -65,7 +65,8 @@ def _product_backward(dtype, saved, g):
   x, kernel = saved
   g = g.astype(x.dtype)  # of float32 logits too: products of one type, and no copy of the kernel
   of_kernel = jax.lax.dot_general(
-      x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ())))
+    x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ()))
+  )
   return jnp.matmul(g, kernel.T), of_kernel
 
 
@@ -101,19 +102,22 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x = x.astype(self.dtype)
-    kernel = self.param(
-        "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
     y = _kept(product(x, kernel.astype(x.dtype)))
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
-    if self.lora is not None and matches(self.lora.targets, self.path) and (
-        self.is_initializing() or "lora" in self.variables["params"]):
+    if (
+      self.lora is not None
+      and matches(self.lora.targets, self.path)
+      and (self.is_initializing() or "lora" in self.variables["params"])
+    ):
       y = y + Adapter(self.features, self.lora, name="lora")(x)
     return y
 
 
-def vocabulary(config: ModelConfig, mesh: Mesh, size: int
-               ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def vocabulary(
+  config: ModelConfig, mesh: Mesh, size: int
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
   """Axes of the mesh that split a vocabulary; those of them that split prompts too; the others."""
   vocab = parallel.split_over(mesh, config.rules, "vocab", size)
   shared = tuple(axis for axis in vocab if axis in parallel.ROWS)
@@ -150,8 +154,9 @@ def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
     return jax.lax.psum(found, others)
 
   rows = Spec(parallel.ROWS)
-  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(vocab), rows), out_specs=rows,
-                       check_vma=False)(table, tokens)
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(Spec(vocab), rows), out_specs=rows, check_vma=False
+  )(table, tokens)
 
 
 class RMSNorm(nn.Module):
@@ -225,8 +230,14 @@ class Experts(nn.Module):
     e, k, hidden = self.moe.num_experts, self.moe.experts_per_token, self.moe.intermediate_size
     width = x.shape[-1]
     init = nn.initializers.lecun_normal(batch_axis=0)
-    gate, up, down = (self.param(name, init, (e, *sizes)).astype(x.dtype) for name, sizes in (
-        ("gate", (width, hidden)), ("up", (width, hidden)), ("down", (hidden, width))))
+    gate, up, down = (
+      self.param(name, init, (e, *sizes)).astype(x.dtype)
+      for name, sizes in (
+        ("gate", (width, hidden)),
+        ("up", (width, hidden)),
+        ("down", (hidden, width)),
+      )
+    )
     tokens = x.reshape(-1, width)
     scores = Dense(e, False, self.dtype, name="router")(tokens)
     share, chosen = jax.lax.top_k(nn.softmax(scores.astype(jnp.float32)), k)  # [N, k]
@@ -246,8 +257,9 @@ def mlp(config: ModelConfig, name: str) -> nn.Module:
   """The decoder's MLP, or its experts."""
   if config.moe is not None:
     return Experts(config.moe, config.activation, config.dtype, name=name)
-  return MLP(config.intermediate_size, config.activation, True, False, config.dtype, config.lora,
-             name=name)
+  return MLP(
+    config.intermediate_size, config.activation, True, False, config.dtype, config.lora, name=name
+  )
 
 
 def frequencies(dim: int, theta: float) -> Array:
@@ -268,8 +280,9 @@ def rotate(x: Array, turns: Array) -> Array:
   return rotated.astype(x.dtype)
 
 
-def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: float
-           ) -> tuple[Array, Array]:
+def attend(
+  q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: float
+) -> tuple[Array, Array]:
   """Softmax attention with grouped key/value heads, and its log-sum-exp.
 
   Where there are many queries and keys it goes through the queries in blocks: scores exist for one
@@ -299,13 +312,17 @@ def attend(q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: 
 
   # What is added at the end are zeros that see what the last query sees.
   at = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
-  parts = jnp.moveaxis(jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
-      q.shape[0], count, size, *q.shape[2:]), 1, 0)
+  parts = jnp.moveaxis(
+    jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
+      q.shape[0], count, size, *q.shape[2:]
+    ),
+    1,
+    0,
+  )
   # Only the mask is computed again.
   again = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
   out = jax.lax.map(again, (parts, at))
-  return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :n]
-               for a in out)  # type: ignore[return-value]
+  return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :n] for a in out)  # type: ignore[return-value]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -320,8 +337,9 @@ def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Ar
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
   # Divided last, where there is less to divide.
-  out = jnp.einsum("bkns,bksd->bknd", weights.astype(v.dtype), v,
-                   preferred_element_type=jnp.float32)
+  out = jnp.einsum(
+    "bkns,bksd->bknd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  )
   out = (out / total).astype(v.dtype)
   lse = _by_query(jnp.log(total) + top, q.shape[2])
   return _by_query(out, q.shape[2]), lse[..., 0]
@@ -381,6 +399,7 @@ def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
   top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [lse for _, lse in parts]))
   shares = [jnp.exp(lse - top)[..., None] for _, lse in parts]
   total: Any = sum(shares)
-  merged: Any = sum(out.astype(jnp.float32) * (share / total)
-                    for (out, _), share in zip(parts, shares, strict=True))
+  merged: Any = sum(
+    out.astype(jnp.float32) * (share / total) for (out, _), share in zip(parts, shares, strict=True)
+  )
   return merged.astype(parts[0][0].dtype), jnp.log(total[..., 0]) + top

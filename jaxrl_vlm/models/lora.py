@@ -99,8 +99,10 @@ def check(shapes: Params, lora: LoRA | None, trainable: Sequence[str]) -> None:
     for pattern in trainable:
       bare = pattern.removeprefix("!")
       if _holds_any(bare, every) and not _holds_any(bare, paths):
-        raise ValueError(f"{field}: {bare!r} matches adapters alone; expected "
-                         "config.model.lora.rank above 0, got 0")
+        raise ValueError(
+          f"{field}: {bare!r} matches adapters alone; expected "
+          "config.model.lora.rank above 0, got 0"
+        )
   names = {path[0] for path in paths} | ({"lora"} if lora is not None else set())
   _check_each(field, trainable, paths, "parameter", names)
   if not any(matches(trainable, path) for path in paths):
@@ -111,14 +113,16 @@ def _holds_any(pattern: str, paths: Sequence[Sequence[str]]) -> bool:
   return any(matches((pattern,), path) for path in paths)
 
 
-def _check_each(field: str, patterns: Sequence[str], paths: Sequence[Sequence[str]], what: str,
-                names: set[str]) -> None:
+def _check_each(
+  field: str, patterns: Sequence[str], paths: Sequence[Sequence[str]], what: str, names: set[str]
+) -> None:
   for pattern in patterns:
     bare = pattern.removeprefix("!")
     if not _holds_any(bare, paths):
       # PEFT's names of the same layers end so.
       raise ValueError(
-          f"{field}: {bare!r} matches no {what}; {hint(bare.removesuffix('_proj'), names)}")
+        f"{field}: {bare!r} matches no {what}; {hint(bare.removesuffix('_proj'), names)}"
+      )
 
 
 # -- Fresh adapters, and adapters folded in --------------------------------------------------------
@@ -141,8 +145,14 @@ def init_adapters(shapes: Params, key: jax.Array, shardings: Params | None = Non
         leaves.append((path, jnp.zeros(x.shape, x.dtype)))
       else:
         bound = 1.0 / math.sqrt(x.shape[-2])
-        leaves.append((path, jax.random.uniform(
-            jax.random.fold_in(key, i), x.shape, minval=-bound, maxval=bound).astype(x.dtype)))
+        leaves.append(
+          (
+            path,
+            jax.random.uniform(
+              jax.random.fold_in(key, i), x.shape, minval=-bound, maxval=bound
+            ).astype(x.dtype),
+          )
+        )
     flat = dict(leaves)
     return jax.tree.map_with_path(lambda keys, _: flat[weights.path_of(keys)], wanted)
 
@@ -170,8 +180,9 @@ def merged(params: Params, config: ModelConfig, donate: bool = False) -> Params:
 @functools.lru_cache(maxsize=64)
 def _folder(sharding: Any, scale: float, donate: bool):
   def one(kernel, a, b):
-    change = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32),
-                        precision=jax.lax.Precision.HIGHEST)
+    change = jnp.matmul(
+      a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
     return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
 
   def fold(kernel, a, b):
@@ -192,8 +203,11 @@ def _folder(sharding: Any, scale: float, donate: bool):
 def _adapted(config: ModelConfig, params: Params) -> Iterator[names.Entry]:
   """Entries of the kernels that have an adapter in `params`."""
   layers = {path[:-2] for path in weights.by_path(adapters(params))}
-  return (entry for entry in names.entries(config)
-          if entry.path[-1] == "kernel" and entry.path[:-1] in layers)
+  return (
+    entry
+    for entry in names.entries(config)
+    if entry.path[-1] == "kernel" and entry.path[:-1] in layers
+  )
 
 
 def _is_module(entry: names.Entry) -> bool:
@@ -206,8 +220,9 @@ def _stems(entry: names.Entry) -> list[str]:
   return [_PREFIX + name.rpartition(".")[0] for name in entry.names()]
 
 
-def _theirs(entry: names.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfig
-            ) -> tuple[np.ndarray, np.ndarray]:
+def _theirs(
+  entry: names.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
   """PEFT's lora_A and lora_B from (one layer of) ours."""
   if not _is_module(entry):  # it is [in, out], where PEFT takes it for [out, in]
     return b, a
@@ -217,16 +232,18 @@ def _theirs(entry: names.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfi
   return a.T, b.T
 
 
-def _ours(entry: names.Entry, first: np.ndarray, second: np.ndarray
-          ) -> tuple[np.ndarray, np.ndarray]:
+def _ours(
+  entry: names.Entry, first: np.ndarray, second: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """The inverse of `_theirs`."""
   if not _is_module(entry):
     return second, first
   return first.reshape(first.shape[0], -1).T, second.reshape(*second.shape[:2]).T
 
 
-def save_adapter(path: str | pathlib.Path, config: ModelConfig, params: Params,
-                 base: str | pathlib.Path = "") -> None:
+def save_adapter(
+  path: str | pathlib.Path, config: ModelConfig, params: Params, base: str | pathlib.Path = ""
+) -> None:
   """Writes the adapters of `params` as a directory that `peft.PeftModel.from_pretrained` loads.
 
   Args:
@@ -254,16 +271,28 @@ def save_adapter(path: str | pathlib.Path, config: ModelConfig, params: Params,
       parameters += entry.names()
   alpha = config.lora.alpha
   settings = {
-      "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-      "r": config.lora.rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-      "target_modules": modules, "target_parameters": parameters or None, "bias": "none",
-      "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False,
-      "init_lora_weights": True, "inference_mode": True, "modules_to_save": None}
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": str(base),
+    "r": config.lora.rank,
+    "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+    "target_modules": modules,
+    "target_parameters": parameters or None,
+    "bias": "none",
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "inference_mode": True,
+    "modules_to_save": None,
+  }
   if jax.process_index():
     return  # every host took part in fetching; the first writes
   path.mkdir(parents=True, exist_ok=True)
-  weights.write_file(path / WEIGHTS_FILE,
-                     lambda f: save_file(tensors, f, metadata={"format": "pt"}))
+  weights.write_file(
+    path / WEIGHTS_FILE, lambda f: save_file(tensors, f, metadata={"format": "pt"})
+  )
   weights.write_file(path / CONFIG_FILE, lambda f: f.write_text(json.dumps(settings, indent=2)))
 
 
@@ -285,15 +314,18 @@ def check_adapter(path: str | pathlib.Path, adapter: LoRA) -> None:
   for field, key in (("rank", "r"), ("alpha", "lora_alpha")):
     value = getattr(adapter, field)
     if settings.get(key) != value:
-      raise ValueError(f"config.model.lora.{field}={value!r}: expected {settings.get(key)!r}, "
-                       f"which {settings_file} says")
+      raise ValueError(
+        f"config.model.lora.{field}={value!r}: expected {settings.get(key)!r}, "
+        f"which {settings_file} says"
+      )
   for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
     if settings.get(key):
       raise ValueError(f"{settings_file}: {key}={settings[key]!r} is not supported")
 
 
-def load_adapter(path: str | pathlib.Path, config: ModelConfig, shapes: Params,
-                 shardings: Params | None = None) -> Params:
+def load_adapter(
+  path: str | pathlib.Path, config: ModelConfig, shapes: Params, shardings: Params | None = None
+) -> Params:
   """Reads a directory of `save_adapter` or PEFT into the adapters of `shapes`.
 
   Args:
@@ -322,23 +354,30 @@ def load_adapter(path: str | pathlib.Path, config: ModelConfig, shapes: Params,
 
   def take(name: str) -> np.ndarray:
     if name not in found:
-      raise ValueError(f"{file}: tensor {name!r} is missing; config.model.lora.targets="
-                       f"{adapter.targets!r} needs it")
+      raise ValueError(
+        f"{file}: tensor {name!r} is missing; config.model.lora.targets="
+        f"{adapter.targets!r} needs it"
+      )
     return stored[found.pop(name)]
 
   loaded: dict[names.Path, jax.Array] = {}
   for entry in _adapted(config, shapes):
-    pairs = [_ours(entry, take(f"{stem}.lora_A.weight"), take(f"{stem}.lora_B.weight"))
-             for stem in _stems(entry)]
+    pairs = [
+      _ours(entry, take(f"{stem}.lora_A.weight"), take(f"{stem}.lora_B.weight"))
+      for stem in _stems(entry)
+    ]
     for part, layers in zip(("a", "b"), zip(*pairs, strict=True), strict=True):
       where = (*entry.path[:-1], "lora", part)
       array = layers[0] if entry.layers is None else np.stack(layers)
       if array.shape != flat[where].shape:
-        raise ValueError(f"{file}: the adapter of {'/'.join(entry.path[:-1])} has shape "
-                         f"{array.shape}, expected {flat[where].shape}")
+        raise ValueError(
+          f"{file}: the adapter of {'/'.join(entry.path[:-1])} has shape "
+          f"{array.shape}, expected {flat[where].shape}"
+        )
       loaded[where] = jax.device_put(array.astype(flat[where].dtype), places.get(where))
   if found:
-    raise ValueError(f"{file}: tensor {min(found.values())!r} has no place in this model "
-                     f"({len(found)} such; config.model.lora.targets={adapter.targets!r})")
-  return jax.tree.map_with_path(
-      lambda keys, _: loaded[weights.path_of(keys)], adapters(shapes))
+    raise ValueError(
+      f"{file}: tensor {min(found.values())!r} has no place in this model "
+      f"({len(found)} such; config.model.lora.targets={adapter.targets!r})"
+    )
+  return jax.tree.map_with_path(lambda keys, _: loaded[weights.path_of(keys)], adapters(shapes))

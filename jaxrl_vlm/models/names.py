@@ -59,8 +59,9 @@ class Entry:
     shape = self.memory_shape(ours, config)
     return (shape[0], shape[2], shape[1]) if self.kind == "experts" else shape
 
-  def read(self, tensor: Any, ours: tuple[int, ...], index: tuple[slice, ...],
-           config: ModelConfig) -> np.ndarray:
+  def read(
+    self, tensor: Any, ours: tuple[int, ...], index: tuple[slice, ...], config: ModelConfig
+  ) -> np.ndarray:
     """Part `index` of (one layer of) ours, or its transpose if `turned`; reads no more than that.
 
     `tensor` can be sliced and has the shape of a file or, for experts, that in memory. An embedding
@@ -104,15 +105,20 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
   ours, theirs, layers = ("decoder", "layers"), f"{text}.layers.{{}}", range(config.num_layers)
   norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
   if config.post_norms:
-    norms = {"norm1": "input_layernorm", "post_norm1": "post_attention_layernorm",
-             "norm2": "pre_feedforward_layernorm", "post_norm2": "post_feedforward_layernorm"}
+    norms = {
+      "norm1": "input_layernorm",
+      "post_norm1": "post_attention_layernorm",
+      "norm2": "pre_feedforward_layernorm",
+      "post_norm2": "post_feedforward_layernorm",
+    }
   if config.qk_norm:
     norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
   for part, name in norms.items():
     yield Entry((*ours, part, "scale"), f"{theirs}.{name}.weight", layers)
   for part in ("q", "k", "v", "o"):
-    yield from _linear((*ours, part), f"{theirs}.self_attn.{part}_proj", layers,
-                       bias=config.qkv_bias and part != "o")
+    yield from _linear(
+      (*ours, part), f"{theirs}.self_attn.{part}_proj", layers, bias=config.qkv_bias and part != "o"
+    )
   if config.moe is None:
     for part in ("gate", "up", "down"):
       yield from _linear((*ours, "mlp", part), f"{theirs}.mlp.{part}_proj", layers)
@@ -127,8 +133,9 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     yield Entry(("head",), "lm_head.weight", kind="linear")
 
 
-def _linear(path: Path, name: str, layers: range | None = None, bias: bool = False,
-            kind: str = "linear") -> Iterator[Entry]:
+def _linear(
+  path: Path, name: str, layers: range | None = None, bias: bool = False, kind: str = "linear"
+) -> Iterator[Entry]:
   yield Entry((*path, "kernel"), f"{name}.weight", layers, kind)
   if bias:
     yield Entry((*path, "bias"), f"{name}.bias", layers)
@@ -136,25 +143,46 @@ def _linear(path: Path, name: str, layers: range | None = None, bias: bool = Fal
 
 # Names of the parts of a vision tower, by family.
 _QWEN2 = {
-    "tower": "model.visual", "patch_embed": "patch_embed.proj", "block": "blocks.{}",
-    "norm1": "norm1", "norm2": "norm2", "qkv": "attn.qkv", "proj": "attn.proj",
-    "up": "mlp.fc1", "down": "mlp.fc2",
-    "merger_norm": "merger.ln_q", "merger_up": "merger.mlp.0", "merger_down": "merger.mlp.2"}
+  "tower": "model.visual",
+  "patch_embed": "patch_embed.proj",
+  "block": "blocks.{}",
+  "norm1": "norm1",
+  "norm2": "norm2",
+  "qkv": "attn.qkv",
+  "proj": "attn.proj",
+  "up": "mlp.fc1",
+  "down": "mlp.fc2",
+  "merger_norm": "merger.ln_q",
+  "merger_up": "merger.mlp.0",
+  "merger_down": "merger.mlp.2",
+}
 _QWEN3 = _QWEN2 | {
-    "up": "mlp.linear_fc1", "down": "mlp.linear_fc2", "positions": "pos_embed.weight",
-    "merger_norm": "merger.norm", "merger_up": "merger.linear_fc1",
-    "merger_down": "merger.linear_fc2"}
+  "up": "mlp.linear_fc1",
+  "down": "mlp.linear_fc2",
+  "positions": "pos_embed.weight",
+  "merger_norm": "merger.norm",
+  "merger_up": "merger.linear_fc1",
+  "merger_down": "merger.linear_fc2",
+}
 _VISION_NAMES = {
-    "qwen2_vl": _QWEN2,
-    "qwen2_5_vl": _QWEN2 | {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
-    "qwen3_vl": _QWEN3,
-    "qwen3_vl_moe": _QWEN3,
-    "gemma3": {
-        "tower": "model.vision_tower", "patch_embed": "embeddings.patch_embedding",
-        "positions": "embeddings.position_embedding.weight", "block": "encoder.layers.{}",
-        "norm1": "layer_norm1", "norm2": "layer_norm2", "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "proj": "self_attn.out_proj",
-        "up": "mlp.fc1", "down": "mlp.fc2"},
+  "qwen2_vl": _QWEN2,
+  "qwen2_5_vl": _QWEN2 | {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"},
+  "qwen3_vl": _QWEN3,
+  "qwen3_vl_moe": _QWEN3,
+  "gemma3": {
+    "tower": "model.vision_tower",
+    "patch_embed": "embeddings.patch_embedding",
+    "positions": "embeddings.position_embedding.weight",
+    "block": "encoder.layers.{}",
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "proj": "self_attn.out_proj",
+    "up": "mlp.fc1",
+    "down": "mlp.fc2",
+  },
 }
 
 
@@ -167,8 +195,12 @@ def _vision_entries(config: ModelConfig) -> Iterator[Entry]:
     if vision.norm == "layer":
       yield Entry((*path, "bias"), f"{name}.bias", layers)
 
-  yield from _linear(("vision", "patch_embed"), f"{tower}.{names['patch_embed']}",
-                     bias=vision.patch_bias, kind="patches")
+  yield from _linear(
+    ("vision", "patch_embed"),
+    f"{tower}.{names['patch_embed']}",
+    bias=vision.patch_bias,
+    kind="patches",
+  )
   if vision.position_grid:
     yield Entry(("vision", "positions"), f"{tower}.{names['positions']}")
   for i, ends in enumerate(vision.segments):
@@ -187,8 +219,10 @@ def _vision_entries(config: ModelConfig) -> Iterator[Entry]:
     yield Entry(("vision", "merger", "proj", "kernel"), f"{projector}.mm_input_projection_weight")
     return
   mergers = [(("vision", "merger"), "")]
-  mergers += [(("vision", f"deepstack{i}"), f"deepstack_merger_list.{i}")
-              for i in range(len(vision.deepstack_layers))]
+  mergers += [
+    (("vision", f"deepstack{i}"), f"deepstack_merger_list.{i}")
+    for i in range(len(vision.deepstack_layers))
+  ]
   for path, other in mergers:
     for part in ("norm", "up", "down"):
       name = names[f"merger_{part}"]
@@ -200,19 +234,24 @@ def _vision_entries(config: ModelConfig) -> Iterator[Entry]:
 
 
 # Names in files -> names in transformers' model, for every generation of either.
-_CANONICAL = tuple((re.compile(pattern), name) for pattern, name in (
+_CANONICAL = tuple(
+  (re.compile(pattern), name)
+  for pattern, name in (
     (r"^(model\.)?visual\.", "model.visual."),
     (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
     (r"^(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
     (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
     (r"^(model\.)?language_model\.(model\.)?", "model.language_model."),
     (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
-))
+  )
+)
 # Names in transformers' model -> names in published files.
-_GEMMA3 = (("lm_head.", "language_model.lm_head."),
-           ("model.language_model.", "language_model.model."),
-           ("model.vision_tower.", "vision_tower.vision_model."),
-           ("model.multi_modal_projector.", "multi_modal_projector."))
+_GEMMA3 = (
+  ("lm_head.", "language_model.lm_head."),
+  ("model.language_model.", "language_model.model."),
+  ("model.vision_tower.", "vision_tower.vision_model."),
+  ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 _OLD_QWEN = (("model.visual.", "visual."), ("model.language_model.", "model."))
 _PUBLISHED = {"qwen2_vl": _OLD_QWEN, "qwen2_5_vl": _OLD_QWEN, "gemma3": _GEMMA3}
 

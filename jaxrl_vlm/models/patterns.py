@@ -7,9 +7,9 @@ from collections.abc import Sequence
 def _holds(pattern: str, path: Sequence[str]) -> bool:
   parts = pattern.split("/")
   return any(
-      all(fnmatch.fnmatchcase(name, part)
-          for name, part in zip(path[i:], parts, strict=False))
-      for i in range(len(path) - len(parts) + 1))
+    all(fnmatch.fnmatchcase(name, part) for name, part in zip(path[i:], parts, strict=False))
+    for i in range(len(path) - len(parts) + 1)
+  )
 
 
 def matches(patterns: Sequence[str], path: Sequence[str]) -> bool:

@@ -32,9 +32,16 @@ class VisionBlock(nn.Module):
   config: ModelConfig
 
   @nn.compact
-  def __call__(self, x: Array, full: Array, watched: Array | None, angles: Array | None,
-               segments: Array, windows: Array, share: Array | None
-               ) -> tuple[Array, Array | None]:
+  def __call__(
+    self,
+    x: Array,
+    full: Array,
+    watched: Array | None,
+    angles: Array | None,
+    segments: Array,
+    windows: Array,
+    share: Array | None,
+  ) -> tuple[Array, Array | None]:
     vision, dtype, lora = self.config.vision, self.config.dtype, self.config.lora
     x = parallel.constrained(self.config.mesh, x, parallel.ROWS)
     b, n, d = x.shape
@@ -44,13 +51,12 @@ class VisionBlock(nn.Module):
       qkv = layers.Dense(3 * d, True, dtype, lora, name="qkv")(y).reshape(b, n, 3, *heads[2:])
       q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     else:
-      q, k, v = (layers.Dense(d, True, dtype, lora, name=part)(y).reshape(heads)
-                 for part in "qkv")
+      q, k, v = (layers.Dense(d, True, dtype, lora, name=part)(y).reshape(heads) for part in "qkv")
     if angles is not None:
       turns = layers.turns(angles)
       q, k = layers.rotate(q, turns), layers.rotate(k, turns)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scale = heads[-1]**-0.5
+    scale = heads[-1] ** -0.5
 
     def sees_frame(at):
       here = jnp.take(segments, at, axis=1)[..., None]
@@ -65,15 +71,18 @@ class VisionBlock(nn.Module):
       y = over_frame()
     else:
       y = jax.lax.cond(
-          full, over_frame, lambda: _over_windows(q, k, v, windows, vision.window_patches, scale))
+        full, over_frame, lambda: _over_windows(q, k, v, windows, vision.window_patches, scale)
+      )
     saliency = None
     if watched is not None:
       saliency = jax.lax.cond(
-          watched, lambda: received(q, k, sees_frame, scale, share), lambda: jnp.zeros((b, n)))
+        watched, lambda: received(q, k, sees_frame, scale, share), lambda: jnp.zeros((b, n))
+      )
     x = x + layers.Dense(d, True, dtype, lora, name="proj")(y.reshape(b, n, d))
     y = _norm(vision, "norm2")(x)
-    mlp = layers.MLP(vision.intermediate_size, vision.activation, vision.gated_mlp, True, dtype,
-                     lora, name="mlp")
+    mlp = layers.MLP(
+      vision.intermediate_size, vision.activation, vision.gated_mlp, True, dtype, lora, name="mlp"
+    )
     return x + mlp(y), saliency
 
 
@@ -97,7 +106,7 @@ def _over_windows(q: Array, k: Array, v: Array, windows: Array, size: int, scale
     pad = [(0, 0)] * a.ndim
     pad[axis] = (0, count * size - n)
     a = jnp.pad(a, pad)
-    return a.reshape(*a.shape[:axis], count, size, *a.shape[axis + 1:])
+    return a.reshape(*a.shape[:axis], count, size, *a.shape[axis + 1 :])
 
   def around(a, axis):  # -> [..., count, 3 · size, ...]
     a = blocks(a, axis)
@@ -116,8 +125,9 @@ def _over_windows(q: Array, k: Array, v: Array, windows: Array, size: int, scale
   return out.reshape(b, count * size, *q.shape[2:])[:, :n]
 
 
-def received(q: Array, k: Array, sees: Callable[[Array], Array], scale: float, share: Array
-             ) -> Array:
+def received(
+  q: Array, k: Array, sees: Callable[[Array], Array], scale: float, share: Array
+) -> Array:
   """f32[B, S]; the attention that each key receives, mean over heads: Σ_q share_q · p_qk.
 
   Attention is linear in the values, and its backward pass sends what stands at the queries to the
@@ -140,7 +150,8 @@ def received(q: Array, k: Array, sees: Callable[[Array], Array], scale: float, s
     return total + jax.vjp(attend, share)[1](share)[0], None
 
   total, _ = jax.lax.scan(
-      add, jnp.zeros_like(share), (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 1, 0)))
+    add, jnp.zeros_like(share), (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 1, 0))
+  )
   return total / q.shape[2]
 
 
@@ -195,23 +206,27 @@ class VisionTower(nn.Module):
     """
     full = self.config.vision.full_attention_layers
     if full is not None and not full:
-      raise ValueError("config.vision.full_attention_layers=(): expected at least one layer, for "
-                       "its attention says which patches are salient")
+      raise ValueError(
+        "config.vision.full_attention_layers=(): expected at least one layer, for "
+        "its attention says which patches are salient"
+      )
     last = self.config.vision.depth - 1 if full is None else max(full)
     return self._run(prompt, last)[2]
 
   @nn.compact
   def _run(
-      self, prompt: Prompt, watched: int | None = None
+    self, prompt: Prompt, watched: int | None = None
   ) -> tuple[Array, tuple[Array, ...], Array | None]:
     """Visual tokens, those of the DeepStack layers, and the saliency of the layer `watched`."""
     config, vision = self.config, self.config.vision
     dtype, width = config.dtype, vision.hidden_size
     x = layers.Dense(width, vision.patch_bias, dtype, config.lora, name="patch_embed")(
-        prompt.patches)
+      prompt.patches
+    )
     if vision.position_grid:
-      table = self.param("positions", nn.initializers.normal(0.02),
-                         (vision.position_grid**2, width))
+      table = self.param(
+        "positions", nn.initializers.normal(0.02), (vision.position_grid**2, width)
+      )
       x = x + _interpolate(table, vision.position_grid, prompt).astype(x.dtype)
     angles = None
     if vision.rope_theta:
@@ -220,8 +235,10 @@ class VisionTower(nn.Module):
       angles = angles.reshape(*angles.shape[:2], -1)
 
     everywhere = range(vision.depth)
-    full = [i in (everywhere if vision.full_attention_layers is None
-                  else vision.full_attention_layers) for i in everywhere]
+    full = [
+      i in (everywhere if vision.full_attention_layers is None else vision.full_attention_layers)
+      for i in everywhere
+    ]
     share = saliency = None
     if watched is not None:  # of each patch as a query in its frame
       share = (prompt.patch_segments > 0) / prompt.patch_grids.prod(axis=-1)
@@ -233,7 +250,8 @@ class VisionTower(nn.Module):
       order = jnp.argsort(jnp.where(windows > 0, windows, windows.shape[1] + 1), axis=1)
 
       x, angles, segments, windows, share = (
-          None if a is None else _sorted(a, order) for a in (x, angles, segments, windows, share))
+        None if a is None else _sorted(a, order) for a in (x, angles, segments, windows, share)
+      )
 
     def back(a):  # in the order of the prompt
       return a if order is None else _sorted(a, jnp.argsort(order, axis=1))
@@ -242,13 +260,22 @@ class VisionTower(nn.Module):
     taken = []
     for i, (first, end) in enumerate(vision.segments):
       blocks = nn.scan(
-          block, variable_axes={"params": 0}, split_rngs={"params": True},
-          in_axes=(0, 0, *[nn.broadcast] * 4),  # type: ignore[arg-type]
-          length=end - first)
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, 0, *[nn.broadcast] * 4),  # type: ignore[arg-type]
+        length=end - first,
+      )
       here = watched is not None and first <= watched < end
       x, by_layer = blocks(config, name=f"blocks{i}" if i else "blocks")(
-          x, jnp.array(full[first:end]), jnp.arange(first, end) == watched if here else None,
-          angles, segments, windows, share)
+        x,
+        jnp.array(full[first:end]),
+        jnp.arange(first, end) == watched if here else None,
+        angles,
+        segments,
+        windows,
+        share,
+      )
       if watched is not None and by_layer is not None:
         saliency = back(by_layer[watched - first])
       if i < len(vision.deepstack_layers):

@@ -34,7 +34,8 @@ class VLM(nn.Module):
     self.decoder = Decoder(config)
     if not config.tied:
       self.head = self.param(
-          "head", nn.initializers.lecun_normal(), (config.hidden_size, config.vocab_size))
+        "head", nn.initializers.lecun_normal(), (config.hidden_size, config.vocab_size)
+      )
 
   def __call__(self, prompt: Prompt) -> Array:
     """Logits f32[P, Lp, V] of the whole prompt. For initialisation, checks and small inputs."""
@@ -65,6 +66,7 @@ class VLM(nn.Module):
     is_image = index >= 0
     deepstack = None
     if features is not None:
+
       def placed(features):
         taken = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
         return jnp.where(is_image[..., None], taken.astype(x.dtype), 0)
@@ -77,7 +79,8 @@ class VLM(nn.Module):
       starts = is_image & ~jnp.pad(is_image, ((0, 0), (1, 0)))[:, :-1]
       images = jnp.cumsum(starts, axis=1) * is_image
     hidden, (k, v), _ = self.decoder(
-        x[:, None], prompt.positions[:, None], images=images, deepstack=deepstack)
+      x[:, None], prompt.positions[:, None], images=images, deepstack=deepstack
+    )
     return hidden[:, 0], Prefix(k=k[:, :, 0], v=v[:, :, 0], length=prompt.length - 1)
 
   def saliency(self, prompt: Prompt) -> Array:
@@ -90,8 +93,9 @@ class VLM(nn.Module):
       return jnp.zeros(prompt.patches.shape[:2])
     return self.vision.saliency(prompt)
 
-  def respond(self, prompt: Prompt, prefix: Prefix, tokens: Array, blocks: Blocks | None = None
-              ) -> Array:
+  def respond(
+    self, prompt: Prompt, prefix: Prefix, tokens: Array, blocks: Blocks | None = None
+  ) -> Array:
     """Hidden states whose position t predicts tokens[..., t]. tokens: i32[P, G, T] -> [P, G, T, D].
 
     The stream is fed the last prompt token and then the responses shifted by one, so that G
@@ -116,8 +120,15 @@ class VLM(nn.Module):
     hidden, _, _ = self.decoder(self.embed(inputs), positions, prefix, places=places)
     return hidden if blocks is not None else hidden.reshape(p, g, t, -1)
 
-  def decode(self, x: Array, position: Array, prefix: Prefix, cells: Cells, begin: bool = True,
-             finish: bool = True):
+  def decode(
+    self,
+    x: Array,
+    position: Array,
+    prefix: Prefix,
+    cells: Cells,
+    begin: bool = True,
+    finish: bool = True,
+  ):
     """One step: token i32[R, C] at position i32[R, C] -> hidden [R, C, D] and the cells.
 
     Of a model that has only some of the layers, x and what is returned lie between layers: x is
@@ -142,7 +153,8 @@ class VLM(nn.Module):
     vocab, shared, others = layers.vocabulary(config, mesh, config.vocab_size)
     rows = tuple(axis for axis in parallel.ROWS if axis not in shared)
     logits = response_logits(
-        config, self._head(), parallel.constrained(mesh, hidden, rows), temperature)
+      config, self._head(), parallel.constrained(mesh, hidden, rows), temperature
+    )
     middle = [None] * (logits.ndim - 2)
     logits = parallel.constrained(mesh, logits, rows, *middle, vocab)
     return parallel.constrained(mesh, logits, parallel.ROWS, *middle, others)
@@ -156,8 +168,13 @@ def head_of(config: ModelConfig, params: Params) -> Array:
   return params["embed"]["embedding"].T if config.tied else params["head"]
 
 
-def response_logits(config: ModelConfig, head: Array, hidden: Array,
-                    temperature: Array | float = 1.0, first: Array | int = 0) -> Array:
+def response_logits(
+  config: ModelConfig,
+  head: Array,
+  hidden: Array,
+  temperature: Array | float = 1.0,
+  first: Array | int = 0,
+) -> Array:
   """Logits f32[..., V'] of the policy: at a temperature, and never a vision special token.
 
   Sampling and scoring both use this, so their log-probabilities are of one distribution. The image

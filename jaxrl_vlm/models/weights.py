@@ -17,12 +17,12 @@ from safetensors.numpy import save_file
 
 from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.models.names import (
-    Entry,
-    Path,
-    canonical_name,
-    entries,
-    published_name,
-    tensor_shape,
+  Entry,
+  Path,
+  canonical_name,
+  entries,
+  published_name,
+  tensor_shape,
 )
 from jaxrl_vlm.types import Params
 
@@ -54,8 +54,7 @@ class Checkpoint:
       listed = json.loads(index.read_text())["weight_map"]
       self._listed = {canonical_name(name): str(file) for name, file in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise ValueError(
-          f"{index}: expected a weight_map from tensors to files ({error})") from None
+      raise ValueError(f"{index}: expected a weight_map from tensors to files ({error})") from None
     files = sorted(set(self._listed.values()))
     for file in files:
       if pathlib.PurePath(file).name != file:
@@ -85,25 +84,30 @@ class Checkpoint:
     """The dtype of a tensor; ValueError if it is missing, has none of `shapes` or is quantised."""
     if name not in self.where:
       file = self._listed.get(name, _INDEX if self._listed else "model.safetensors")
-      raise ValueError(f"{self.path / file}: tensor {published_name(name, family)!r} is missing, "
-                       f"expected with shape {shapes[0]}")
+      raise ValueError(
+        f"{self.path / file}: tensor {published_name(name, family)!r} is missing, "
+        f"expected with shape {shapes[0]}"
+      )
     file, stored = self.where[name]
     with self.tensor(name) as tensor:
       shape, dtype = tensor_shape(tensor), tensor.get_dtype()
     if shape not in shapes:
-      raise ValueError(f"{self.path / file}: tensor {stored!r} has shape {shape}, "
-                       f"expected {shapes[0]}")
+      raise ValueError(
+        f"{self.path / file}: tensor {stored!r} has shape {shape}, expected {shapes[0]}"
+      )
     if dtype not in _DTYPES:
-      raise ValueError(f"{self.path / file}: tensor {stored!r} has type {dtype}, expected one of "
-                       f"{', '.join(_DTYPES)}; quantised checkpoints are not supported")
+      raise ValueError(
+        f"{self.path / file}: tensor {stored!r} has type {dtype}, expected one of "
+        f"{', '.join(_DTYPES)}; quantised checkpoints are not supported"
+      )
     return _DTYPES[dtype]
 
 
 def load_params(
-    path: str | pathlib.Path,
-    config: ModelConfig,
-    shapes: Params,
-    shardings: Params | None = None,
+  path: str | pathlib.Path,
+  config: ModelConfig,
+  shapes: Params,
+  shardings: Params | None = None,
 ) -> Params:
   """Reads a checkpoint directory into our pytree, one tensor at a time.
 
@@ -135,11 +139,13 @@ def stored_shapes(path: str | pathlib.Path, config: ModelConfig, shapes: Params)
   """`shapes` with the dtypes that a checkpoint directory stores; raises as `load_params`."""
   dtypes = _check(Checkpoint(pathlib.Path(path)), by_path(shapes), config)
   return jax.tree.map_with_path(
-      lambda keys, x: jax.ShapeDtypeStruct(x.shape, dtypes[path_of(keys)]), shapes)
+    lambda keys, x: jax.ShapeDtypeStruct(x.shape, dtypes[path_of(keys)]), shapes
+  )
 
 
-def _check(source: Checkpoint, flat: Mapping[Path, Any], config: ModelConfig
-           ) -> dict[Path, jnp.dtype]:
+def _check(
+  source: Checkpoint, flat: Mapping[Path, Any], config: ModelConfig
+) -> dict[Path, jnp.dtype]:
   """All tensors are there with the right shapes, and no other. The dtypes that hold them."""
   used: set[str] = set()
   dtypes = {}
@@ -154,24 +160,29 @@ def _check(source: Checkpoint, flat: Mapping[Path, Any], config: ModelConfig
   extra = set(source.where) - used - ({"lm_head.weight"} if config.tied else set())
   if extra:
     file, stored = source.where[min(extra)]
-    raise ValueError(f"{source.path / file}: tensor {stored!r} has no place in this model "
-                     f"({len(extra)} such; does config.json belong to these weights?)")
+    raise ValueError(
+      f"{source.path / file}: tensor {stored!r} has no place in this model "
+      f"({len(extra)} such; does config.json belong to these weights?)"
+    )
   return dtypes
 
 
-def _load(source: Checkpoint, entry: Entry, want: Any, place: Any, config: ModelConfig
-          ) -> jax.Array:
+def _load(
+  source: Checkpoint, entry: Entry, want: Any, place: Any, config: ModelConfig
+) -> jax.Array:
   shape, dtype = tuple(want.shape), np.dtype(want.dtype)
   turned = entry.turned
 
   def put(name: str, shape: tuple[int, ...], place: Any) -> jax.Array:
     with source.tensor(name) as tensor:
+
       def part(index: Any) -> np.ndarray:
         index = index[::-1] if turned else index
         return np.ascontiguousarray(entry.read(tensor, shape, index, config))
 
       return jax.make_array_from_callback(
-          shape[::-1] if turned else shape, _turned(place) if turned else place, part)
+        shape[::-1] if turned else shape, _turned(place) if turned else place, part
+      )
 
   if entry.layers is None:
     one = put(entry.name, shape, place)
@@ -204,15 +215,22 @@ def _finish(turned: bool, dtype: np.dtype, place: Any):
 def _fill(turned: bool, place: Any):
   """Writes one layer into a stacked parameter, in place."""
   return jax.jit(
-      lambda whole, one, i: jax.lax.dynamic_update_index_in_dim(
-          whole, (one.T if turned else one).astype(whole.dtype), i, 0),
-      donate_argnums=0, out_shardings=place)
+    lambda whole, one, i: jax.lax.dynamic_update_index_in_dim(
+      whole, (one.T if turned else one).astype(whole.dtype), i, 0
+    ),
+    donate_argnums=0,
+    out_shardings=place,
+  )
 
 
 def by_path(tree: Any) -> dict[Path, Any]:
   """Leaves of nested dictionaries by their path."""
-  return {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(
-      tree, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))}
+  return {
+    path_of(keys): leaf
+    for keys, leaf in jax.tree.leaves_with_path(
+      tree, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding)
+    )
+  }
 
 
 def path_of(keys: Any) -> Path:
@@ -240,20 +258,24 @@ def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, int, Ca
     arrays = [flat[entry.path] for entry in group]
     layers = len(group[0].layers or [0])
     for i, name in enumerate(group[0].names()):
+
       def get(group=group, arrays=arrays, i=i) -> np.ndarray:
-        ones = [fetch(a if e.layers is None else a[i])
-                for e, a in zip(group, arrays, strict=True)]
+        ones = [fetch(a if e.layers is None else a[i]) for e, a in zip(group, arrays, strict=True)]
         parts = [e.write(one, config) for e, one in zip(group, ones, strict=True)]
         if len(parts) == 1:
           return parts[0]
         return np.concatenate(parts, axis=group[0].half_axis(ones[0].shape, config))
 
-      yield (published_name(name, config.family),
-             sum(array.nbytes for array in arrays) // layers, get)
+      yield (
+        published_name(name, config.family),
+        sum(array.nbytes for array in arrays) // layers,
+        get,
+      )
 
 
-def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
-                shard_bytes: int = 5 * 2**30) -> None:
+def save_params(
+  path: str | pathlib.Path, config: ModelConfig, params: Params, shard_bytes: int = 5 * 2**30
+) -> None:
   """Writes `config.json` and safetensors under published names; shards above `shard_bytes`.
 
   Parameters are written as they are, and `dtype` in config.json says what most of them are. The
@@ -287,9 +309,12 @@ def save_params(path: str | pathlib.Path, config: ModelConfig, params: Params,
   if first:
     index = path / _INDEX
     if count > 1:
-      content = {"metadata": {"total_size": total},
-                 "weight_map": {name: file for file, shard in zip(files, shards, strict=True)
-                                for name, _ in shard}}
+      content = {
+        "metadata": {"total_size": total},
+        "weight_map": {
+          name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard
+        },
+      }
       write_file(index, lambda f: f.write_text(json.dumps(content, indent=1)))
     else:  # an index that an earlier model left would name other files
       index.unlink(missing_ok=True)

@@ -136,7 +136,9 @@ class Objective:
     return 1
 
   def kept(
-    self, accuracy: Array, rewards: Array | None = None,
+    self,
+    accuracy: Array,
+    rewards: Array | None = None,
     components: Mapping[str, Array] | None = None,
   ) -> Array:
     """Which groups are worth training on: numpy bool[P] from arrays [P, G]; host work.

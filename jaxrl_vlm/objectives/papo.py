@@ -117,9 +117,7 @@ class PAPO(PolicyGradient):
     else:
       token_kl = kl.ESTIMATORS[self.perception_kl](logp, masked_logp)
     if self.perception_share is not None:
-      top = masked.above_quantile(
-        jax.lax.stop_gradient(token_kl), mask, 1 - self.perception_share
-      )
+      top = masked.above_quantile(jax.lax.stop_gradient(token_kl), mask, 1 - self.perception_share)
       token_kl = jnp.where(top, token_kl, 0.0)
     if self.perception_clip is not None:
       token_kl = jnp.clip(token_kl, 0.0, self.perception_clip)

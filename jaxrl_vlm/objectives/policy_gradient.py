@@ -111,9 +111,7 @@ class PolicyGradient(Objective):
       self.kl_target is not None and not self.kl_coef,
       "kl_coef", f"a number > 0 to start from, because kl_target={self.kl_target!r} adapts it",
     )  # fmt: skip
-    self._refuse(
-      self.cov_low >= self.cov_high, "cov_low", f"less than cov_high={self.cov_high!r}"
-    )
+    self._refuse(self.cov_low >= self.cov_high, "cov_low", f"less than cov_high={self.cov_high!r}")
     if self.advantage == "gdpo":
       why = "because advantage='gdpo' normalises each reward alone and has no use for their sum"
       self._refuse(self._kl_in_reward, "kl_in", f"'loss', {why}")

@@ -30,15 +30,15 @@ ROLLOUT_RULES: Rules = (("hidden", ("tensor",)), ("vocab", ("tensor",)), ("width
 # units. What matches first holds; it counts from the last axis, so that the leading axis of stacked
 # layers needs no name. All others lie whole on every device.
 _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"embed/embedding", ("vocab", "width")),
-    (r"head", ("width", "vocab")),
-    (r"(q|k|v|qkv|gate|up|patch_embed)/kernel", ("width", "hidden")),
-    (r"(o|proj|down)/kernel", ("hidden", "width")),
-    (r"(q|k|v|qkv|gate|up)/bias", ("hidden",)),
-    (r"mlp/(gate|up)", ("width", "hidden")),  # of experts
-    (r"mlp/down", ("hidden", "width")),
-    (r"lora/a", ("width", None)),
-    (r"lora/b", (None, "hidden")),
+  (r"embed/embedding", ("vocab", "width")),
+  (r"head", ("width", "vocab")),
+  (r"(q|k|v|qkv|gate|up|patch_embed)/kernel", ("width", "hidden")),
+  (r"(o|proj|down)/kernel", ("hidden", "width")),
+  (r"(q|k|v|qkv|gate|up)/bias", ("hidden",)),
+  (r"mlp/(gate|up)", ("width", "hidden")),  # of experts
+  (r"mlp/down", ("hidden", "width")),
+  (r"lora/a", ("width", None)),
+  (r"lora/b", (None, "hidden")),
 )
 
 
@@ -51,11 +51,13 @@ def rules_of(sharding: Mapping[str, Sequence[str]]) -> Rules:
   rules = dict(RULES)
   for name, axes in sharding.items():
     if name not in rules:
-      raise ValueError(f"config.sharding.{name}: no such axis of parameters; "
-                       f"they are {', '.join(rules)}")
+      raise ValueError(
+        f"config.sharding.{name}: no such axis of parameters; they are {', '.join(rules)}"
+      )
     if isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) < len(axes):
-      raise ValueError(f"config.sharding.{name}={axes!r}: expected a tuple of some of "
-                       f"{', '.join(AXES)}")
+      raise ValueError(
+        f"config.sharding.{name}={axes!r}: expected a tuple of some of {', '.join(AXES)}"
+      )
     rules[name] = tuple(axis for axis in AXES if axis in axes)
   return tuple(sorted(rules.items()))
 
@@ -80,19 +82,21 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
   sizes = {k: len(devices) // known if s == -1 else s for k, s in sizes.items()}
   if math.prod(sizes.values()) != len(devices):
     raise ValueError(
-        f"config.mesh={dict(axes)}: the axes must multiply to {len(devices)} devices, "
-        f"got {math.prod(sizes.values())}")
+      f"config.mesh={dict(axes)}: the axes must multiply to {len(devices)} devices, "
+      f"got {math.prod(sizes.values())}"
+    )
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices > 1 and sizes["slice"] != slices:
-    raise ValueError(f"config.mesh.slice={sizes['slice']}: expected {slices}, the number of TPU "
-                     "slices of this run")
+    raise ValueError(
+      f"config.mesh.slice={sizes['slice']}: expected {slices}, the number of TPU slices of this run"
+    )
   shape = tuple(sizes.values())
   if slices > 1:
     placed = mesh_utils.create_hybrid_device_mesh(
-        (1, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True)
+      (1, *shape[1:]), (slices, 1, 1), devices, allow_split_physical_axes=True
+    )
   elif devices[0].platform == "tpu":
-    placed = mesh_utils.create_device_mesh(
-        shape, devices, allow_split_physical_axes=True)
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   else:  # in their own order, which is that of their processes
     placed = np.asarray(devices).reshape(shape)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -107,10 +111,12 @@ def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
   slices, was = mesh.shape["slice"], mesh.shape["tensor"]
   if tensor < 1 or tensor % was or (mesh.size // slices) % tensor:
     raise ValueError(
-        f"config.rollout.tensor={tensor}: expected a multiple of config.mesh.tensor={was} that "
-        f"divides the {mesh.size // slices} devices of a slice, or 0 for the layout of training")
-  return Mesh(mesh.devices.reshape(slices, -1, tensor), AXES,
-              axis_types=(AxisType.Auto,) * len(AXES))
+      f"config.rollout.tensor={tensor}: expected a multiple of config.mesh.tensor={was} that "
+      f"divides the {mesh.size // slices} devices of a slice, or 0 for the layout of training"
+    )
+  return Mesh(
+    mesh.devices.reshape(slices, -1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
 
 
 def rows(mesh: Mesh) -> int:
@@ -118,8 +124,9 @@ def rows(mesh: Mesh) -> int:
   return math.prod(mesh.shape[name] for name in ROWS)
 
 
-def split_over(mesh: Mesh, rules: Rules, name: str, size: int, taken: Sequence[str] = ()
-               ) -> tuple[str, ...]:
+def split_over(
+  mesh: Mesh, rules: Rules, name: str, size: int, taken: Sequence[str] = ()
+) -> tuple[str, ...]:
   """The axes of the mesh that split a logical axis of this size.
 
   Not those `taken` by another axis of the same array; then as many, from the last on, as divide the
@@ -203,11 +210,13 @@ def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
     def step(i, state):
       taken, passing = state
       passing = jax.lax.ppermute(
-          passing, "fsdp", [(source, (source - 1) % size) for source in range(size)])
+        passing, "fsdp", [(source, (source - 1) % size) for source in range(size)]
+      )
       return take(taken, passing, i), passing
 
     return jax.lax.fori_loop(1, size, step, (take(tree, tree, 0), tree))[0]
 
   split = Spec(ROWS)
-  return jax.shard_map(local, mesh=mesh, in_specs=(Spec(), split), out_specs=split,
-                       check_vma=False)(order, tree)
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=(Spec(), split), out_specs=split, check_vma=False
+  )(order, tree)

@@ -41,12 +41,16 @@ def own_rows(mesh: Mesh, count: int) -> Rows:
     for row in range(*index[0].indices(count)):
       holders[row].add(device.process_index)
   me = jax.process_index()
-  return Rows(count, tuple(row for row, who in enumerate(holders) if me in who),
-              tuple(row for row, who in enumerate(holders) if me == min(who)))
+  return Rows(
+    count,
+    tuple(row for row, who in enumerate(holders) if me in who),
+    tuple(row for row, who in enumerate(holders) if me == min(who)),
+  )
 
 
 def put(tree: Any, shardings: Any) -> Any:
   """`jax.device_put` of host arrays that every process has whole."""
+
   def one(sharding, part):
     if sharding.is_fully_addressable:
       return jax.device_put(part, sharding)
@@ -84,8 +88,10 @@ def _placed(shape: tuple[int, ...], sharding: Any, part: Callable) -> jax.Array:
 def everywhere(mesh: Mesh, key: jax.Array) -> jax.Array:
   """A random key, the same in all processes, for programs on the mesh."""
   if mesh.is_multi_process:
-    data = put(np.asarray(jax.random.key_data(key)), jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec()))
+    data = put(
+      np.asarray(jax.random.key_data(key)),
+      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    )
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
   return key
 

@@ -27,8 +27,9 @@ def choose_platform() -> None:
 
   if installed("jax_rocm60_plugin", "jax_rocm7_plugin"):
     return
-  cuda = (installed("jax_cuda12_plugin", "jax_cuda13_plugin")
-          and (glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg")))
+  cuda = installed("jax_cuda12_plugin", "jax_cuda13_plugin") and (
+    glob.glob("/dev/nvidia[0-9]*") or os.path.exists("/dev/dxg")
+  )
   jax.config.update("jax_platforms", "cuda,cpu" if cuda else "cpu")
 
 

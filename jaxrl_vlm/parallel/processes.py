@@ -62,10 +62,12 @@ def join_processes() -> None:
   jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
-        **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60)
+      **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=60
+    )
   except jax.errors.JaxRuntimeError as error:
-    raise UserError(f"the processes of this run did not find each other: {one_line(str(error))}"
-                    ) from error
+    raise UserError(
+      f"the processes of this run did not find each other: {one_line(str(error))}"
+    ) from error
   if jax.process_count() > 1:
     _together = _Together()
 
@@ -76,16 +78,20 @@ def _from_environment() -> dict[str, Any]:
   if len(missing) == len(values):
     return {}
   if missing:
-    raise UserError(f"{', '.join(missing)}: not set, but "
-                    f"{', '.join(name for name in values if name not in missing)} is; a run of "
-                    "many processes needs all three in each of them")
+    raise UserError(
+      f"{', '.join(missing)}: not set, but "
+      f"{', '.join(name for name in values if name not in missing)} is; a run of "
+      "many processes needs all three in each of them"
+    )
   address, *numbers = values.values()
   if not re.fullmatch(r".+:\d+", address):
     raise UserError(f"JAX_COORDINATOR_ADDRESS={address!r}: expected host:port of process 0")
   count, index = (int(text) if text.isdecimal() else -1 for text in numbers)
   if not 0 <= index < count:
-    raise UserError(f"JAX_PROCESS_ID={numbers[1]!r} and JAX_NUM_PROCESSES={numbers[0]!r}: expected "
-                    "0 <= id < number")
+    raise UserError(
+      f"JAX_PROCESS_ID={numbers[1]!r} and JAX_NUM_PROCESSES={numbers[0]!r}: expected "
+      "0 <= id < number"
+    )
   return {"coordinator_address": address, "num_processes": count, "process_id": index}
 
 
@@ -102,10 +108,11 @@ def _in_cluster() -> bool:
         return kind.get_process_count() > 1
       except Exception as error:  # whatever asking a cluster may raise
         raise UserError(
-            f"{kind.__name__}: how many processes this run has could not be found out "
-            f"({one_line(str(error))[:200]}); set {', '.join(_ENVIRONMENT)} in each of them, or "
-            "JAX_NUM_PROCESSES=1, JAX_PROCESS_ID=0 and JAX_COORDINATOR_ADDRESS=localhost:1 if this "
-            "is the only one") from error
+          f"{kind.__name__}: how many processes this run has could not be found out "
+          f"({one_line(str(error))[:200]}); set {', '.join(_ENVIRONMENT)} in each of them, or "
+          "JAX_NUM_PROCESSES=1, JAX_PROCESS_ID=0 and JAX_COORDINATOR_ADDRESS=localhost:1 if this "
+          "is the only one"
+        ) from error
   return False
 
 
@@ -186,8 +193,10 @@ class _Together:
         return
       lost = [i for i in range(self.count) if i not in self.live and i not in posted]
       if lost and not self.leaving.is_set():
-        self._end(f"{', '.join(map(self.name, lost))} {'is' if len(lost) == 1 else 'are'} gone",
-                  os.EX_TEMPFAIL)
+        self._end(
+          f"{', '.join(map(self.name, lost))} {'is' if len(lost) == 1 else 'are'} gone",
+          os.EX_TEMPFAIL,
+        )
       self._follow(posted)
 
   def _follow(self, posted: dict[int, tuple[int, str]]) -> None:
@@ -206,8 +215,12 @@ class _Together:
     self._alone()
     if self.error is not None:  # the others are gone because of it
       self._fail()
-    print(f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
-          "from the last checkpoint", file=sys.stderr, flush=True)
+    print(
+      f"{reason}; {self.name(self.index)} stops too; the same command on all hosts continues "
+      "from the last checkpoint",
+      file=sys.stderr,
+      flush=True,
+    )
 
     def last_word():
       self._post(code, reason)
@@ -327,8 +340,9 @@ def gather(value: Any) -> list[Any]:
   return [value] if _together is None else _together.gather(value)
 
 
-def exchange(make: Callable[[], T], share: Callable[[T], Any] = lambda own: own
-             ) -> tuple[T, list[Any]]:
+def exchange(
+  make: Callable[[], T], share: Callable[[T], Any] = lambda own: own
+) -> tuple[T, list[Any]]:
   """What `make` gave here, and what `share` makes of it in every process, in their order.
 
   Raises:
@@ -352,6 +366,7 @@ def exchange(make: Callable[[], T], share: Callable[[T], Any] = lambda own: own
 
 def in_turn(make: Callable[[], T]) -> T:
   """`make` here, but first in process 0 alone: what it leaves on disk is there for the others."""
+
   def unless(other: bool) -> Any:
     return None if other else make()
 

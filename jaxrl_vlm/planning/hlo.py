@@ -22,8 +22,19 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "tf32": 32, "c64": 64, "c128": 128}
 # What moves nothing by itself: names for what is there, and ends of what has been counted.
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
-         "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"}
+_FREE = {
+  "parameter",
+  "constant",
+  "tuple",
+  "get-tuple-element",
+  "bitcast",
+  "after-all",
+  "partition-id",
+  "replica-id",
+  "opt-barrier",
+  "add-dependency",
+  "domain",
+}
 _FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound"}
 _ALIASES = {"bitcast", "reshape", "copy", "convert"}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -51,14 +62,22 @@ class Cost:
   unknown: int = 0
 
   def __add__(self, other: "Cost") -> "Cost":
-    return Cost(self.flops + other.flops, self.bytes + other.bytes,
-                _merged(self.collectives, other.collectives, sum),
-                _merged(self.kernels, other.kernels, sum), self.unknown + other.unknown)
+    return Cost(
+      self.flops + other.flops,
+      self.bytes + other.bytes,
+      _merged(self.collectives, other.collectives, sum),
+      _merged(self.kernels, other.kernels, sum),
+      self.unknown + other.unknown,
+    )
 
   def __mul__(self, times: float) -> "Cost":
-    return Cost(self.flops * times, self.bytes * times,
-                {k: v * times for k, v in self.collectives.items()},
-                {k: v * times for k, v in self.kernels.items()}, self.unknown)
+    return Cost(
+      self.flops * times,
+      self.bytes * times,
+      {k: v * times for k, v in self.collectives.items()},
+      {k: v * times for k, v in self.kernels.items()},
+      self.unknown,
+    )
 
   @property
   def sent(self) -> float:
@@ -67,9 +86,13 @@ class Cost:
 
   def dearest(self, other: "Cost") -> "Cost":
     """The larger of each number."""
-    return Cost(max(self.flops, other.flops), max(self.bytes, other.bytes),
-                _merged(self.collectives, other.collectives, max),
-                _merged(self.kernels, other.kernels, max), max(self.unknown, other.unknown))
+    return Cost(
+      max(self.flops, other.flops),
+      max(self.bytes, other.bytes),
+      _merged(self.collectives, other.collectives, max),
+      _merged(self.kernels, other.kernels, max),
+      max(self.unknown, other.unknown),
+    )
 
 
 def _merged(a: Mapping[str, float], b: Mapping[str, float], how: Any) -> dict[str, float]:
@@ -170,29 +193,31 @@ def _instruction(line: str) -> Instruction | None:
   head = re.match(rf"\s+(ROOT )?{_NAME} = ", line)
   if not head:
     return None
-  text = line[head.end():]
+  text = line[head.end() :]
   end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
   found = re.match(r"\s*([\w\-]+)\(", text[end:])
   if not found:
     return None
   opening = end + found.end() - 1
   close = _closing(text, opening)
-  inside = re.sub(r"/\*.*?\*/", "", text[opening + 1:close])
+  inside = re.sub(r"/\*.*?\*/", "", text[opening + 1 : close])
   operands: tuple[str, ...] = ()
   if found[1] not in ("parameter", "constant"):
     operands = tuple(re.findall(r"%([\w.\-]+)", inside))
     if not operands and inside and "[" not in inside:
       operands = tuple(name.strip() for name in inside.split(","))
-  return Instruction(head[2], found[1], _shapes(text[:end]), operands, inside, text[close + 1:],
-                     bool(head[1]))
+  return Instruction(
+    head[2], found[1], _shapes(text[:end]), operands, inside, text[close + 1 :], bool(head[1])
+  )
 
 
 class Program:
   """The computations of a program's text."""
 
   def __init__(self, text: str):
-    partitions, replicas = (re.search(rf"{kind}=(\d+)", text[:100_000])
-                            for kind in ("num_partitions", "replica_count"))
+    partitions, replicas = (
+      re.search(rf"{kind}=(\d+)", text[:100_000]) for kind in ("num_partitions", "replica_count")
+    )
     self.devices = (int(partitions[1]) if partitions else 1) * (int(replicas[1]) if replicas else 1)
     self.computations: dict[str, Computation] = {}
     self.entry = ""
@@ -217,7 +242,7 @@ class Program:
     From what the compiler notes, or from a counter that the condition compares with a constant
     from above; what else ends the loop earlier is not looked at.
     """
-    noted = re.search(r'known_trip_count\D*(\d+)', loop.rest)
+    noted = re.search(r"known_trip_count\D*(\d+)", loop.rest)
     if noted:
       return int(noted[1])
     condition = self.computations.get((loop.called("condition") or [""])[0])
@@ -248,8 +273,9 @@ class Program:
       if at.op == "add":
         values = [self._value(body, name, loop, inside) for name in at.operands]
         # The one that is no number, or else the counter itself, leads on.
-        follow = next((i for i, (number, value) in enumerate(values)
-                       if number == counter or value is None), 0)
+        follow = next(
+          (i for i, (number, value) in enumerate(values) if number == counter or value is None), 0
+        )
         total, following = total + (values[1 - follow][1] or 0), at.operands[follow]
       at = body.instructions.get(following)
     return max(total, 1)
@@ -265,8 +291,9 @@ class Program:
           if nested.op == "compare":
             yield (inner, condition, instruction), nested
 
-  def _value(self, where: Any, name: str, loop: Instruction, inside: Computation
-             ) -> tuple[int | None, int | None]:
+  def _value(
+    self, where: Any, name: str, loop: Instruction, inside: Computation
+  ) -> tuple[int | None, int | None]:
     """(its number in the loop's state, the integer it is before the loop) of an operand."""
     here, *outer = where if isinstance(where, tuple) else (where,)
     instruction = here.instructions.get(name)
@@ -331,8 +358,16 @@ class Program:
           return of(body, fused) * count + of(condition, fused) * (count + 1)
         return of(body, fused) * steps + of(condition, fused) * (steps + 1) + Cost(unknown=1)
       if op == "conditional":
-        return self._chosen(instruction, [of(name, fused) for name in instruction.called(
-            "branch_computations", "true_computation", "false_computation")], shares or {})
+        return self._chosen(
+          instruction,
+          [
+            of(name, fused)
+            for name in instruction.called(
+              "branch_computations", "true_computation", "false_computation"
+            )
+          ],
+          shares or {},
+        )
       if op in ("call", "async-start"):
         inner = instruction.called("to_apply", "calls")
         return sum((of(name, fused) for name in inner), Cost())
@@ -368,12 +403,17 @@ class Program:
   def _channels(self, instruction: Instruction) -> set[str]:
     """Channels of collectives that a fusion only takes a part of."""
     names = instruction.called("calls") if instruction.op == "fusion" else []
-    return {channel for name in names if name.startswith("async_collective_fusion")
-            for inner in self.computations[name].instructions.values()
-            for channel in re.findall(r"channel_id=(\d+)", inner.rest)}
+    return {
+      channel
+      for name in names
+      if name.startswith("async_collective_fusion")
+      for inner in self.computations[name].instructions.values()
+      for channel in re.findall(r"channel_id=(\d+)", inner.rest)
+    }
 
-  def _chosen(self, instruction: Instruction, branches: list[Cost],
-              shares: Mapping[str, Sequence[float]]) -> Cost:
+  def _chosen(
+    self, instruction: Instruction, branches: list[Cost], shares: Mapping[str, Sequence[float]]
+  ) -> Cost:
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
     for end, weights in shares.items():
       if name and name[1].endswith(end) and len(weights) == len(branches):
@@ -393,8 +433,10 @@ class Program:
 
   def moved(self, instruction: Instruction, here: Computation) -> float:
     """Bytes that an instruction reads from and writes to the device's memory."""
-    op, operands = instruction.op, [here.instructions[n] for n in instruction.operands
-                                    if n in here.instructions]
+    op, operands = (
+      instruction.op,
+      [here.instructions[n] for n in instruction.operands if n in here.instructions],
+    )
     if op in _FREE or op.endswith(("-done", "-update")):
       return 0.0
     if op in ("dynamic-slice", "slice", "gather"):
@@ -402,7 +444,7 @@ class Program:
     if op == "dynamic-update-slice":
       return 2 * operands[1].bytes
     if op == "scatter":
-      return 2 * sum(o.bytes for o in operands[len(operands) // 2 + 1:])
+      return 2 * sum(o.bytes for o in operands[len(operands) // 2 + 1 :])
     if op.endswith("-start"):  # what is given stands in the result too
       given = sum(o.bytes for o in operands)
       return given + max(instruction.bytes - given, 0.0)
@@ -480,9 +522,14 @@ def _convolution(instruction: Instruction, here: Computation) -> float:
   for axis, label in enumerate(c for c in labels[3] if c.isdigit()):
     low, _ = of("pad", axis, "0_0").split("_")
     pairs *= _met(
-        left[labels[1].index(label)], right[labels[2].index(label)], out[labels[3].index(label)],
-        int(of("stride", axis, "1")), int(low), int(of("lhs_dilate", axis, "1")),
-        int(of("rhs_dilate", axis, "1")))
+      left[labels[1].index(label)],
+      right[labels[2].index(label)],
+      out[labels[3].index(label)],
+      int(of("stride", axis, "1")),
+      int(low),
+      int(of("lhs_dilate", axis, "1")),
+      int(of("rhs_dilate", axis, "1")),
+    )
   features = out[labels[3].index("f")] * right[labels[2].index("i")]
   rows = left[labels[1].index("b")] // instruction.number("batch_group_count")
   return 2.0 * rows * features * pairs
@@ -500,8 +547,9 @@ def _met(size: int, kernel: int, out: int, stride: int, low: int, spread: int, r
   return total
 
 
-def analyse(text: str, steps: float = 1, shares: Mapping[str, Sequence[float]] | None = None
-            ) -> Cost:
+def analyse(
+  text: str, steps: float = 1, shares: Mapping[str, Sequence[float]] | None = None
+) -> Cost:
   """What one device does in one run of a program.
 
   Args:

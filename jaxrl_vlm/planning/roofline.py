@@ -48,12 +48,15 @@ _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 # From docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (November 2026). A link's rate is half of
 # the chip's bidirectional bandwidth by its ports: 300, 200, 600 and 400 GB/s one way by 6, 4, 6
 # and 4. Memory: libtpu 0.0.44, "available HBM" in its message where a program is too large.
-CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
+CHIPS: Mapping[str, Chip] = {
+  chip.name: chip
+  for chip in (
     Chip("v4", 275e12, 30.75 * GIB, 1228e9, 50e9, _DEEP, 4, True),
     Chip("v5e", 197e12, 15.75 * GIB, 819e9, 50e9, _FLAT, 16, False),
     Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 100e9, _DEEP, 4, True),
     Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 100e9, _FLAT, 16, False),
-)}
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +80,10 @@ class Slice:
     round_trip = [side % self.chip.around == 0 for side in self.sides]
     if self.chip.cubes and not all(round_trip):
       round_trip = [False] * len(self.sides)
-    return sum(0 if side == 1 else 2 if leads else 1
-               for side, leads in zip(self.sides, round_trip, strict=True))
+    return sum(
+      0 if side == 1 else 2 if leads else 1
+      for side, leads in zip(self.sides, round_trip, strict=True)
+    )
 
 
 def find_slice(name: str) -> Slice:
@@ -132,8 +137,9 @@ class Bound:
   @property
   def rules(self) -> str:
     """What takes longest: "compute", "HBM" or "ICI"."""
-    return max(("compute", self.compute), ("HBM", self.memory), ("ICI", self.links),
-               key=lambda pair: pair[1])[0]
+    return max(
+      ("compute", self.compute), ("HBM", self.memory), ("ICI", self.links), key=lambda pair: pair[1]
+    )[0]
 
 
 def bound(cost: Cost, where: Slice) -> Bound:

@@ -97,7 +97,8 @@ def architecture(config: ConfigDict) -> models.ModelConfig:
       from jaxrl_vlm import scratch
 
       found = scratch.model_config(settings.scratch.to_dict()).replace(
-          dtype=dtype, remat=settings.remat)
+        dtype=dtype, remat=settings.remat
+      )
     elif pathlib.Path(settings.path).is_dir():
       try:
         found = models.from_directory(settings.path, dtype, settings.remat)
@@ -105,22 +106,22 @@ def architecture(config: ConfigDict) -> models.ModelConfig:
         raise ValueError(str(error)) from error
     else:
       last = pathlib.Path(settings.path).name
-      names = [name for name in CONFIGS
-               if last == name or last.startswith(f"{name}-")]
+      names = [name for name in CONFIGS if last == name or last.startswith(f"{name}-")]
       if not names:
         raise UserError(
-            f"config.model.path={settings.path!r}: expected a directory with config.json, or the "
-            f"name of a published model; {hint(last, CONFIGS)}")
+          f"config.model.path={settings.path!r}: expected a directory with config.json, or the "
+          f"name of a published model; {hint(last, CONFIGS)}"
+        )
       found = models.from_hf(CONFIGS[max(names, key=len)], dtype=dtype, remat=settings.remat)
   with validation():
-    return found.replace(
-        lora=lora_of(config), rules=parallel.rules_of(config.sharding.to_dict()))
+    return found.replace(lora=lora_of(config), rules=parallel.rules_of(config.sharding.to_dict()))
 
 
 def weights(model: models.ModelConfig) -> float:
   """Bytes of all parameters in the dtype of activations."""
-  return sum(x.size * x.dtype.itemsize
-             for x in jax.tree.leaves(models.abstract_params(model, model.dtype)))
+  return sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(models.abstract_params(model, model.dtype))
+  )
 
 
 def frame(model: models.ModelConfig, patches: int) -> flops.Frame:
@@ -131,8 +132,9 @@ def frame(model: models.ModelConfig, patches: int) -> flops.Frame:
   return rows * merge, tokens // rows * merge
 
 
-def buckets(config: ConfigDict, model: models.ModelConfig, length: int = 0, patches: int = 0
-            ) -> tuple[int, int]:
+def buckets(
+  config: ConfigDict, model: models.ModelConfig, length: int = 0, patches: int = 0
+) -> tuple[int, int]:
   """Length and patches of prompts: as given, or the largest of the config that go together."""
   length = length or max(config.prompt_buckets)
   most = length * model.vision.spatial_merge_size**2
@@ -143,13 +145,19 @@ def buckets(config: ConfigDict, model: models.ModelConfig, length: int = 0, patc
 class _Shapes:
   """Sizes of a stage and the shapes of what its programs take."""
 
-  def __init__(self, model: models.ModelConfig, prompts: int, group: int, tokens: int,
-               length: int, patches: int):
+  def __init__(
+    self,
+    model: models.ModelConfig,
+    prompts: int,
+    group: int,
+    tokens: int,
+    length: int,
+    patches: int,
+  ):
     self.model, self.prompts, self.group, self.tokens = model, prompts, group, tokens
     self.length, self.patches = length, patches
     self.number = self.shape("float32", prompts, group, tokens)
-    self.ids, self.mask = (
-        self.shape(d, prompts, group, tokens) for d in ("int32", "bool"))
+    self.ids, self.mask = (self.shape(d, prompts, group, tokens) for d in ("int32", "bool"))
     self.rewards = self.shape("float32", prompts, group)
     self.sizes = prompts, length, patches, group, tokens
     self.key = jax.eval_shape(lambda: jax.random.key(0))
@@ -173,8 +181,7 @@ def _placed(tree: Any, place: Any) -> Any:
   """Shapes with where they lie; `place`: of all of them, or a pytree like them."""
   if isinstance(place, NamedSharding):
     place = jax.tree.map(lambda _: place, tree)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, place)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, place)
 
 
 def size(tree: Any, place: Any) -> float:
@@ -197,36 +204,47 @@ class Plan:
     response_tokens: of every response; 0 is max_tokens.
   """
 
-  def __init__(self, config: ConfigDict, index: int, model: models.ModelConfig,
-               devices: Sequence[Any], usable: float, length: int, patches: int,
-               response_tokens: int = 0):
+  def __init__(
+    self,
+    config: ConfigDict,
+    index: int,
+    model: models.ModelConfig,
+    devices: Sequence[Any],
+    usable: float,
+    length: int,
+    patches: int,
+    response_tokens: int = 0,
+  ):
     self.config, self.index, self.stage = config, index, config.stages[index]
     stage, field = self.stage, f"config.stages[{index}]"
     with validation():
       self.mesh: Mesh = parallel.make_mesh(config.mesh, devices)
-      model = model.replace(attention=models.choose_attention(
-          config.model.attention, self.mesh.devices.flat, model))
+      model = model.replace(
+        attention=models.choose_attention(config.model.attention, self.mesh.devices.flat, model)
+      )
     self.model = model
     if stage.kind not in ("rl", "sft"):
-      raise UserError(f"{field}.kind={stage.kind!r}: no such stage; "
-                      f"{hint(stage.kind, ('rl', 'sft'))}")
+      raise UserError(
+        f"{field}.kind={stage.kind!r}: no such stage; {hint(stage.kind, ('rl', 'sft'))}"
+      )
     rows = parallel.rows(self.mesh)
     splits = stage.microbatches * stage.get("minibatches", 1) * rows
     if stage.prompts_per_step < 1 or stage.prompts_per_step % splits:
       raise UserError(
-          f"{field}.prompts_per_step={stage.prompts_per_step}: expected a multiple of minibatches "
-          f"x microbatches x mesh.slice x mesh.fsdp = {stage.get('minibatches', 1)} x "
-          f"{stage.microbatches} x {rows} = {splits}; fewer microbatches, or mesh.tensor, will do")
+        f"{field}.prompts_per_step={stage.prompts_per_step}: expected a multiple of minibatches "
+        f"x microbatches x mesh.slice x mesh.fsdp = {stage.get('minibatches', 1)} x "
+        f"{stage.microbatches} x {rows} = {splits}; fewer microbatches, or mesh.tensor, will do"
+      )
     self.rows, self.at_once = rows, 0
     self.mean = response_tokens or stage.max_tokens
     if not 1 <= self.mean <= stage.max_tokens:
-      raise UserError(f"--response_tokens={self.mean}: expected 1 to {field}.max_tokens="
-                      f"{stage.max_tokens}")
+      raise UserError(
+        f"--response_tokens={self.mean}: expected 1 to {field}.max_tokens={stage.max_tokens}"
+      )
     group = stage.num_samples if stage.kind == "rl" else 1
     self.shapes = _Shapes(model, stage.prompts_per_step, group, stage.max_tokens, length, patches)
     self.frames = (frame(model, patches),) if patches else ()
-    self.abstract = models.abstract_params(
-        model, config.model.param_dtype, trainable_of(config))
+    self.abstract = models.abstract_params(model, config.model.param_dtype, trainable_of(config))
     self.capacity = memory.SHARE * (config.device_memory * memory.GIB or usable)
     self.programs = self._programs()
     self.params_at = parallel.param_shardings(self.mesh, self.abstract, model.rules)
@@ -240,14 +258,30 @@ class Plan:
     config, stage, patch = self.config, self.stage, np.zeros(self.model.vision.patch_dim)
     model, fields = models.VLM(self.model), f"config.stages[{self.index}]."
     if stage.kind == "rl":
-      return rl.make_programs(config, self.index, model, self.mesh, self.abstract,
-                              capacity=self.capacity, black=patch, white=patch)
+      return rl.make_programs(
+        config,
+        self.index,
+        model,
+        self.mesh,
+        self.abstract,
+        capacity=self.capacity,
+        black=patch,
+        white=patch,
+      )
     with validation(fields[:-1] + ": "):
       objective, optimizer = objective_of(stage), make_optimizer(stage.optimizer, stage.steps)
-    return Programs(model, self.mesh, objective, optimizer, self.abstract,
-                    trainable=trainable_of(config), microbatches=stage.microbatches,
-                    capacity=self.capacity, fields=fields,
-                    state_on_host=stage.optimizer.moments == "host")
+    return Programs(
+      model,
+      self.mesh,
+      objective,
+      optimizer,
+      self.abstract,
+      trainable=trainable_of(config),
+      microbatches=stage.microbatches,
+      capacity=self.capacity,
+      fields=fields,
+      state_on_host=stage.optimizer.moments == "host",
+    )
 
   def _measure(self) -> None:
     """Bytes of what outlives programs."""
@@ -256,9 +290,10 @@ class Plan:
     views = (*objective.views, *objective.grad_views)
     trained = size(state.params, places.params)
     self.holds = {
-        "parameters": trained + size(self.frozen, self.frozen_at),
-        "optimizer": size(state, places) - trained,
-        "reference": trained if "ref" in views else 0.0}
+      "parameters": trained + size(self.frozen, self.frozen_at),
+      "optimizer": size(state, places) - trained,
+      "reference": trained if "ref" in views else 0.0,
+    }
     self.prompt = self.shapes.prompt()
     self.seen: Prompt = self.prompt
     if self.stage.kind == "rl":
@@ -270,8 +305,12 @@ class Plan:
     if "masked" in views and objective.mask_on == "original":
       random = objective.mask_kind in ("patches", "noise") and objective.mask_per == "sample"
       self.masked_rows = self.shapes.group if random else 1
-    self.holds["prompts"] = self.prompts_held * self.one_prompt + size(
-        self.shapes.prompt(self.masked_rows), self.batch_at) if self.stage.kind == "rl" else 0.0
+    self.holds["prompts"] = (
+      self.prompts_held * self.one_prompt
+      + size(self.shapes.prompt(self.masked_rows), self.batch_at)
+      if self.stage.kind == "rl"
+      else 0.0
+    )
 
   def plan(self) -> Stage:
     """All programs of the stage."""
@@ -289,14 +328,28 @@ class Plan:
       refusals.append(str(error))
     packing = self.packing
     facts = {
-        "mesh": dict(self.mesh.shape), "prompts": shapes.prompts, "prompt_tokens": shapes.length,
-        "patches": shapes.patches, "samples": shapes.group, "max_tokens": shapes.tokens,
-        "response_tokens": self.mean, "minibatches": stage.get("minibatches", 1),
-        "microbatches": stage.microbatches, "attention": self.model.attention,
-        "remat": self.model.remat, "rollout_tensor": self.config.rollout.tensor,
-        "parts": float(np.mean(packing.used))}
-    return Stage(pieces, float(shapes.prompts * shapes.group * self.mean), self.holds, facts,
-                 "; ".join(refusals), self.programs.update_bytes(*shapes.sizes))
+      "mesh": dict(self.mesh.shape),
+      "prompts": shapes.prompts,
+      "prompt_tokens": shapes.length,
+      "patches": shapes.patches,
+      "samples": shapes.group,
+      "max_tokens": shapes.tokens,
+      "response_tokens": self.mean,
+      "minibatches": stage.get("minibatches", 1),
+      "microbatches": stage.microbatches,
+      "attention": self.model.attention,
+      "remat": self.model.remat,
+      "rollout_tensor": self.config.rollout.tensor,
+      "parts": float(np.mean(packing.used)),
+    }
+    return Stage(
+      pieces,
+      float(shapes.prompts * shapes.group * self.mean),
+      self.holds,
+      facts,
+      "; ".join(refusals),
+      self.programs.update_bytes(*shapes.sizes),
+    )
 
   # -- Stages -------------------------------------------------------------------------------------
 
@@ -304,15 +357,22 @@ class Plan:
     return [self._init, self._update, self._evaluation]
 
   def _rl(self) -> list[Callable[[], Iterator[Piece]]]:
-    return [self._init, self._see, self._rollouts, self._scores, self._advantages, self._update,
-            self._evaluation]
+    return [
+      self._init,
+      self._see,
+      self._rollouts,
+      self._scores,
+      self._advantages,
+      self._update,
+      self._evaluation,
+    ]
 
   @functools.cached_property
   def packing(self) -> Any:
     """Of responses that are all as long as the mean; arrays on the host."""
     shapes = self.shapes
     mask = np.zeros((shapes.prompts, shapes.group, shapes.tokens), bool)
-    mask[..., :self.mean] = True
+    mask[..., : self.mean] = True
     return self.programs.packed(mask)
 
   def _packing(self) -> Any:
@@ -320,9 +380,12 @@ class Plan:
     packing = self.packing
     index = NamedSharding(self.mesh, Spec(None, None, parallel.ROWS))
     return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(np.shape(a), jnp.asarray(a).dtype, sharding=s), packing,
-        dataclasses.replace(packing, index=index, used=self.whole,
-                            order=None if packing.order is None else self.whole))
+      lambda a, s: jax.ShapeDtypeStruct(np.shape(a), jnp.asarray(a).dtype, sharding=s),
+      packing,
+      dataclasses.replace(
+        packing, index=index, used=self.whole, order=None if packing.order is None else self.whole
+      ),
+    )
 
   def _others(self, *held: str, prompts: float = 0.0) -> float:
     """Bytes of all that is held but `held`; `prompts`: how many of those are among them."""
@@ -333,27 +396,41 @@ class Plan:
     state, places = self.programs.abstract_state, self.programs.state_shardings
     params = _placed(state.params, places.params)
     yield Piece(
-        "init_state", "", lambda: self.programs.init_state.lower(params),
-        alive=size(self.frozen, self.frozen_at) + self.holds["reference"],
-        places={0: places.params})
+      "init_state",
+      "",
+      lambda: self.programs.init_state.lower(params),
+      alive=size(self.frozen, self.frozen_at) + self.holds["reference"],
+      places={0: places.params},
+    )
 
   def _see(self) -> Iterator[Piece]:
     shapes, programs = self.shapes, self.programs
     count = shapes.prompts * sum(flops.vision(self.model, f) for f in self.frames)
     # What dynamic sampling has kept is seen once more.
     yield Piece(
-        "see", "see", lambda: programs.see.lower(self.abstract, self.prompt),
-        times=1 + programs.objective.filter_groups, flops=count, kernels=self._of_frames(),
-        alive=self._others("parameters", prompts=1),
-        places={0: self.params_at, 1: self.batch_at}, shares=self._tower())
+      "see",
+      "see",
+      lambda: programs.see.lower(self.abstract, self.prompt),
+      times=1 + programs.objective.filter_groups,
+      flops=count,
+      kernels=self._of_frames(),
+      alive=self._others("parameters", prompts=1),
+      places={0: self.params_at, 1: self.batch_at},
+      shares=self._tower(),
+    )
 
   def _rollouts(self) -> Iterator[Piece]:
     """Of the step, and of its greedy baselines."""
     for name in ("rollout", "rollout_greedy"):
       sampler = getattr(self.programs, name, None)
       if sampler is not None:
-        yield from self._rollout(name.removeprefix("rollout").strip("_"), "rollout", sampler,
-                                 self.seen, self.shapes.prompts)
+        yield from self._rollout(
+          name.removeprefix("rollout").strip("_"),
+          "rollout",
+          sampler,
+          self.seen,
+          self.shapes.prompts,
+        )
 
   def evaluation_sampler(self) -> Any:
     """What draws the answers of the stage's evaluations."""
@@ -361,9 +438,14 @@ class Plan:
     with validation(f"{field}: "):
       sampling = evaluate.sampling(self.stage)
     return make_sampler(
-        models.VLM(self.model), self.mesh, sampling, self.params_at,
-        **self.config.rollout.to_dict(), room=self.programs.room,
-        samples_field=f"{field}.eval.samples")
+      models.VLM(self.model),
+      self.mesh,
+      sampling,
+      self.params_at,
+      **self.config.rollout.to_dict(),
+      room=self.programs.room,
+      samples_field=f"{field}.eval.samples",
+    )
 
   def _evaluation(self) -> Iterator[Piece]:
     settings = self.stage.eval
@@ -373,8 +455,9 @@ class Plan:
     shapes = _Shapes(self.model, settings.batch, 1, 1, self.shapes.length, self.shapes.patches)
     yield from self._rollout("eval", "", sampler, shapes.prompt(), settings.batch)
 
-  def _rollout(self, prefix: str, part: str, sampler: Any, prompt: Prompt, prompts: int
-               ) -> Iterator[Piece]:
+  def _rollout(
+    self, prefix: str, part: str, sampler: Any, prompt: Prompt, prompts: int
+  ) -> Iterator[Piece]:
     lowered = sampler.lower(self.abstract, prompt)
     group, length, own = sampler.sampling.num_samples, self.shapes.length, part != ""
     rows = parallel.rows(sampler.mesh)
@@ -382,35 +465,50 @@ class Plan:
     admitted, flight = args[3].shape[1], args[2]
     layout = Layout(flight.used.shape[1], flight.length.shape[1])
     runs, reached = _draw(
-        prompts // rows, group, layout, admitted, self.mean, sampler.chunk,
-        flight.k.shape[-2])
+      prompts // rows, group, layout, admitted, self.mean, sampler.chunk, flight.k.shape[-2]
+    )
     unseen = () if prompt.features is not None else self.frames
     models_flops = {
-        "admit": rows * admitted * flops.prefill(self.model, length, unseen),
-        "decode": prompts * flops.responses(self.model, [self.mean] * group, length)
-                  / max(runs["decode"], 1)}
+      "admit": rows * admitted * flops.prefill(self.model, length, unseen),
+      "decode": prompts
+      * flops.responses(self.model, [self.mean] * group, length)
+      / max(runs["decode"], 1),
+    }
     kernels = rows * admitted * self._of_prompt()
     here = self._others("parameters")
     given = self.one_prompt if own else 0
     places: dict[str, dict[int, Any]] = {
-        "reshard": {0: self.params_at, 1: self.batch_at},
-        "admit": {0: sampler.params_at, 1: sampler.batch_at}, "decode": {0: sampler.params_at}}
+      "reshard": {0: self.params_at, 1: self.batch_at},
+      "admit": {0: sampler.params_at, 1: sampler.batch_at},
+      "decode": {0: sampler.params_at},
+    }
     if sampler.reshard is None:
       alive = {"admit": here - given, "decode": here, "move": here + self.holds["parameters"]}
     else:  # the copies, besides what they are of
       weights, light = lowered["reshard"].out_info
       weights, light = size(weights, sampler.params_at), size(light, sampler.batch_at)
       here += self.holds["parameters"]
-      alive = {"reshard": here - given - self.holds["parameters"], "admit": here,
-               "decode": here + light, "move": here + light + weights}
+      alive = {
+        "reshard": here - given - self.holds["parameters"],
+        "admit": here,
+        "decode": here + light,
+        "move": here + light + weights,
+      }
       runs["reshard"] = 1
     for name, program in lowered.items():
       shares = {**self._tower(), **({"layers/cond": reached} if name == "decode" else {})}
       yield Piece(
-          "_".join(filter(None, (prefix, name))), part, lambda program=program: program,
-          times=runs.get(name, 0) if own else 0, flops=models_flops.get(name, 0.0),
-          kernels=kernels if name == "admit" else 0.0, alive=alive.get(name, here),
-          places=places.get(name, {}), shares=shares, steps=sampler.chunk)
+        "_".join(filter(None, (prefix, name))),
+        part,
+        lambda program=program: program,
+        times=runs.get(name, 0) if own else 0,
+        flops=models_flops.get(name, 0.0),
+        kernels=kernels if name == "admit" else 0.0,
+        alive=alive.get(name, here),
+        places=places.get(name, {}),
+        shares=shares,
+        steps=sampler.chunk,
+      )
     if own:
       self.at_once = layout.cells // group * rows
 
@@ -424,8 +522,10 @@ class Plan:
     reading = rows * flops.prefill(model, shapes.length - 1, frames)
     answering = flops.responses(model, [self.mean] * shapes.group, shapes.length)
     kernels = rows * self._of_prompt() + self._of_responses()
-    return (shapes.prompts * (reading + answering),
-            shapes.prompts * kernels + (rows * self._of_frames() if sees else 0.0))
+    return (
+      shapes.prompts * (reading + answering),
+      shapes.prompts * kernels + (rows * self._of_frames() if sees else 0.0),
+    )
 
   def _scores(self) -> Iterator[Piece]:
     programs, shapes, objective = self.programs, self.shapes, self.programs.objective
@@ -435,14 +535,23 @@ class Plan:
     def piece(name, program, *args, cost, places=where, given=("parameters",)):
       counted, kernels = cost
       return Piece(
-          name, "scores", lambda: program.lower(*args), times=1, flops=counted, kernels=kernels,
-          alive=self._others(*given, prompts=1), places=places, steps=steps,
-          shares=self._tower())
+        name,
+        "scores",
+        lambda: program.lower(*args),
+        times=1,
+        flops=counted,
+        kernels=kernels,
+        alive=self._others(*given, prompts=1),
+        places=places,
+        steps=steps,
+        shares=self._tower(),
+      )
 
     batch = shapes.ids, shapes.mask
     if programs.scores_old:
-      yield piece("score", programs.score, self.abstract, self.seen, *batch, packing,
-                  cost=self._forward())
+      yield piece(
+        "score", programs.score, self.abstract, self.seen, *batch, packing, cost=self._forward()
+      )
     unseen, sees = self._unseen(self.seen), programs.trains_vision
     settings = self.config.model.lora
     base = bool(settings.rank and not settings.path and self.index == 0)
@@ -451,22 +560,46 @@ class Plan:
     for name in objective.views:
       if name == "ref" and name in objective.full_kl:
         once, kernels = self._forward(sees=sees)
-        yield piece("score_reference", programs.score_reference, self.abstract,
-                    _placed(reference, reference_at), unseen, *batch, packing,
-                    cost=(2 * once, 2 * kernels), given=("parameters", "reference"),
-                    places={0: self.params_at, 1: reference_at, 2: self.batch_at})
+        yield piece(
+          "score_reference",
+          programs.score_reference,
+          self.abstract,
+          _placed(reference, reference_at),
+          unseen,
+          *batch,
+          packing,
+          cost=(2 * once, 2 * kernels),
+          given=("parameters", "reference"),
+          places={0: self.params_at, 1: reference_at, 2: self.batch_at},
+        )
       elif name == "ref":
         program = programs.score_base if base else programs.score
-        yield piece("score_base" if base else "score_ref", program, reference, unseen, *batch,
-                    packing, cost=self._forward(sees=sees), given=("reference",),
-                    places={0: reference_at, 1: self.batch_at})
+        yield piece(
+          "score_base" if base else "score_ref",
+          program,
+          reference,
+          unseen,
+          *batch,
+          packing,
+          cost=self._forward(sees=sees),
+          given=("reference",),
+          places={0: reference_at, 1: self.batch_at},
+        )
       elif name == "masked":
         counted, kernels = self._forward(self.rows_of("masked"), True)
         if name in objective.full_kl:
           clean = self._forward()
           counted, kernels = counted + clean[0], kernels + clean[1]
-        yield piece("score_masked", programs.score_masked, self.abstract, self.seen, *batch,
-                    self._source(), packing, cost=(counted, kernels))
+        yield piece(
+          "score_masked",
+          programs.score_masked,
+          self.abstract,
+          self.seen,
+          *batch,
+          self._source(),
+          packing,
+          cost=(counted, kernels),
+        )
 
   def rows_of(self, view: str) -> int:
     """Prompts under which a view scores the responses of one prompt."""
@@ -494,11 +627,21 @@ class Plan:
     if "penalty" in needs:
       more |= {"old": shapes.stats(), "ref": views["ref"]}
     state = programs.abstract_state.objective
-    yield Piece("advantages", "update", lambda: programs.advantages.lower(
-        shapes.rewards, shapes.mask, more, state), times=1, alive=self._others())
+    yield Piece(
+      "advantages",
+      "update",
+      lambda: programs.advantages.lower(shapes.rewards, shapes.mask, more, state),
+      times=1,
+      alive=self._others(),
+    )
     if programs.scores_old:
-      yield Piece("compare", "update", lambda: programs.compare.lower(
-          shapes.number, shapes.number, shapes.mask), times=1, alive=self._others())
+      yield Piece(
+        "compare",
+        "update",
+        lambda: programs.compare.lower(shapes.number, shapes.number, shapes.mask),
+        times=1,
+        alive=self._others(),
+      )
 
   def _update(self) -> Iterator[Piece]:
     programs, shapes, objective = self.programs, self.shapes, self.programs.objective
@@ -509,10 +652,14 @@ class Plan:
     if self.stage.kind == "rl":
       source = self._source()
       experience = Experience(
-          mask=shapes.mask, advantages=shapes.number,
-          old=shapes.stats() if programs.scores_old else None, rewards=shapes.rewards,
-          views=self._stats(), sampler_logp=shapes.number,
-          truncated=shapes.shape("bool", shapes.prompts, shapes.group))
+        mask=shapes.mask,
+        advantages=shapes.number,
+        old=shapes.stats() if programs.scores_old else None,
+        rewards=shapes.rewards,
+        views=self._stats(),
+        sampler_logp=shapes.number,
+        truncated=shapes.shape("bool", shapes.prompts, shapes.group),
+      )
     else:
       experience = Experience(mask=shapes.mask, advantages=shapes.number, old=None, rewards=None)
     reference = None
@@ -534,14 +681,26 @@ class Plan:
     features = size(self.seen.features, self.batch_at) if self.seen.features is not None else 0.0
     here = self._others(*given, prompts=1) if self.stage.kind == "rl" else 0.0
     yield Piece(
-        "update", "update",
-        lambda: programs.update.lower(
-            programs.abstract_state, self.frozen, prompt, shapes.ids, experience, source, reference,
-            self._packing()),
-        times=1, flops=count, kernels=attended,
-        alive=here + (features if prompt.features is None else 0.0),
-        places={0: programs.state_shardings, 1: self.frozen_at, 2: self.batch_at},
-        steps=float(np.mean(self.packing.used)), shares=self._tower())
+      "update",
+      "update",
+      lambda: programs.update.lower(
+        programs.abstract_state,
+        self.frozen,
+        prompt,
+        shapes.ids,
+        experience,
+        source,
+        reference,
+        self._packing(),
+      ),
+      times=1,
+      flops=count,
+      kernels=attended,
+      alive=here + (features if prompt.features is None else 0.0),
+      places={0: programs.state_shardings, 1: self.frozen_at, 2: self.batch_at},
+      steps=float(np.mean(self.packing.used)),
+      shares=self._tower(),
+    )
 
   # -- Attention of kernels -----------------------------------------------------------------------
 
@@ -560,7 +719,7 @@ class Plan:
       return 0.0
     layers = vision.full_attention_layers
     full = vision.depth if layers is None else len(layers)
-    seen = sum((rows * columns)**2 for rows, columns in self.frames)
+    seen = sum((rows * columns) ** 2 for rows, columns in self.frames)
     return self.shapes.prompts * 4.0 * vision.hidden_size * full * seen
 
   def _of_prompt(self) -> float:
@@ -579,8 +738,9 @@ class Plan:
     return self.shapes.group * flops.decoder(model, 0, keys)
 
 
-def _draw(prompts: int, group: int, layout: Layout, admitted: int, tokens: int, chunk: int,
-          positions: int) -> tuple[dict[str, int], list[float]]:
+def _draw(
+  prompts: int, group: int, layout: Layout, admitted: int, tokens: int, chunk: int, positions: int
+) -> tuple[dict[str, int], list[float]]:
   """How a device's share of a rollout goes if all responses have as many tokens.
 
   Returns:

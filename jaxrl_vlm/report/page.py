@@ -36,10 +36,15 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   folder = pathlib.Path(__file__).parent
   environment = jinja2.Environment(
-      loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined,
-      trim_blocks=True, lstrip_blocks=True)
+    loader=jinja2.FileSystemLoader(folder),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
   page = environment.get_template("report.html").render(
-      style_hash=_style_hash(folder / "report.html"), **_facts(workdir))
+    style_hash=_style_hash(folder / "report.html"), **_facts(workdir)
+  )
   path = workdir / REPORT_FILE
   try:
     config_lib.write_atomically(path, page)
@@ -61,16 +66,16 @@ def _facts(workdir: pathlib.Path) -> dict[str, Any]:
   config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
   main, other = _charts(records)
   return {
-      "title": workdir.resolve().name,
-      "plan": _plan(config_text),
-      "changes": metrics_lib.before_and_after(records),
-      "tiles": _tiles(records),
-      "charts": main,
-      "other_charts": other,
-      "width": plots.WIDTH,
-      "height": plots.HEIGHT,
-      "sampled": _sampled(workdir),
-      "config": config_text,
+    "title": workdir.resolve().name,
+    "plan": _plan(config_text),
+    "changes": metrics_lib.before_and_after(records),
+    "tiles": _tiles(records),
+    "charts": main,
+    "other_charts": other,
+    "width": plots.WIDTH,
+    "height": plots.HEIGHT,
+    "sampled": _sampled(workdir),
+    "config": config_text,
   }
 
 
@@ -90,15 +95,16 @@ def _plan(config_text: str) -> list[str]:
 
 def _tiles(records: Sequence[metrics_lib.Record]) -> list[tuple[str, str]]:
   """Name and last value of the few numbers to see at a glance."""
+
   def last(key: str) -> float | None:
     return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
 
   steps = str(records[-1]["step"]) if records else None
   formats = (
-      ("reward", "train/reward", "{:.2f}"),
-      ("train accuracy", "train/accuracy", "{:.1%}"),
-      ("response tokens", "train/response_length", "{:.0f}"),
-      ("tokens / s", "time/tokens_per_second", "{:,.0f}"),
+    ("reward", "train/reward", "{:.2f}"),
+    ("train accuracy", "train/accuracy", "{:.1%}"),
+    ("response tokens", "train/response_length", "{:.0f}"),
+    ("tokens / s", "time/tokens_per_second", "{:,.0f}"),
   )
   tiles = [("steps", steps)] if steps else []
   for name, key, form in formats:
@@ -128,12 +134,20 @@ def _charts(records: Sequence[metrics_lib.Record]) -> tuple[list[plots.Chart], l
     return [(key, key.removeprefix(prefix)) for key in sorted(curves) if key.startswith(prefix)]
 
   main = [
-      plots.chart("Reward", take([("train/reward", "total")]), stages),
-      plots.chart("Reward by component", take(below("train/reward/")), stages),
-      plots.chart("Accuracy", take([
-          ("train/accuracy", "train"), ("eval/accuracy", "held-out"),
-          *((key, f"held-out {name}") for key, name in below("eval/accuracy/"))]), stages),
-      plots.chart("Response length, tokens", take([("train/response_length", "train")]), stages),
+    plots.chart("Reward", take([("train/reward", "total")]), stages),
+    plots.chart("Reward by component", take(below("train/reward/")), stages),
+    plots.chart(
+      "Accuracy",
+      take(
+        [
+          ("train/accuracy", "train"),
+          ("eval/accuracy", "held-out"),
+          *((key, f"held-out {name}") for key, name in below("eval/accuracy/")),
+        ]
+      ),
+      stages,
+    ),
+    plots.chart("Response length, tokens", take([("train/response_length", "train")]), stages),
   ]
   other = [plots.chart(key, {key: curve}, stages) for key, curve in sorted(curves.items())]
   return [c for c in main if c], [c for c in other if c]
@@ -150,8 +164,14 @@ def _sampled(workdir: pathlib.Path) -> list[dict[str, Any]]:
       images = [_embed(workdir / rollouts.FOLDER / name) for name in record["images"]]
       samples = [{**sample, "parts": _parts(sample["text"])} for sample in record["samples"]]
       examples.append({**record, "images": images, "samples": samples})
-    sampled.append({"step": step, "stage": records[0]["stage"] if records else "",
-                    "examples": examples, "more": max(0, len(records) - _MAX_EXAMPLES)})
+    sampled.append(
+      {
+        "step": step,
+        "stage": records[0]["stage"] if records else "",
+        "examples": examples,
+        "more": max(0, len(records) - _MAX_EXAMPLES),
+      }
+    )
   return sampled
 
 
@@ -160,8 +180,13 @@ def _parts(text: str) -> list[tuple[str, str]]:
   cut = text[:_MAX_TEXT]
   parts = []
   for part in re.split(r"(<think>.*?</think>|\\boxed\{[^{}]*\})", cut, flags=re.DOTALL):
-    kind = ("think" if part.startswith("<think>") and part.endswith("</think>")
-            else "boxed" if part.startswith("\\boxed{") else "plain")
+    kind = (
+      "think"
+      if part.startswith("<think>") and part.endswith("</think>")
+      else "boxed"
+      if part.startswith("\\boxed{")
+      else "plain"
+    )
     if part:
       parts.append((kind, part))
   if len(text) > len(cut):

@@ -35,7 +35,7 @@ class Chart:
 
 
 def chart(
-    title: str, series: Mapping[str, Series], stages: Sequence[tuple[float, str]] = ()
+  title: str, series: Mapping[str, Series], stages: Sequence[tuple[float, str]] = ()
 ) -> Chart | None:
   """Lays out a chart; None if no series has a finite value.
 
@@ -56,8 +56,10 @@ def chart(
   def place(x: float, y: float) -> tuple[float, float]:
     across = (x - x_low) / (x_high - x_low)
     up = (y - y_low) / (y_high - y_low)
-    return (round(_LEFT + across * (WIDTH - _LEFT - _RIGHT), 1),
-            round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1))
+    return (
+      round(_LEFT + across * (WIDTH - _LEFT - _RIGHT), 1),
+      round(HEIGHT - _BOTTOM - up * (HEIGHT - _TOP - _BOTTOM), 1),
+    )
 
   def path(points: Sequence[tuple[float, float]]) -> str:
     return " ".join("{},{}".format(*place(x, y)) for x, y in points)
@@ -65,30 +67,31 @@ def chart(
   lines = []
   for number, (name, points) in enumerate(curves.items()):
     few = len(points) <= 30
-    lines.append({
+    lines.append(
+      {
         "name": name,
         "color": number % len(COLORS),
         "points": path(points if few else _smooth(points)),
         "raw": "" if few else path(points),
         "dots": [(*place(x, y), f"step {x:g}: {y:.4g}") for x, y in points] if few else [],
         "last": f"{points[-1][1]:.3g}",
-    })
+      }
+    )
   return Chart(
-      title=title,
-      lines=lines,
-      x_ticks=[(place(x, y_low)[0], f"{x:g}") for x in _ticks(x_low, x_high)
-               if x_low <= x <= x_high],
-      y_ticks=[(place(x_low, y)[1], f"{y:g}") for y in y_ticks],
-      marks=[(place(x, y_low)[0], name) for x, name in stages if x_low < x < x_high],
+    title=title,
+    lines=lines,
+    x_ticks=[(place(x, y_low)[0], f"{x:g}") for x in _ticks(x_low, x_high) if x_low <= x <= x_high],
+    y_ticks=[(place(x_low, y)[1], f"{y:g}") for y in y_ticks],
+    marks=[(place(x, y_low)[0], name) for x, name in stages if x_low < x < x_high],
   )
 
 
 def save_curve(
-    path: str | os.PathLike,
-    series: Mapping[str, Series],
-    title: str = "",
-    x_label: str = "step",
-    y_label: str = "",
+  path: str | os.PathLike,
+  series: Mapping[str, Series],
+  title: str = "",
+  x_label: str = "step",
+  y_label: str = "",
 ) -> None:
   """Draws curves as an image file of 1,280 × 720 pixels; the suffix of `path` says which format.
 
@@ -112,8 +115,15 @@ def save_curve(
     if len(points) > 30:
       axes.plot(*zip(*points, strict=True), color=color, alpha=0.25, linewidth=1)
       points = _smooth(points)
-    axes.plot([x for x, _ in points], [y for _, y in points], color=color, linewidth=2, label=name,
-              marker="o" if len(points) <= 30 else None, markersize=4)
+    axes.plot(
+      [x for x, _ in points],
+      [y for _, y in points],
+      color=color,
+      linewidth=2,
+      label=name,
+      marker="o" if len(points) <= 30 else None,
+      markersize=4,
+    )
   axes.set_title(title, loc="left", fontsize=11)
   axes.set_xlabel(x_label)
   axes.set_ylabel(y_label)
@@ -127,8 +137,9 @@ def save_curve(
 
 
 def _finite(curve: Series) -> list[tuple[float, float]]:
-  return [(float(x), float(y)) for x, y in zip(*curve, strict=True)
-          if y is not None and math.isfinite(y)]
+  return [
+    (float(x), float(y)) for x, y in zip(*curve, strict=True) if y is not None and math.isfinite(y)
+  ]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -152,6 +163,6 @@ def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
   reach = max(2, len(points) // 20)
   smooth = []
   for index, (x, _) in enumerate(points):
-    window = [y for _, y in points[max(0, index - reach):index + reach + 1]]
+    window = [y for _, y in points[max(0, index - reach) : index + reach + 1]]
     smooth.append((x, sum(window) / len(window)))
   return smooth

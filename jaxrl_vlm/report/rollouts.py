@@ -45,7 +45,7 @@ class RolloutLog:
     self._folder = pathlib.Path(workdir) / FOLDER
 
   def write(
-      self, step: int, stage: str, groups: Sequence[tuple[Example, Sequence[Sample]]]
+    self, step: int, stage: str, groups: Sequence[tuple[Example, Sequence[Sample]]]
   ) -> None:
     """Writes one step: for each example a line with its question, answer, images and samples.
 
@@ -61,15 +61,19 @@ class RolloutLog:
       (self._folder / "images").mkdir(parents=True, exist_ok=True)
       lines = []
       for example, samples in groups:
-        lines.append(json.dumps({
-            "step": step,
-            "stage": stage,
-            "id": example.id,
-            "question": example.question,
-            "answer": example.answer,
-            "images": [self._write_image(image, example.id) for image in example.images],
-            "samples": [_plain(sample) for sample in samples],
-        }))
+        lines.append(
+          json.dumps(
+            {
+              "step": step,
+              "stage": stage,
+              "id": example.id,
+              "question": example.question,
+              "answer": example.answer,
+              "images": [self._write_image(image, example.id) for image in example.images],
+              "samples": [_plain(sample) for sample in samples],
+            }
+          )
+        )
       path = self._folder / f"step_{step:06}.jsonl"
       write_atomically(path, "".join(line + "\n" for line in lines))
     except OSError as error:
@@ -102,11 +106,11 @@ def _as_png(image: bytes, example_id: str) -> bytes:
 
 def _plain(sample: Sample) -> dict[str, Any]:
   return {
-      "text": sample.text,
-      "reward": float(sample.reward),
-      "components": {name: float(value) for name, value in sample.components.items()},
-      "advantage": float(sample.advantage),
-      "length": int(sample.length),
+    "text": sample.text,
+    "reward": float(sample.reward),
+    "components": {name: float(value) for name, value in sample.components.items()},
+    "advantage": float(sample.advantage),
+    "length": int(sample.length),
   }
 
 
@@ -120,8 +124,7 @@ def read_rollouts(workdir: str | os.PathLike) -> dict[int, list[dict[str, Any]]]
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("step_*.jsonl")):
     try:
       text = path.read_text(encoding="utf-8")
-      steps[int(path.stem.removeprefix("step_"))] = [
-          json.loads(line) for line in text.splitlines()]
+      steps[int(path.stem.removeprefix("step_"))] = [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
       raise UserError(f"{path}: not a file of rollouts: {error}") from error
   return dict(sorted(steps.items()))

@@ -90,12 +90,25 @@ class Sampler:
       over layers copies the weights, keys and values of each out of the stack, for every token.
   """
 
-  def __init__(self, model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, *,
-               chunk: int = 32, groups: int = 0, prefix_dtype: str = "auto", room: float = 0,
-               samples_field: str = "num_samples", tensor: int = 0, layers: int = 0):
+  def __init__(
+    self,
+    model: VLM,
+    mesh: Mesh,
+    sampling: Sampling,
+    param_shardings: Any,
+    *,
+    chunk: int = 32,
+    groups: int = 0,
+    prefix_dtype: str = "auto",
+    room: float = 0,
+    samples_field: str = "num_samples",
+    tensor: int = 0,
+    layers: int = 0,
+  ):
     if prefix_dtype not in PREFIX_DTYPES:
-      raise ValueError(f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of "
-                       f"{', '.join(PREFIX_DTYPES)}")
+      raise ValueError(
+        f"config.rollout.prefix_dtype={prefix_dtype!r}: expected one of {', '.join(PREFIX_DTYPES)}"
+      )
     for name, value, least in (("chunk", chunk, 1), ("groups", groups, 0)):
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
@@ -115,8 +128,7 @@ class Sampler:
         # Else XLA sends them first and casts them then.
         return jax.lax.optimization_barrier(cast), _without_patches(prompt)
 
-      self.reshard = jax.jit(
-          resharded, in_shardings=given, out_shardings=(param_shardings, batch))
+      self.reshard = jax.jit(resharded, in_shardings=given, out_shardings=(param_shardings, batch))
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.params_at, self.batch_at = param_shardings, batch
     self.chunk = min(chunk, sampling.max_tokens)
@@ -126,22 +138,29 @@ class Sampler:
     self.layers = layers or (1 if cpu else model.config.num_layers)
     self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    rows, kv = (NamedSharding(mesh, spec) for spec in (
-        Spec(parallel.ROWS), Spec(None, parallel.ROWS, None, heads)))
+    rows, kv = (
+      NamedSharding(mesh, spec)
+      for spec in (Spec(parallel.ROWS), Spec(None, parallel.ROWS, None, heads))
+    )
     flight = Flight(kv, kv, rows, kv, kv, *[rows] * 6)
     whole = parallel.replicated(mesh)
     self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=flight)
     self._admit = jax.jit(
-        self._admit_, in_shardings=(param_shardings, batch, flight, rows, rows, rows, rows),
-        out_shardings=flight, donate_argnums=2)
+      self._admit_,
+      in_shardings=(param_shardings, batch, flight, rows, rows, rows, rows),
+      out_shardings=flight,
+      donate_argnums=2,
+    )
     # What the host looks at: the responses of all processes.
     seen = whole if mesh.is_multi_process else rows
     self._decode = jax.jit(
-        self._decode_, in_shardings=(param_shardings, flight, rows, rows, whole),
-        out_shardings=(flight, seen), donate_argnums=1)
+      self._decode_,
+      in_shardings=(param_shardings, flight, rows, rows, whole),
+      out_shardings=(flight, seen),
+      donate_argnums=1,
+    )
     self._places = rows
-    self._move = jax.jit(
-        self._move_, in_shardings=(flight, rows, rows), out_shardings=flight)
+    self._move = jax.jit(self._move_, in_shardings=(flight, rows, rows), out_shardings=flight)
 
   # -- Programs -----------------------------------------------------------------------------------
 
@@ -152,8 +171,10 @@ class Sampler:
     before = (-(-self.sampling.max_tokens // self.chunk) - 1) * self.chunk
 
     def kv(places, positions):
-      return jnp.zeros((config.num_layers, r, places, config.num_kv_heads, positions,
-                        config.head_dim), config.dtype)
+      return jnp.zeros(
+        (config.num_layers, r, places, config.num_kv_heads, positions, config.head_dim),
+        config.dtype,
+      )
 
     def prefix():
       return self._kept(kv(s, length))
@@ -162,15 +183,33 @@ class Sampler:
       return jnp.zeros((r, places), jnp.int32)
 
     return Flight(
-        prefix(), prefix(), number(s), kv(c, before), kv(c, before), number(c),
-        number(c), number(c), number(c), jnp.ones((r, c), bool), number(c))
+      prefix(),
+      prefix(),
+      number(s),
+      kv(c, before),
+      kv(c, before),
+      number(c),
+      number(c),
+      number(c),
+      number(c),
+      jnp.ones((r, c), bool),
+      number(c),
+    )
 
   def _kept(self, prefix: Array) -> Any:
     """Keys or values of prompts as the flight holds them."""
     return Int8.of(prefix) if self.prefix_dtype == "int8" else prefix
 
-  def _admit_(self, params: Params, prompt: Prompt, flight: Flight, rows: Array, slots: Array,
-              cells: Array, limits: Array) -> Flight:
+  def _admit_(
+    self,
+    params: Params,
+    prompt: Prompt,
+    flight: Flight,
+    rows: Array,
+    slots: Array,
+    cells: Array,
+    limits: Array,
+  ) -> Flight:
     """Reads prompts and puts them into free places; see `schedule.Admission`. limits: [R, n, G]."""
     parts, g = self.parts, self.sampling.num_samples
     new = rows.shape[1]
@@ -179,15 +218,19 @@ class Sampler:
     take = jax.vmap(lambda a, index: a[index])
     if per_part != new or parts * per_part != rows.size:
       chosen = jax.tree.map(
-          lambda a: take(a.reshape(parts, per_part, *a.shape[1:]), rows).reshape(
-              parts * new, *a.shape[1:]), prompt)
+        lambda a: take(a.reshape(parts, per_part, *a.shape[1:]), rows).reshape(
+          parts * new, *a.shape[1:]
+        ),
+        prompt,
+      )
     else:
       chosen = prompt
     prefix: Any = self.model.apply({"params": params}, chosen, method="prefill")[1]
 
     def put(into, index, value):  # [R, N, ...], [R, n], [R, n, ...]; what is out of range is lost
       return jax.vmap(lambda a, i, b: a.at[i].set(b.astype(a.dtype), mode="drop"))(
-          into, index, value)
+        into, index, value
+      )
 
     def put_kv(into, value):  # [L, R, S, K, Lp, D], [L, R·n, K, Lp, D]
       def one(into, value):
@@ -203,14 +246,17 @@ class Sampler:
     at = cells.reshape(parts, -1)
     sample = ((first + rows)[..., None] * g + jnp.arange(g)).reshape(parts, -1)
     return dataclasses.replace(
-        flight,
-        prefix_k=put_kv(flight.prefix_k, prefix.k), prefix_v=put_kv(flight.prefix_v, prefix.v),
-        length=put(flight.length, slots, prefix.length.reshape(parts, new)),
-        used=put(flight.used, at, jnp.zeros_like(at)),
-        token=put(flight.token, at, of_samples(last)),
-        position=put(flight.position, at, of_samples(chosen.next_position - 1)),
-        limit=put(flight.limit, at, limits.reshape(parts, -1)),
-        done=put(flight.done, at, jnp.zeros(at.shape, bool)), sample=put(flight.sample, at, sample))
+      flight,
+      prefix_k=put_kv(flight.prefix_k, prefix.k),
+      prefix_v=put_kv(flight.prefix_v, prefix.v),
+      length=put(flight.length, slots, prefix.length.reshape(parts, new)),
+      used=put(flight.used, at, jnp.zeros_like(at)),
+      token=put(flight.token, at, of_samples(last)),
+      position=put(flight.position, at, of_samples(chosen.next_position - 1)),
+      limit=put(flight.limit, at, limits.reshape(parts, -1)),
+      done=put(flight.done, at, jnp.zeros(at.shape, bool)),
+      sample=put(flight.sample, at, sample),
+    )
 
   def _decode_(self, params: Params, flight: Flight, place: Array, cell: Array, key: Array):
     """Takes every response a chunk further: the flight, and tokens, mask, logp [R, C, n], done."""
@@ -230,9 +276,12 @@ class Sampler:
     empty = jnp.zeros(shape, config.dtype)
     prefix_k, prefix_v = jax.tree.map(flat, (flight.prefix_k, flight.prefix_v))
     stacks = self._stacks(
-        params, Prefix(prefix_k, prefix_v, flight.length.reshape(-1)),
-        Cells(flight.k, flight.v, empty, empty, live, live.max(), jnp.zeros((), jnp.int32), place,
-              cell))
+      params,
+      Prefix(prefix_k, prefix_v, flight.length.reshape(-1)),
+      Cells(
+        flight.k, flight.v, empty, empty, live, live.max(), jnp.zeros((), jnp.int32), place, cell
+      ),
+    )
 
     def forward(token, position, chunks):
       """hidden [R, C, D] and keys and values of this chunk, one token further."""
@@ -247,7 +296,8 @@ class Sampler:
       token, done, t, chunks, tokens, mask, logps = state
       hidden, chunks = forward(token, flight.position + t, chunks)
       logits: Any = self.model.apply(
-          {"params": params}, hidden, temperature, method="response_logits")
+        {"params": params}, hidden, temperature, method="response_logits"
+      )
       age = flight.used + t
       token, logp = pick(fold(keys, age), logits, sampling)
       token = jnp.where(done, config.pad_token, token)
@@ -265,11 +315,21 @@ class Sampler:
 
     out = (*flight.used.shape, chunk)
     token, done, _, chunks, tokens, mask, logp = jax.lax.while_loop(
-        unfinished, step,
-        (flight.token, flight.done, jnp.zeros((), jnp.int32), [_chunk(s[2]) for s in stacks],
-         jnp.full(out, config.pad_token, jnp.int32), jnp.zeros(out, bool), jnp.zeros(out)))
+      unfinished,
+      step,
+      (
+        flight.token,
+        flight.done,
+        jnp.zeros((), jnp.int32),
+        [_chunk(s[2]) for s in stacks],
+        jnp.full(out, config.pad_token, jnp.int32),
+        jnp.zeros(out, bool),
+        jnp.zeros(out),
+      ),
+    )
     chunk_k, chunk_v = (
-        jnp.concatenate([stack[name] for stack in chunks]) for name in ("chunk_k", "chunk_v"))
+      jnp.concatenate([stack[name] for stack in chunks]) for name in ("chunk_k", "chunk_v")
+    )
 
     def keep(into, new):  # behind what each cell has
       def one(into, new, used):  # [L, K, T', D], [L, K, n, D]
@@ -279,12 +339,19 @@ class Sampler:
       return each(into, new, flight.used) if into.shape[4] else into
 
     flight = dataclasses.replace(
-        flight, k=keep(flight.k, chunk_k), v=keep(flight.v, chunk_v), used=flight.used + chunk,
-        token=token, position=flight.position + chunk, done=done)
+      flight,
+      k=keep(flight.k, chunk_k),
+      v=keep(flight.v, chunk_v),
+      used=flight.used + chunk,
+      token=token,
+      position=flight.position + chunk,
+      done=done,
+    )
     return flight, (tokens, mask, logp, done)
 
-  def _stacks(self, params: Params, prefix: Prefix, cells: Cells
-              ) -> list[tuple[Callable, Prefix, Cells]]:
+  def _stacks(
+    self, params: Params, prefix: Prefix, cells: Cells
+  ) -> list[tuple[Callable, Prefix, Cells]]:
     """`self.layers` layers at a time: their `VLM.decode`, and their share of prefix and cells."""
     config, decoder, stacks = self.model.config, params["decoder"], []
     for first in range(0, config.num_layers, self.layers):
@@ -293,14 +360,19 @@ class Sampler:
       def some(tree, first=first, end=end):
         return jax.tree.map(lambda a: a[first:end], tree)
 
-      model = VLM(config.replace(
-          num_layers=end - first, sliding_layers=config.sliding_layers[first:end]))
+      model = VLM(
+        config.replace(num_layers=end - first, sliding_layers=config.sliding_layers[first:end])
+      )
       theirs = {**params, "decoder": {**decoder, "layers": some(decoder["layers"])}}
-      stacks.append((
+      stacks.append(
+        (
           functools.partial(cast(Any, model.apply), {"params": theirs}, method="decode"),
           dataclasses.replace(prefix, k=some(prefix.k), v=some(prefix.v)),
-          dataclasses.replace(cells, **{
-              name: some(getattr(cells, name)) for name in ("k", "v", "chunk_k", "chunk_v")})))
+          dataclasses.replace(
+            cells, **{name: some(getattr(cells, name)) for name in ("k", "v", "chunk_k", "chunk_v")}
+          ),
+        )
+      )
     return stacks
 
   def _move_(self, flight: Flight, cells: Array, slots: Array) -> Flight:
@@ -308,20 +380,39 @@ class Sampler:
     take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
     take_kv = jax.vmap(take, in_axes=(0, None))
     prefix_k, prefix_v = jax.tree.map(
-        lambda a: take_kv(a, slots), (flight.prefix_k, flight.prefix_v))
+      lambda a: take_kv(a, slots), (flight.prefix_k, flight.prefix_v)
+    )
     moved = Flight(
-        prefix_k, prefix_v,
-        take(flight.length, slots), take_kv(flight.k, cells), take_kv(flight.v, cells),
-        *(take(a, cells) for a in (flight.used, flight.token, flight.position, flight.limit,
-                                   flight.done, flight.sample)))
+      prefix_k,
+      prefix_v,
+      take(flight.length, slots),
+      take_kv(flight.k, cells),
+      take_kv(flight.v, cells),
+      *(
+        take(a, cells)
+        for a in (
+          flight.used,
+          flight.token,
+          flight.position,
+          flight.limit,
+          flight.done,
+          flight.sample,
+        )
+      ),
+    )
     return dataclasses.replace(moved, done=moved.done | (cells == flight.done.shape[1]))
 
   # -- The host's loop ----------------------------------------------------------------------------
 
-  def __call__(self, params: Params, prompt: Prompt, key: Array,
-               limits: np.ndarray | None = None,
-               finished: Callable[[list[int], np.ndarray, np.ndarray], None] | None = None,
-               each_chunk: Callable[[], None] | None = None) -> Rollout:
+  def __call__(
+    self,
+    params: Params,
+    prompt: Prompt,
+    key: Array,
+    limits: np.ndarray | None = None,
+    finished: Callable[[list[int], np.ndarray, np.ndarray], None] | None = None,
+    each_chunk: Callable[[], None] | None = None,
+  ) -> Rollout:
     """Draws G responses of each prompt.
 
     Args:
@@ -360,7 +451,7 @@ class Sampler:
 
     def tell(rows):
       if finished is not None and rows:
-        finished(rows, *(groups_of(a)[rows, :, :sampling.max_tokens] for a in (tokens, mask)))
+        finished(rows, *(groups_of(a)[rows, :, : sampling.max_tokens] for a in (tokens, mask)))
 
     ended_rows: list[int] = []
 
@@ -370,8 +461,12 @@ class Sampler:
     flight, key = self._start(layout, prompt.tokens.shape[1]), parallel.everywhere(self.mesh, key)
     while schedule.waiting or schedule.alive.any():
       while (new := schedule.admit(most)) is not None:
-        flight = self._admit(params, prompt, flight, *put(
-            new.rows, new.slots, new.cells, by_part[np.arange(parts)[:, None], new.rows]))
+        flight = self._admit(
+          params,
+          prompt,
+          flight,
+          *put(new.rows, new.slots, new.cells, by_part[np.arange(parts)[:, None], new.rows]),
+        )
       while schedule.smaller():
         flight = self._move(flight, *put(*schedule.move()))
       flight, out = self._decode(params, flight, *put(*schedule.places()), key)
@@ -400,13 +495,14 @@ class Sampler:
         if each_chunk is not None:
           each_chunk()
       self._compiled.add(prompt.tokens.shape)
-    return Rollout(*(groups_of(a)[..., :sampling.max_tokens] for a in (tokens, mask, logp)))
+    return Rollout(*(groups_of(a)[..., : sampling.max_tokens] for a in (tokens, mask, logp)))
 
   def _plan(self, prompt: Prompt) -> tuple[Layout, int]:
     """The layout to begin with, and how many prompts are admitted at once, for each part."""
     (prompts, length), patches = prompt.tokens.shape, prompt.patches.shape[1]
-    groups = self.groups_at_once(
-        prompts, length, patches, prompt.features is not None) // self.parts
+    groups = (
+      self.groups_at_once(prompts, length, patches, prompt.features is not None) // self.parts
+    )
     here = prompts // self.parts
     slots, admitted = self._held_and_read(groups, here)
     g = self.sampling.num_samples
@@ -426,9 +522,16 @@ class Sampler:
     """
     slots, admitted = self._held_and_read(groups // self.parts, prompts // self.parts)
     return memory.rollout(
-        memory.Model(self.model.config, self.mesh.shape["tensor"]), length,
-        samples or self.sampling.num_samples, groups // self.parts, slots, admitted,
-        self.sampling.max_tokens, self.chunk, self.prefix_dtype == "int8")
+      memory.Model(self.model.config, self.mesh.shape["tensor"]),
+      length,
+      samples or self.sampling.num_samples,
+      groups // self.parts,
+      slots,
+      admitted,
+      self.sampling.max_tokens,
+      self.chunk,
+      self.prefix_dtype == "int8",
+    )
 
   def groups_at_once(self, prompts: int, length: int, patches: int = 0, seen: bool = True) -> int:
     """Groups of a batch that are decoded at once, all devices together.
@@ -454,24 +557,33 @@ class Sampler:
     if self.reshard is not None:
       copied = memory.features if seen else memory.prompts
       room -= copied(model, patches, prompts // parts)
-    fits = [n for n in range(parts, (set_to or prompts) + 1, parts)
-            if self.need(n, prompts, length) <= room]
+    fits = [
+      n
+      for n in range(parts, (set_to or prompts) + 1, parts)
+      if self.need(n, prompts, length) <= room
+    ]
     if fits and set_to > fits[-1]:
       raise UserError(
-          f"config.rollout.groups={self.groups}: so many groups for prompts of {length} tokens "
-          f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside "
-          f"weights and prompts, {room / memory.GIB:.1f} are free; at most {fits[-1]} fit")
+        f"config.rollout.groups={self.groups}: so many groups for prompts of {length} tokens "
+        f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside "
+        f"weights and prompts, {room / memory.GIB:.1f} are free; at most {fits[-1]} fit"
+      )
     if fits:
       return fits[-1]
-    most = [g for g in range(1, self.sampling.num_samples)
-            if self.need(parts, prompts, length, g) <= room]
-    advice = (f"the most that fits is {self.samples_field}={most[-1]}" if most else
-              "not even one sample fits: use more devices, smaller config.prompt_buckets or "
-              "max_tokens, or config.rollout.prefix_dtype='int8'")
+    most = [
+      g for g in range(1, self.sampling.num_samples) if self.need(parts, prompts, length, g) <= room
+    ]
+    advice = (
+      f"the most that fits is {self.samples_field}={most[-1]}"
+      if most
+      else "not even one sample fits: use more devices, smaller config.prompt_buckets or "
+      "max_tokens, or config.rollout.prefix_dtype='int8'"
+    )
     raise UserError(
-        f"{self.samples_field}={self.sampling.num_samples}: one group for a prompt of {length} "
-        f"tokens needs {self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside "
-        f"weights and prompts, {max(room, 0) / memory.GIB:.1f} are free; {advice}")
+      f"{self.samples_field}={self.sampling.num_samples}: one group for a prompt of {length} "
+      f"tokens needs {self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside "
+      f"weights and prompts, {max(room, 0) / memory.GIB:.1f} are free; {advice}"
+    )
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
     """The programs of a rollout before they are compiled, by name; takes shapes."""
@@ -490,12 +602,12 @@ class Sampler:
     cells, slots = numbers(-(-layout.cells // 2)), numbers(layout.slots)
     places = numbers(layout.slots * g)
     return reshard | {
-        "admit": self._admit.lower(
-            params, prompt, flight, numbers(most), numbers(most), numbers(most, g),
-            numbers(most, g)),
-        "decode": self._decode.lower(
-            params, flight, numbers(layout.cells), places, key),
-        "move": self._move.lower(flight, cells, slots)}
+      "admit": self._admit.lower(
+        params, prompt, flight, numbers(most), numbers(most), numbers(most, g), numbers(most, g)
+      ),
+      "decode": self._decode.lower(params, flight, numbers(layout.cells), places, key),
+      "move": self._move.lower(flight, cells, slots),
+    }
 
 
 def _without_patches(prompt: Prompt) -> Prompt:
@@ -511,12 +623,14 @@ def _cached(model, mesh, sampling, treedef, leaves, options) -> Sampler:
   return Sampler(model, mesh, sampling, jax.tree.unflatten(treedef, leaves), **dict(options))
 
 
-def make_sampler(model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, **options
-                 ) -> Sampler:
+def make_sampler(
+  model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, **options
+) -> Sampler:
   """The Sampler of these arguments: for equal ones the same, with its compiled programs."""
   leaves, treedef = jax.tree.flatten(param_shardings)
   return cast(Any, _cached)(
-      model, mesh, sampling, treedef, tuple(leaves), tuple(sorted(options.items())))
+    model, mesh, sampling, treedef, tuple(leaves), tuple(sorted(options.items()))
+  )
 
 
 def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
@@ -527,13 +641,20 @@ def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
 
 def texts_of(tokens: np.ndarray, mask: np.ndarray, processor: "Processor") -> list[list[str]]:
   """The text of each response [P, G, T], without special tokens."""
-  return [[processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
-          for rows, keeps in zip(tokens, mask, strict=True)]
+  return [
+    [processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
+    for rows, keeps in zip(tokens, mask, strict=True)
+  ]
 
 
 def generate(
-    model: VLM, params: Params, prompt: Prompt, sampling: Sampling, key: Array | None = None,
-    processor: "Processor | None" = None) -> Rollout:
+  model: VLM,
+  params: Params,
+  prompt: Prompt,
+  sampling: Sampling,
+  key: Array | None = None,
+  processor: "Processor | None" = None,
+) -> Rollout:
   """Samples G responses of each prompt.
 
   Args:
@@ -555,10 +676,12 @@ def generate(
   if meshes:
     mesh = cast(Mesh, meshes[0])
   else:
-    device = next((min(s.device_set, key=lambda d: d.id) for s in placed if s is not None),
-                  jax.devices()[0])
+    device = next(
+      (min(s.device_set, key=lambda d: d.id) for s in placed if s is not None), jax.devices()[0]
+    )
     mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, [device])
   shardings = parallel.param_shardings(mesh, params, model.config.rules)
   rollout = make_sampler(model, mesh, sampling, shardings)(
-      params, parallel.put_batch(mesh, prompt), key)
+    params, parallel.put_batch(mesh, prompt), key
+  )
   return rollout if processor is None else with_text(rollout, processor)

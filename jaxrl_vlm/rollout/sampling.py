@@ -28,11 +28,12 @@ class Sampling:
 
   def __post_init__(self):
     for name, ok, want in (
-        ("num_samples", self.num_samples >= 1, "at least 1"),
-        ("max_tokens", self.max_tokens >= 1, "at least 1"),
-        ("temperature", self.temperature >= 0, "0 or more"),
-        ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-        ("top_k", self.top_k >= 0, "0 or more")):
+      ("num_samples", self.num_samples >= 1, "at least 1"),
+      ("max_tokens", self.max_tokens >= 1, "at least 1"),
+      ("temperature", self.temperature >= 0, "0 or more"),
+      ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+      ("top_k", self.top_k >= 0, "0 or more"),
+    ):
       if not ok:
         raise ValueError(f"sampling.{name}={getattr(self, name)!r}: expected {want}")
 

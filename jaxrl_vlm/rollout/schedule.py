@@ -87,12 +87,15 @@ class Schedule:
     None if not, or if no prompt waits.
     """
     parts, group = len(self.prompt), self.group
-    rooms = [min(int((self.prompt[r] < 0).sum()), int((~self.alive[r]).sum()) // group)
-             for r in range(parts)]
+    rooms = [
+      min(int((self.prompt[r] < 0).sum()), int((~self.alive[r]).sum()) // group)
+      for r in range(parts)
+    ]
     left = [self._prompts - first for first in self._next]
     counts = [min(most, room, wait) for room, wait in zip(rooms, left, strict=True)]
-    if not any(count and count == min(most, wait)
-               for count, wait in zip(counts, left, strict=True)):
+    if not any(
+      count and count == min(most, wait) for count, wait in zip(counts, left, strict=True)
+    ):
       return None
     rows = np.zeros((parts, most), np.int32)
     slots = np.full((parts, most), self.layout.slots, np.int32)
@@ -101,7 +104,7 @@ class Schedule:
       new = self._next[r] + np.arange(count, dtype=np.int32)
       rows[r, :count] = new
       slots[r, :count] = np.flatnonzero(self.prompt[r] < 0)[:count]
-      cells[r, :count] = np.flatnonzero(~self.alive[r])[:count * group].reshape(count, group)
+      cells[r, :count] = np.flatnonzero(~self.alive[r])[: count * group].reshape(count, group)
       self.prompt[r, slots[r, :count]] = new
       self.sample[r, cells[r, :count]] = new[:, None] * group + np.arange(group)
       self._next[r] += count
@@ -143,7 +146,7 @@ class Schedule:
       old = np.full((len(values), size), values.shape[1], np.int32)
       for r, row in enumerate(values):
         taken = np.flatnonzero(row >= 0)
-        old[r, :len(taken)] = taken
+        old[r, : len(taken)] = taken
       padded = np.pad(values, ((0, 0), (0, 1)), constant_values=-1)
       return old, np.take_along_axis(padded, old, axis=1)
 

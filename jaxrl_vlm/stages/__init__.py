@@ -23,13 +23,23 @@ __all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_sta
 KINDS = {"sft": sft.train, "rl": rl.train}
 
 # What a resumed run may set otherwise without becoming another run.
-MAY_CHANGE = ("config.log_every", "config.reward_workers", "config.checkpoint.every",
-              "config.checkpoint.keep", "config.rollouts_every", "config.rollouts_kept",
-              "config.rollout.groups", "config.device_memory",
-              # What another number of devices may ask for: how the same step is cut into pieces.
-              "config.mesh", "config.rollout.tensor", "config.model.remat",
-              "config.stages[].microbatches", "config.stages[].part_tokens",
-              "config.stages[].eval.batch")
+MAY_CHANGE = (
+  "config.log_every",
+  "config.reward_workers",
+  "config.checkpoint.every",
+  "config.checkpoint.keep",
+  "config.rollouts_every",
+  "config.rollouts_kept",
+  "config.rollout.groups",
+  "config.device_memory",
+  # What another number of devices may ask for: how the same step is cut into pieces.
+  "config.mesh",
+  "config.rollout.tensor",
+  "config.model.remat",
+  "config.stages[].microbatches",
+  "config.stages[].part_tokens",
+  "config.stages[].eval.batch",
+)
 
 
 def run_stage(run: Run, index: int) -> None:
@@ -61,51 +71,91 @@ def check(config: ConfigDict) -> None:
   Raises:
     UserError: one line naming the field, its value and what was expected.
   """
+
   def expect(ok: bool, field: str, value: object, wanted: str) -> None:
     if not ok:
       raise UserError(f"{field}={value!r}: expected {wanted}")
 
   expect(len(config.stages) > 0, "config.stages", (), "at least one stage")
   model = config.model
-  expect(bool(model.path) or bool(model.scratch), "config.model.path", model.path,
-         "a Hugging Face model directory")
+  expect(
+    bool(model.path) or bool(model.scratch),
+    "config.model.path",
+    model.path,
+    "a Hugging Face model directory",
+  )
   if model.path and not model.scratch:
-    expect(pathlib.Path(model.path).is_dir(), "config.model.path", model.path,
-           "an existing directory")
-  expect(model.dtype in ("auto", "float32", "bfloat16"), "config.model.dtype", model.dtype,
-         "'auto', 'float32' or 'bfloat16'")
-  expect(model.remat in REMAT, "config.model.remat", model.remat,
-         " or ".join(map(repr, REMAT)))
+    expect(
+      pathlib.Path(model.path).is_dir(), "config.model.path", model.path, "an existing directory"
+    )
+  expect(
+    model.dtype in ("auto", "float32", "bfloat16"),
+    "config.model.dtype",
+    model.dtype,
+    "'auto', 'float32' or 'bfloat16'",
+  )
+  expect(model.remat in REMAT, "config.model.remat", model.remat, " or ".join(map(repr, REMAT)))
   for name in ("min_pixels", "max_pixels"):
     expect(model[name] >= 0, f"config.model.{name}", model[name], "at least 0 (not changed)")
   settings = model.lora
   expect(settings.rank >= 0, "config.model.lora.rank", settings.rank, "at least 0 (no adapters)")
   expect(settings.alpha > 0, "config.model.lora.alpha", settings.alpha, "a number above 0")
-  expect(not (settings.path and not settings.rank), "config.model.lora.rank", settings.rank,
-         f"the rank of config.model.lora.path={settings.path!r}")
+  expect(
+    not (settings.path and not settings.rank),
+    "config.model.lora.rank",
+    settings.rank,
+    f"the rank of config.model.lora.path={settings.path!r}",
+  )
   for field, patterns in (("trainable", model.trainable), ("lora.targets", settings.targets)):
-    expect(all(isinstance(p, str) and p.strip("!") for p in patterns), f"config.model.{field}",
-           tuple(patterns), "a tuple of patterns, e.g. ('decoder',)")
-  expect(not settings.rank or len(settings.targets) > 0, "config.model.lora.targets", (),
-         "at least one pattern")
+    expect(
+      all(isinstance(p, str) and p.strip("!") for p in patterns),
+      f"config.model.{field}",
+      tuple(patterns),
+      "a tuple of patterns, e.g. ('decoder',)",
+    )
+  expect(
+    not settings.rank or len(settings.targets) > 0,
+    "config.model.lora.targets",
+    (),
+    "at least one pattern",
+  )
   if model.trainable or settings.rank:
     _check_patterns(config)
-  for name in ("checkpoint.every", "checkpoint.keep", "reward_workers", "max_bad_steps",
-               "log_every", "rollouts_every"):
+  for name in (
+    "checkpoint.every",
+    "checkpoint.keep",
+    "reward_workers",
+    "max_bad_steps",
+    "log_every",
+    "rollouts_every",
+  ):
     value: Any = functools.reduce(getattr, name.split("."), config)
     expect(value >= 1, f"config.{name}", value, "at least 1")
   expect(config.seed >= 0, "config.seed", config.seed, "at least 0")
-  expect(config.device_memory >= 0, "config.device_memory", config.device_memory,
-         "GiB, at least 0 (what the device says)")
+  expect(
+    config.device_memory >= 0,
+    "config.device_memory",
+    config.device_memory,
+    "GiB, at least 0 (what the device says)",
+  )
   rollout = config.rollout
   expect(rollout.chunk >= 1, "config.rollout.chunk", rollout.chunk, "at least 1")
   expect(rollout.groups >= 0, "config.rollout.groups", rollout.groups, "at least 0 (all)")
-  expect(rollout.prefix_dtype in PREFIX_DTYPES, "config.rollout.prefix_dtype",
-         rollout.prefix_dtype, " or ".join(map(repr, PREFIX_DTYPES)))
-  expect(config.pipeline in ("synchronous", "one_step_off"), "config.pipeline", config.pipeline,
-         "'synchronous' or 'one_step_off'")
-  expect(config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout,
-         "seconds above 0")
+  expect(
+    rollout.prefix_dtype in PREFIX_DTYPES,
+    "config.rollout.prefix_dtype",
+    rollout.prefix_dtype,
+    " or ".join(map(repr, PREFIX_DTYPES)),
+  )
+  expect(
+    config.pipeline in ("synchronous", "one_step_off"),
+    "config.pipeline",
+    config.pipeline,
+    "'synchronous' or 'one_step_off'",
+  )
+  expect(
+    config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout, "seconds above 0"
+  )
   with validation():
     parallel.rules_of(config.sharding.to_dict())
     mesh = parallel.make_mesh(config.mesh)
@@ -116,15 +166,23 @@ def check(config: ConfigDict) -> None:
     field = f"config.stages[{i}]"
     if stage.kind not in KINDS:
       raise UserError(f"{field}.kind={stage.kind!r}: no such stage; {hint(stage.kind, KINDS)}")
-    for name in ("steps", "prompts_per_step", "max_tokens", "microbatches", "minibatches",
-                 "part_tokens"):
+    for name in (
+      "steps",
+      "prompts_per_step",
+      "max_tokens",
+      "microbatches",
+      "minibatches",
+      "part_tokens",
+    ):
       value = stage.get(name, 1)
       expect(value >= 1, f"{field}.{name}", value, "at least 1")
     parts = stage.microbatches * stage.get("minibatches", 1) * rows
-    expect(stage.prompts_per_step % parts == 0, f"{field}.prompts_per_step",
-           stage.prompts_per_step,
-           "a multiple of minibatches x microbatches x mesh.slice x mesh.fsdp = "
-           f"{parts}")
+    expect(
+      stage.prompts_per_step % parts == 0,
+      f"{field}.prompts_per_step",
+      stage.prompts_per_step,
+      f"a multiple of minibatches x microbatches x mesh.slice x mesh.fsdp = {parts}",
+    )
     budget = stage.get("token_budget", 0)
     expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (no limit)")
     with validation(f"{field}: "):
@@ -134,15 +192,21 @@ def check(config: ConfigDict) -> None:
         rl.sampling(stage)
       make_optimizer(stage.optimizer, stage.steps)
     if stage.eval.examples:
-      expect(stage.eval.batch >= 1 and stage.eval.batch % rows == 0, f"{field}.eval.batch",
-             stage.eval.batch, f"a multiple of mesh.slice x mesh.fsdp = {rows}")
+      expect(
+        stage.eval.batch >= 1 and stage.eval.batch % rows == 0,
+        f"{field}.eval.batch",
+        stage.eval.batch,
+        f"a multiple of mesh.slice x mesh.fsdp = {rows}",
+      )
     if stage.kind == "rl" or stage.eval.examples:
       expect(len(stage.rewards) > 0, f"{field}.rewards", {}, "at least one verifier")
       with validation(f"{field}: "):
         names = rewards.metric_names(stage.rewards.to_dict())
       if stage.accuracy and stage.accuracy not in names:
-        raise UserError(f"{field}.accuracy={stage.accuracy!r}: no such verifier in "
-                        f"{field}.rewards; {hint(stage.accuracy, names)}")
+        raise UserError(
+          f"{field}.accuracy={stage.accuracy!r}: no such verifier in "
+          f"{field}.rewards; {hint(stage.accuracy, names)}"
+        )
     for split in ("train", "test") if stage.eval.examples else ("train",):
       try:
         sources.check(source_spec(stage, split))
@@ -173,5 +237,6 @@ def _check_patterns(config: ConfigDict) -> None:
     except (OSError, ValueError) as error:
       raise UserError(f"config.model.lora.path={model.lora.path!r}: {error}") from error
   with validation():
-    lora.check(models.abstract_params(architecture.replace(lora=everywhere)), adapters,
-               trainable_of(config))
+    lora.check(
+      models.abstract_params(architecture.replace(lora=everywhere)), adapters, trainable_of(config)
+    )

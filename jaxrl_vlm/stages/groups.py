@@ -50,16 +50,20 @@ class Groups:
   def rows(self, index: Sequence[int] | np.ndarray) -> "Groups":
     chosen = [int(i) for i in index]
     return Groups(
-        places=[self.places[i] for i in chosen],
-        examples=[self.examples[i] for i in chosen],
-        encoded=[self.encoded[i] for i in chosen],
-        texts=[self.texts[i] for i in chosen],
-        tokens=self.tokens[chosen], mask=self.mask[chosen], logp=self.logp[chosen],
-        rewards=self.rewards[chosen],
-        components={k: v[chosen] for k, v in self.components.items()}, failures=self.failures,
-        truncated=self.truncated[chosen],
-        baseline=None if self.baseline is None else self.baseline[chosen],
-        weights=[self.weights[i] for i in chosen])
+      places=[self.places[i] for i in chosen],
+      examples=[self.examples[i] for i in chosen],
+      encoded=[self.encoded[i] for i in chosen],
+      texts=[self.texts[i] for i in chosen],
+      tokens=self.tokens[chosen],
+      mask=self.mask[chosen],
+      logp=self.logp[chosen],
+      rewards=self.rewards[chosen],
+      components={k: v[chosen] for k, v in self.components.items()},
+      failures=self.failures,
+      truncated=self.truncated[chosen],
+      baseline=None if self.baseline is None else self.baseline[chosen],
+      weights=[self.weights[i] for i in chosen],
+    )
 
   def __add__(self, other: "Groups") -> "Groups":
     def join(a, b):
@@ -68,16 +72,23 @@ class Groups:
     names = self.components | other.components  # samples may bring verifiers of their own
     nothing = [np.full_like(g.rewards, np.nan) for g in (self, other)]
     return Groups(
-        self.places + other.places, self.examples + other.examples,
-        self.encoded + other.encoded, self.texts + other.texts,
-        join(self.tokens, other.tokens), join(self.mask, other.mask), join(self.logp, other.logp),
-        join(self.rewards, other.rewards),
-        {k: join(self.components.get(k, nothing[0]), other.components.get(k, nothing[1]))
-         for k in names},
-        {k: v + other.failures[k] for k, v in self.failures.items()},
-        join(self.truncated, other.truncated),
-        None if self.baseline is None else join(self.baseline, other.baseline),
-        self.weights + other.weights)
+      self.places + other.places,
+      self.examples + other.examples,
+      self.encoded + other.encoded,
+      self.texts + other.texts,
+      join(self.tokens, other.tokens),
+      join(self.mask, other.mask),
+      join(self.logp, other.logp),
+      join(self.rewards, other.rewards),
+      {
+        k: join(self.components.get(k, nothing[0]), other.components.get(k, nothing[1]))
+        for k in names
+      },
+      {k: v + other.failures[k] for k, v in self.failures.items()},
+      join(self.truncated, other.truncated),
+      None if self.baseline is None else join(self.baseline, other.baseline),
+      self.weights + other.weights,
+    )
 
 
 @dataclasses.dataclass

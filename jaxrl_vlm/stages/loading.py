@@ -30,8 +30,9 @@ def model_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
   return workdir / "scratch" if config.model.scratch else pathlib.Path(config.model.path)
 
 
-def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
-               ) -> tuple[models.VLM, Params, Processor]:
+def load_model(
+  config: ConfigDict, path: pathlib.Path, mesh: Any
+) -> tuple[models.VLM, Params, Processor]:
   """What a run begins with: the directory, with the adapters of the config, on a mesh.
 
   Raises:
@@ -47,10 +48,19 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
     shapes = models.abstract_params(architecture, settings.param_dtype)
     shardings = parallel.param_shardings(mesh, shapes, rules)
     model, params, processor = models.load_pretrained(
-        path, dtype=dtype, param_dtype=settings.param_dtype, remat=settings.remat, lora=adapters,
-        trainable=trainable_of(config), seed=config.seed, shardings=shardings,
-        min_pixels=settings.min_pixels or None, max_pixels=settings.max_pixels or None,
-        prompt_buckets=config.prompt_buckets, patch_buckets=config.patch_buckets)
+      path,
+      dtype=dtype,
+      param_dtype=settings.param_dtype,
+      remat=settings.remat,
+      lora=adapters,
+      trainable=trainable_of(config),
+      seed=config.seed,
+      shardings=shardings,
+      min_pixels=settings.min_pixels or None,
+      max_pixels=settings.max_pixels or None,
+      prompt_buckets=config.prompt_buckets,
+      patch_buckets=config.patch_buckets,
+    )
   except (OSError, ValueError) as error:  # of the files; their messages name the file or field
     raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
   if adapters is not None and settings.lora.path:
@@ -58,7 +68,8 @@ def load_model(config: ConfigDict, path: pathlib.Path, mesh: Any
       loaded = lora.load_adapter(settings.lora.path, model.config, shapes, shardings)
     except (OSError, ValueError) as error:
       raise UserError(
-          f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}") from error
+        f"config.model.lora.path={settings.lora.path!r}: {one_line(str(error))}"
+      ) from error
     params = lora.merge(lora.strip(params), loaded)
   return models.VLM(model.config.replace(attention=attention, rules=rules)), params, processor
 
@@ -74,12 +85,15 @@ def objective_of(stage: ConfigDict, pipeline: str = "synchronous") -> objectives
     settings["correction"] = "tis"
   objective = objectives.create(**settings | stage.objective.to_dict())
   if objective.kind != stage.kind:
-    raise ValueError(f"objective.name={stage.objective.name!r}: expected an objective of "
-                     f"{stage.kind!r} stages, this is one of {objective.kind!r} stages")
+    raise ValueError(
+      f"objective.name={stage.objective.name!r}: expected an objective of "
+      f"{stage.kind!r} stages, this is one of {objective.kind!r} stages"
+    )
   samples = stage.get("num_samples", 1)
   if samples < objective.min_samples:
     raise ValueError(
-        f"num_samples={samples!r}: expected at least {objective.min_samples}, because objective "
-        f"{stage.objective.name!r} compares the samples of a prompt with each other (advantages "
-        "'remax' and 'reinforce_pp' do not)")
+      f"num_samples={samples!r}: expected at least {objective.min_samples}, because objective "
+      f"{stage.objective.name!r} compares the samples of a prompt with each other (advantages "
+      "'remax' and 'reinforce_pp' do not)"
+    )
   return objective

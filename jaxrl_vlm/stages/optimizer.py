@@ -14,18 +14,20 @@ MOMENTS = ("float32", "bfloat16", "host")
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
   """AdamW with clipping from `config.optimizer`; `steps` is the length of a decaying schedule."""
   if config.moments not in MOMENTS:
-    raise ValueError(f"config.optimizer.moments={config.moments!r}: expected one of "
-                     f"{', '.join(MOMENTS)}")
+    raise ValueError(
+      f"config.optimizer.moments={config.moments!r}: expected one of {', '.join(MOMENTS)}"
+    )
   peak, warmup = config.learning_rate, config.warmup_steps
   rest = max(steps - warmup, 1)
   schedules = {
-      "constant": lambda: optax.constant_schedule(peak),
-      "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-      "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    "constant": lambda: optax.constant_schedule(peak),
+    "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+    "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
   }
   if config.schedule not in schedules:
-    raise ValueError(f"config.optimizer.schedule={config.schedule!r}: expected one of "
-                     f"{', '.join(schedules)}")
+    raise ValueError(
+      f"config.optimizer.schedule={config.schedule!r}: expected one of {', '.join(schedules)}"
+    )
   schedule = schedules[config.schedule]()
   if warmup:
     ramp = optax.linear_schedule(peak / warmup, peak, warmup)
@@ -49,16 +51,20 @@ def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransforma
   Rounded to the nearest, a second moment would not move at all: what a step adds to it is less than
   half of its last digit. So it is rounded up or down at random, and is right in the mean.
   """
+
   def wide(tree):
-    return jax.tree.map(
-        lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, tree)
 
   def narrow(tree, count):
     leaves, treedef = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), count), len(leaves))
-    return jax.tree.unflatten(treedef, [
+    return jax.tree.unflatten(
+      treedef,
+      [
         _rounded(key, a) if a.dtype == jnp.float32 and a.ndim else a
-        for key, a in zip(keys, leaves, strict=True)])
+        for key, a in zip(keys, leaves, strict=True)
+      ],
+    )
 
   def init(params):
     count = jnp.zeros((), jnp.int32)

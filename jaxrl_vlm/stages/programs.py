@@ -72,7 +72,8 @@ class Program:
   def __init__(self, function: Callable, in_shardings: tuple, out_shardings: Any, **options):
     self._count = len(in_shardings)
     self._jitted = jax.jit(
-        function, in_shardings=in_shardings, out_shardings=out_shardings, **options)
+      function, in_shardings=in_shardings, out_shardings=out_shardings, **options
+    )
 
   def __call__(self, *args):
     return self._jitted(*self._all(args))
@@ -115,12 +116,26 @@ class Programs:
   """
 
   def __init__(
-      self, model: VLM, mesh: Mesh, objective: Objective, optimizer: optax.GradientTransformation,
-      abstract_params: Params, *, trainable: Sequence[str] = (), temperature: float = 1.0,
-      microbatches: int = 1, minibatches: int = 1, sampling: Sampling | None = None,
-      rollout: Mapping[str, Any] | None = None, part_tokens: int = 4096, capacity: float = 0,
-      state_on_host: bool = False, fields: str = "", black: Array | None = None,
-      white: Array | None = None):
+    self,
+    model: VLM,
+    mesh: Mesh,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    abstract_params: Params,
+    *,
+    trainable: Sequence[str] = (),
+    temperature: float = 1.0,
+    microbatches: int = 1,
+    minibatches: int = 1,
+    sampling: Sampling | None = None,
+    rollout: Mapping[str, Any] | None = None,
+    part_tokens: int = 4096,
+    capacity: float = 0,
+    state_on_host: bool = False,
+    fields: str = "",
+    black: Array | None = None,
+    white: Array | None = None,
+  ):
     self.model, self.mesh = model.on(mesh), mesh
     rules = model.config.rules
     self.objective, self.optimizer = objective, optimizer
@@ -129,8 +144,10 @@ class Programs:
     self.black, self.white = black, white
     kind = objective.mask_kind
     if kind in ("solid", "noise") and white is None:
-      raise ValueError(f"white=None: expected a patch (views.level_patch), because "
-                       f"objective.mask_kind={kind!r} needs one")
+      raise ValueError(
+        f"white=None: expected a patch (views.level_patch), because "
+        f"objective.mask_kind={kind!r} needs one"
+      )
 
     # Of one update the policy that sampled is the policy that is updated.
     self.scores_old = minibatches > 1 or objective.needs_old
@@ -141,18 +158,26 @@ class Programs:
     homes: Any = parallel.param_shardings(mesh, state, rules)
     self._on_host, self._on_device = state_on_host, homes.opt_state
     if state_on_host:
-      homes = dataclasses.replace(homes, opt_state=jax.tree.map(
+      homes = dataclasses.replace(
+        homes,
+        opt_state=jax.tree.map(
           lambda x, place: place.with_memory_kind("pinned_host") if x.ndim else place,
-          state.opt_state, homes.opt_state))
+          state.opt_state,
+          homes.opt_state,
+        ),
+      )
     self.state_shardings = homes
     self.abstract_state = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, homes)
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, homes
+    )
     whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    params, frozen, places = (parallel.param_shardings(mesh, tree, rules)
-                              for tree in (abstract_params, frozen, trained))
+    params, frozen, places = (
+      parallel.param_shardings(mesh, tree, rules) for tree in (abstract_params, frozen, trained)
+    )
 
     self.held = memory.held(self.abstract_state, self.state_shardings) + memory.held(
-        lora.split(abstract_params, trainable)[1], frozen)
+      lora.split(abstract_params, trainable)[1], frozen
+    )
     if "ref" in (*objective.views, *objective.grad_views):
       self.held += memory.held(trained, places)
     self.gradient = memory.held(trained, places)
@@ -164,19 +189,23 @@ class Programs:
     self.see = jax.jit(self._see, in_shardings=(params, batch), out_shardings=batch)
     # None: as it comes; a key or prompts, a reference with or without adapters, a packing.
     self.score = Program(self._score, (params, batch, batch, batch, None), batch)
-    self.score_base = Program(
-        self._score, (lora.strip(params), batch, batch, batch, None), batch)
+    self.score_base = Program(self._score, (lora.strip(params), batch, batch, batch, None), batch)
     self.score_masked = Program(
-        self._score_masked, (params, batch, batch, batch, None, None), batch)
+      self._score_masked, (params, batch, batch, batch, None, None), batch
+    )
     self.score_reference = Program(
-        self._score_reference, (params, None, batch, batch, batch, None), batch)
+      self._score_reference, (params, None, batch, batch, batch, None), batch
+    )
     self.advantages = jax.jit(
-        self._advantages, in_shardings=(batch, batch, batch, whole), out_shardings=batch)
-    self.compare = jax.jit(
-        self._compare, in_shardings=(batch, batch, batch), out_shardings=whole)
+      self._advantages, in_shardings=(batch, batch, batch, whole), out_shardings=batch
+    )
+    self.compare = jax.jit(self._compare, in_shardings=(batch, batch, batch), out_shardings=whole)
     self.update = Program(
-        self._update, (self.state_shardings, frozen, batch, batch, batch, None, None, None),
-        (self.state_shardings, whole), donate_argnums=0)
+      self._update,
+      (self.state_shardings, frozen, batch, batch, batch, None, None, None),
+      (self.state_shardings, whole),
+      donate_argnums=0,
+    )
     if sampling is not None:
       rollout = {**(rollout or {}), "room": self.room, "samples_field": f"{fields}num_samples"}
       self.rollout = make_sampler(model, mesh, sampling, params, **rollout)
@@ -184,8 +213,9 @@ class Programs:
         greedy = dataclasses.replace(sampling, num_samples=1, temperature=0.0)
         self.rollout_greedy = make_sampler(model, mesh, greedy, params, **rollout)
 
-  def update_bytes(self, prompts: int, length: int, patches: int, group: int, tokens: int,
-                   microbatches: int = 0) -> float:
+  def update_bytes(
+    self, prompts: int, length: int, patches: int, group: int, tokens: int, microbatches: int = 0
+  ) -> float:
     """What scores and update of P prompts need on each device beside weights and optimizer."""
     count, objective = microbatches or self.microbatches, self.objective
     devices = parallel.rows(self.mesh)
@@ -197,13 +227,23 @@ class Programs:
       return group if view == "masked" and objective.mask_per == "sample" else 1
 
     need = memory.update(
-        model, length, patches, here, group, tokens, part, self.gradient, self.trains_vision,
-        (1, *map(rows, objective.grad_views)))
+      model,
+      length,
+      patches,
+      here,
+      group,
+      tokens,
+      part,
+      self.gradient,
+      self.trains_vision,
+      (1, *map(rows, objective.grad_views)),
+    )
     if self._on_host:  # the optimizer's state comes and goes when there is nothing else
       moments = memory.held(self.abstract_state.opt_state, self._on_device)
       need = max(need, self.gradient + moments)  # XLA takes a parameter after the other
-    scores = [memory.score(model, length, here, rows(view), tokens, part)
-              for view in objective.views]
+    scores = [
+      memory.score(model, length, here, rows(view), tokens, part) for view in objective.views
+    ]
     given = memory.prompts(model, patches, prompts // devices)
     if objective.mask_on == "original":  # the host's
       given *= 1 + sum(map(rows, {"masked"} & {*objective.views, *objective.grad_views}))
@@ -233,27 +273,36 @@ class Programs:
     need = self.update_bytes(*sizes)
     if need > self.room:
       most = prompts // self.minibatches // parallel.rows(self.mesh)
-      fits = [n for n in range(1, most + 1)
-              if most % n == 0 and self.update_bytes(*sizes, n) <= self.room]
+      fits = [
+        n for n in range(1, most + 1) if most % n == 0 and self.update_bytes(*sizes, n) <= self.room
+      ]
       remat = self.model.config.remat
-      advice = (f"microbatches={fits[0]} fits" if fits else
-                "no number of microbatches fits: use more devices, "
-                + ("" if remat == "full" else "config.model.remat='full', ")
-                + f"{self.fields}optimizer.moments='host', smaller config.prompt_buckets or "
-                f"{self.fields}part_tokens, or train adapters (config.model.lora)")
+      advice = (
+        f"microbatches={fits[0]} fits"
+        if fits
+        else "no number of microbatches fits: use more devices, "
+        + ("" if remat == "full" else "config.model.remat='full', ")
+        + f"{self.fields}optimizer.moments='host', smaller config.prompt_buckets or "
+        f"{self.fields}part_tokens, or train adapters (config.model.lora)"
+      )
       raise UserError(
-          f"{self.fields}microbatches={self.microbatches}: an update with prompts of "
-          f"{length} tokens and {patches} patches needs {need / memory.GIB:.1f} GiB on a device "
-          f"beside weights and optimizer ({self.held / memory.GIB:.1f}), "
-          f"{self.room / memory.GIB:.1f} are free; {advice}")
+        f"{self.fields}microbatches={self.microbatches}: an update with prompts of "
+        f"{length} tokens and {patches} patches needs {need / memory.GIB:.1f} GiB on a device "
+        f"beside weights and optimizer ({self.held / memory.GIB:.1f}), "
+        f"{self.room / memory.GIB:.1f} are free; {advice}"
+      )
     self._checked.add(sizes)
 
   def pack(self, mask: np.ndarray) -> Packing:
     """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
     packing, whole = self.packed(mask), parallel.replicated(self.mesh)
     by_device = NamedSharding(self.mesh, Spec(None, None, parallel.ROWS))
-    return parallel.put(packing, dataclasses.replace(
-        packing, index=by_device, used=whole, order=None if packing.order is None else whole))
+    return parallel.put(
+      packing,
+      dataclasses.replace(
+        packing, index=by_device, used=whole, order=None if packing.order is None else whole
+      ),
+    )
 
   def packed(self, mask: np.ndarray) -> Packing:
     """`pack` as arrays on the host."""
@@ -272,10 +321,12 @@ class Programs:
       # Within each slice: between them there is only a slow network.
       slices = self.mesh.shape["slice"]
       loads = lengths.sum(axis=1).reshape(slices, -1)
-      order = np.concatenate([
-          i * p // slices + balanced(
-              load, devices // slices, self.microbatches, self.minibatches)
-          for i, load in enumerate(loads)]).astype(np.int32)
+      order = np.concatenate(
+        [
+          i * p // slices + balanced(load, devices // slices, self.microbatches, self.minibatches)
+          for i, load in enumerate(loads)
+        ]
+      ).astype(np.int32)
       lengths = lengths[order]
     return Packing(*packer(lengths, t), size, tile, order)
 
@@ -284,11 +335,13 @@ class Programs:
     if packing is None or packing.order is None:
       return tree
     return parallel.reordered(
-        self.mesh, tree, jnp.argsort(packing.order) if back else packing.order)
+      self.mesh, tree, jnp.argsort(packing.order) if back else packing.order
+    )
 
   def _init_state(self, params: Params) -> TrainState:
-    return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32),
-                      self.objective.initial_state())
+    return TrainState(
+      params, self.optimizer.init(params), jnp.zeros((), jnp.int32), self.objective.initial_state()
+    )
 
   def _see(self, params, prompt: Prompt) -> Prompt:
     def piece(prompt):
@@ -301,15 +354,23 @@ class Programs:
     pieces = jax.lax.map(piece, _split(prompt, count, prompt.tokens.shape[0]))
     return dataclasses.replace(prompt, features=_joined(pieces))
 
-  def _score(self, params, prompt: Prompt, tokens: Array, mask: Array,
-             packing: Packing | None = None) -> TokenStats:
+  def _score(
+    self, params, prompt: Prompt, tokens: Array, mask: Array, packing: Packing | None = None
+  ) -> TokenStats:
     prompt, tokens, mask = self._ordered(packing, (prompt, tokens, mask))
     stats = self._scored("", {"": (params, prompt)}, tokens, mask, packing)
     return self._ordered(packing, stats, back=True)
 
-  def _scored(self, name: str, sides: Mapping[str, tuple[Params, Prompt]], tokens: Array,
-              mask: Array, packing: Packing | None, pieces: int = 1,
-              source: Array | Prompt | None = None) -> TokenStats:
+  def _scored(
+    self,
+    name: str,
+    sides: Mapping[str, tuple[Params, Prompt]],
+    tokens: Array,
+    mask: Array,
+    packing: Packing | None,
+    pieces: int = 1,
+    source: Array | Prompt | None = None,
+  ) -> TokenStats:
     """Stats of one of the sides, one piece of the batch after another.
 
     With a `source` the side "masked" is that of the corrupted prompts.
@@ -321,8 +382,10 @@ class Programs:
       if source is not None:
         clean = given["masked"]
         given["masked"] = clean[0], self._corrupted(source, *clean, tokens.shape[1])
-      prefixes = {key: self._read(*side, side[1].tokens.shape[0] // tokens.shape[0])
-                  for key, side in given.items()}
+      prefixes = {
+        key: self._read(*side, side[1].tokens.shape[0] // tokens.shape[0])
+        for key, side in given.items()
+      }
       if packing is None:
         return self._stats(given, prefixes, tokens, mask, None)[name]
       (index, used), blocks = packed, packing.blocks
@@ -347,6 +410,7 @@ class Programs:
 
   def _read(self, params: Params, prompt: Prompt, rows: int = 1) -> Prefix:
     """The prefixes of prompts; where each has several `rows`, one of each at a time."""
+
     def read(prompt):
       prefix: Any = self.model.apply({"params": params}, prompt, method="prefill")
       return prefix[1]
@@ -355,12 +419,19 @@ class Programs:
       return read(prompt)
     each = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, rows, *a.shape[1:]), 1, 0), prompt)
     prefixes = jax.lax.map(read, each)  # k, v: [rows, L, P, ...]
-    k, v = (jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1, *a.shape[3:])
-            for a in (prefixes.k, prefixes.v))
+    k, v = (
+      jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1, *a.shape[3:]) for a in (prefixes.k, prefixes.v)
+    )
     return Prefix(k, v, prefixes.length.T.reshape(-1))
 
-  def _stats(self, sides: Mapping[str, tuple[Params, Prompt]], prefixes: Mapping[str, Prefix],
-             tokens: Array, mask: Array, blocks: Blocks | None) -> dict[str, TokenStats]:
+  def _stats(
+    self,
+    sides: Mapping[str, tuple[Params, Prompt]],
+    prefixes: Mapping[str, Prefix],
+    tokens: Array,
+    mask: Array,
+    blocks: Blocks | None,
+  ) -> dict[str, TokenStats]:
     """Stats of responses tokens [P, G, T] by name, 0 where masked or not in `blocks`.
 
     `sides`: parameters and prompts, "" the policy. Those that the objective's `full_kl` names come
@@ -370,15 +441,23 @@ class Programs:
     if blocks is not None:
       given, chunks = blocks.take(tokens), {"chunk": max(1, 512 // blocks.size), "axis": 1}
     hidden: dict[str, Any] = {
-        name: self.model.apply({"params": params}, prompt, prefixes[name], tokens, blocks,
-                               method="respond") for name, (params, prompt) in sides.items()}
+      name: self.model.apply(
+        {"params": params}, prompt, prefixes[name], tokens, blocks, method="respond"
+      )
+      for name, (params, prompt) in sides.items()
+    }
     stats = {}
     for name, (params, _) in sides.items():
       values = scoring.token_stats(
-          self.model, params, hidden[name], given, temperature=self.temperature, **chunks)
+        self.model, params, hidden[name], given, temperature=self.temperature, **chunks
+      )
       if name in self.objective.full_kl:
-        values = dataclasses.replace(values, kl=scoring.full_kl(
-            self.model, sides[""][0], hidden[""], params, hidden[name], self.temperature, **chunks))
+        values = dataclasses.replace(
+          values,
+          kl=scoring.full_kl(
+            self.model, sides[""][0], hidden[""], params, hidden[name], self.temperature, **chunks
+          ),
+        )
       if blocks is not None:
         values = jax.tree.map(lambda a: blocks.put(a, jnp.zeros(tokens.shape, a.dtype)), values)
       stats[name] = jax.tree.map(lambda x: jnp.where(mask, x, 0.0), values)
@@ -391,8 +470,12 @@ class Programs:
     """
     if isinstance(source, Prompt):
       return source
-    masked = self._masked(source.reshape(-1), params, dataclasses.replace(
-        prompt, patches=prompt.patches.astype(jnp.float32)), group)
+    masked = self._masked(
+      source.reshape(-1),
+      params,
+      dataclasses.replace(prompt, patches=prompt.patches.astype(jnp.float32)),
+      group,
+    )
     return dataclasses.replace(masked, patches=masked.patches.astype(prompt.patches.dtype))
 
   def _masked(self, key: Array, params, prompt: Prompt, group: int) -> Prompt:
@@ -405,14 +488,25 @@ class Programs:
       prompt = views.repeat_prompts(prompt, group)
     if kind == "patches":
       return views.black_patches(
-          key, prompt, objective.mask_rate, black, block=objective.mask_patch,
-          merge_size=vision.spatial_merge_size)
+        key,
+        prompt,
+        objective.mask_rate,
+        black,
+        block=objective.mask_patch,
+        merge_size=vision.spatial_merge_size,
+      )
     if kind == "semantic":
       saliency: Any = self.model.apply(
-          {"params": jax.lax.stop_gradient(params)}, prompt, method="saliency")
+        {"params": jax.lax.stop_gradient(params)}, prompt, method="saliency"
+      )
       return views.salient_patches(
-          prompt, saliency, objective.mask_rate, black, block=objective.mask_patch,
-          merge_size=vision.spatial_merge_size)
+        prompt,
+        saliency,
+        objective.mask_rate,
+        black,
+        block=objective.mask_patch,
+        merge_size=vision.spatial_merge_size,
+      )
     if kind == "blank":
       return views.solid(prompt, 0, black, white)
     if kind == "solid":
@@ -455,11 +549,14 @@ class Programs:
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
     """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""
     apart = jnp.where(mask, jnp.abs(logp - sampler_logp), 0.0)
-    return {"sampler_logp_difference": apart.sum() / jnp.maximum(mask.sum(), 1),
-            "sampler_logp_difference_max": apart.max()}
+    return {
+      "sampler_logp_difference": apart.sum() / jnp.maximum(mask.sum(), 1),
+      "sampler_logp_difference_max": apart.max(),
+    }
 
-  def _advantages(self, rewards: Array, mask: Array, more: Mapping[str, Any],
-                  state: Mapping[str, Array]) -> Array:
+  def _advantages(
+    self, rewards: Array, mask: Array, more: Mapping[str, Any], state: Mapping[str, Array]
+  ) -> Array:
     """f32[P, G, T]; `more`: what `objective.advantage_needs` names.
 
     Instead of `penalty` it holds the TokenStats it is made of, `old` and `ref`; `state` is the
@@ -470,8 +567,19 @@ class Programs:
       more["penalty"] = self.objective.penalty(more.pop("old"), more.pop("ref"), mask, state)
     return jnp.broadcast_to(self.objective.advantages(rewards, mask, **more), mask.shape)
 
-  def _grad(self, trained, frozen, prompt, tokens, experience: Experience, source, reference,
-            packed: tuple[Array, Array] | None, packing: Packing | None, total: Any = None):
+  def _grad(
+    self,
+    trained,
+    frozen,
+    prompt,
+    tokens,
+    experience: Experience,
+    source,
+    reference,
+    packed: tuple[Array, Array] | None,
+    packing: Packing | None,
+    total: Any = None,
+  ):
     """((loss, (sums, peaks)), gradient) of a microbatch: prompts once, responses part by part.
 
     All is added to `total` as it comes: there are never more than two gradients. None: nothing.
@@ -485,16 +593,18 @@ class Programs:
 
     def sides(trained):
       params = lora.merge(frozen, trained)
-      return {name: (reference if name == "ref" else params, given)
-              for name, given in prompts.items()}
+      return {
+        name: (reference if name == "ref" else params, given) for name, given in prompts.items()
+      }
 
     def read(trained):  # keys and values: what has a gradient
       prefixes = {name: self._read(*side) for name, side in sides(trained).items()}
       return {name: (prefix.k, prefix.v) for name, prefix in prefixes.items()}
 
     def loss(trained, kv, blocks):
-      prefixes = {name: Prefix(*kv[name], length=given.length - 1)
-                  for name, given in prompts.items()}
+      prefixes = {
+        name: Prefix(*kv[name], length=given.length - 1) for name, given in prompts.items()
+      }
       here = experience
       if blocks is not None:
         here = _within(experience, blocks.holds(experience.mask.shape))
@@ -502,8 +612,12 @@ class Programs:
       return self._loss(stats.pop(""), here, stats)
 
     if packed is None or packing is None:
-      return _added(total, jax.value_and_grad(
-          lambda trained: loss(trained, read(trained), None), has_aux=True)(trained))
+      return _added(
+        total,
+        jax.value_and_grad(lambda trained: loss(trained, read(trained), None), has_aux=True)(
+          trained
+        ),
+      )
     index, used = packed
     kv, pull = jax.vjp(read, trained)
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
@@ -537,24 +651,37 @@ class Programs:
     value, more = self.objective.loss(stats, experience, **views)
     return value, jax.lax.stop_gradient((sums | more, peaks))
 
-  def _minibatch(self, state: TrainState, frozen, batch, reference
-                 ) -> tuple[TrainState, dict[str, Array]]:
+  def _minibatch(
+    self, state: TrainState, frozen, batch, reference
+  ) -> tuple[TrainState, dict[str, Array]]:
     prompt, tokens, experience, source, packing = batch
     count = self.microbatches
     if (count > 1 or packing is not None) and self.objective.needs_current:
       sides = {"": (lora.merge(frozen, state.params), prompt)}
-      experience = dataclasses.replace(experience, current=self._scored(
-          "", sides, tokens, experience.mask, packing, count))
+      experience = dataclasses.replace(
+        experience, current=self._scored("", sides, tokens, experience.mask, packing, count)
+      )
     experience = self.objective.prepare(dataclasses.replace(experience, state=state.objective))
     metrics = self.objective.prepare_metrics(experience)
 
     def grad(total, prompt, tokens, experience, source, *packed):
       experience = dataclasses.replace(experience, state=state.objective)
-      return self._grad(state.params, frozen, prompt, tokens, experience, source, reference,
-                        packed or None, packing, total)
+      return self._grad(
+        state.params,
+        frozen,
+        prompt,
+        tokens,
+        experience,
+        source,
+        reference,
+        packed or None,
+        packing,
+        total,
+      )
 
-    parts = _split((prompt, tokens, dataclasses.replace(experience, state={}), source), count,
-                   tokens.shape[0])
+    parts = _split(
+      (prompt, tokens, dataclasses.replace(experience, state={}), source), count, tokens.shape[0]
+    )
     if packing is not None:
       parts = (*parts, packing.index, packing.used)
     first = jax.tree.map(lambda a: a[0], parts)
@@ -576,17 +703,27 @@ class Programs:
     numbers = self.objective.next_state(experience, metrics | sums)
     # A bad step changes nothing but the count.
     params, opt_state, numbers = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (params, opt_state, numbers), (state.params, old_state, dict(state.objective)))
+      lambda new, old: jnp.where(good, new, old),
+      (params, opt_state, numbers),
+      (state.params, old_state, dict(state.objective)),
+    )
     if self._on_host:
       opt_state = jax.device_put(opt_state, self.state_shardings.opt_state)
     state = TrainState(params, opt_state, jnp.where(good, 0, state.bad_steps + 1), numbers)
     metrics |= sums | peaks | {"loss": value, "grad_norm": norm, "bad_steps": state.bad_steps}
     return state, metrics
 
-  def _update(self, state: TrainState, frozen: Params, prompt: Prompt, tokens: Array,
-              experience: Experience, source: Array | Prompt, reference: Params = None,
-              packing: Packing | None = None):
+  def _update(
+    self,
+    state: TrainState,
+    frozen: Params,
+    prompt: Prompt,
+    tokens: Array,
+    experience: Experience,
+    source: Array | Prompt,
+    reference: Params = None,
+    packing: Packing | None = None,
+  ):
     """One optimizer step for each minibatch of P / minibatches prompts.
 
     `reference`: all its parameters, if the objective wants its gradient view, else None.
@@ -598,10 +735,13 @@ class Programs:
       return self._minibatch(state, frozen, (*batch, packing), reference)
     # Piece k · minibatches + j is microbatch k of minibatch j.
     by_minibatch = jax.tree.map(
-        lambda a: a.reshape(-1, self.minibatches, *a.shape[1:]).swapaxes(0, 1), packing)
+      lambda a: a.reshape(-1, self.minibatches, *a.shape[1:]).swapaxes(0, 1), packing
+    )
     state, metrics = jax.lax.scan(
-        lambda state, part: self._minibatch(state, frozen, part, reference), state,
-        (*_split(batch, self.minibatches, tokens.shape[0]), by_minibatch))
+      lambda state, part: self._minibatch(state, frozen, part, reference),
+      state,
+      (*_split(batch, self.minibatches, tokens.shape[0]), by_minibatch),
+    )
     last = metrics.pop("bad_steps")[-1]
     return state, jax.tree.map(lambda a: a.mean(axis=0), metrics) | {"bad_steps": last}
 
@@ -611,6 +751,7 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
 
   Strided over prompts, so that every part is spread over all devices as the whole is.
   """
+
   def one(a):
     rows = a.shape[0] // prompts
     a = jnp.moveaxis(a.reshape(prompts // count, count, rows, *a.shape[1:]), 1, 0)
@@ -626,19 +767,23 @@ def _joined(tree: Any) -> Any:
 
 def _within(experience: Experience, where: Array) -> Experience:
   """A prepared experience in which nothing but `where` [P, G, T] counts."""
+
   def cut(a):
     return jnp.where(where, a, 0)
 
   return dataclasses.replace(
-      experience, mask=experience.mask & where, advantages=cut(experience.advantages),
-      weights=cut(experience.weights), token_weights=cut(experience.token_weights),
-      extras={name: cut(a) for name, a in experience.extras.items()})
+    experience,
+    mask=experience.mask & where,
+    advantages=cut(experience.advantages),
+    weights=cut(experience.weights),
+    token_weights=cut(experience.token_weights),
+    extras={name: cut(a) for name, a in experience.extras.items()},
+  )
 
 
 def _zeros(shapes: Any) -> Any:
   """To add to in a loop. Known to be zeros, XLA would have the loop begin with a copy."""
-  return jax.lax.optimization_barrier(
-      jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
+  return jax.lax.optimization_barrier(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
 def _added(total: Any, more: Any) -> Any:

@@ -41,16 +41,25 @@ def train(run: Run, index: int) -> None:
   """
   stage = run.config.stages[index]
   images = run.processor.image_settings
-  white = level_patch(255, images.image_mean, images.image_std, images.patch_dim,
-                      images.rescale_factor)
+  white = level_patch(
+    255, images.image_mean, images.image_std, images.patch_dim, images.rescale_factor
+  )
   programs = make_programs(
-      run.config, index, run.model, run.mesh, run.abstract_params, capacity=run.capacity,
-      black=run.processor.black_patch, white=white)
+    run.config,
+    index,
+    run.model,
+    run.mesh,
+    run.abstract_params,
+    capacity=run.capacity,
+    black=run.processor.black_patch,
+    white=white,
+  )
   objective = programs.objective
 
   _plan_memory(run, index, programs)
-  with RewardPool(stage.rewards.to_dict(), run.config.reward_workers,
-                  run.config.reward_timeout) as pool:
+  with RewardPool(
+    stage.rewards.to_dict(), run.config.reward_workers, run.config.reward_timeout
+  ) as pool:
     loop = StageRun(run, index, programs, pool)
     drawn = None
     for step in loop.steps():
@@ -68,23 +77,37 @@ def train(run: Run, index: int) -> None:
           loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
         views, mask = scored.views, scored.mask
         rewards, logp, truncated = parallel.put_batch(
-            run.mesh, (groups.rewards, groups.logp, groups.truncated))
+          run.mesh, (groups.rewards, groups.logp, groups.truncated)
+        )
         advantages = programs.advantages(
-            rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective)
+          rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective
+        )
         # The update cannot be ended once it waits for the device.
         jax.block_until_ready(advantages)
         loop.stop_if_asked()
       experience = Experience(
-          mask=mask, advantages=advantages, old=views.pop("old", None), rewards=rewards,
-          views=views, sampler_logp=logp, truncated=truncated)
+        mask=mask,
+        advantages=advantages,
+        old=views.pop("old", None),
+        rewards=rewards,
+        views=views,
+        sampler_logp=logp,
+        truncated=truncated,
+      )
       metrics = {}
       if experience.old is not None:
         metrics = programs.compare(experience.old.logp, logp, mask)
       reference = loop.reference_params if "ref" in objective.grad_views else None
       loop.state, updated = programs.update(
-          loop.state, run.frozen, _to_train_on(programs, prompt), scored.tokens, experience,
-          run.random_key(_UPDATE) if scored.masked is None else scored.masked, reference,
-          scored.packing)
+        loop.state,
+        run.frozen,
+        _to_train_on(programs, prompt),
+        scored.tokens,
+        experience,
+        run.random_key(_UPDATE) if scored.masked is None else scored.masked,
+        reference,
+        scored.packing,
+      )
       loop.log(metrics | updated, sampled, int(groups.mask.sum()))
       # The next step draws with as much memory as the first.
       del now, prompt, scored, experience, views, mask, rewards, logp, truncated
@@ -92,8 +115,9 @@ def train(run: Run, index: int) -> None:
         _keep_rollouts(loop, groups, parallel.taken(advantages))
 
 
-def make_programs(config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstract_params: Params,
-                  **more: Any) -> Programs:
+def make_programs(
+  config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstract_params: Params, **more: Any
+) -> Programs:
   """The programs of stage `index`; `more`: what the config does not say (`Programs`).
 
   Raises:
@@ -105,11 +129,22 @@ def make_programs(config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstra
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
     draws = sampling(stage)
   return Programs(
-      model, mesh, objective, optimizer, abstract_params, trainable=trainable_of(config),
-      temperature=stage.temperature or 1.0, microbatches=stage.microbatches,
-      minibatches=stage.minibatches, sampling=draws, rollout=config.rollout.to_dict(),
-      part_tokens=stage.part_tokens, state_on_host=stage.optimizer.moments == "host",
-      fields=f"config.stages[{index}].", **more)
+    model,
+    mesh,
+    objective,
+    optimizer,
+    abstract_params,
+    trainable=trainable_of(config),
+    temperature=stage.temperature or 1.0,
+    microbatches=stage.microbatches,
+    minibatches=stage.minibatches,
+    sampling=draws,
+    rollout=config.rollout.to_dict(),
+    part_tokens=stage.part_tokens,
+    state_on_host=stage.optimizer.moments == "host",
+    fields=f"config.stages[{index}].",
+    **more,
+  )
 
 
 def _plan_memory(run: Run, index: int, programs: Programs) -> None:
@@ -131,12 +166,14 @@ def _plan_memory(run: Run, index: int, programs: Programs) -> None:
   shown = ", ".join(f"{length}: {count}" for length, count in groups.items())
   room, held = run.capacity / memory.GIB, programs.held / memory.GIB
   run.progress.log(
-      f"rl  a device has {room:.1f} GiB to fill, {held:.1f} with weights and optimizer; "
-      f"groups decoded at once, by prompt tokens: {shown}{warning}")
+    f"rl  a device has {room:.1f} GiB to fill, {held:.1f} with weights and optimizer; "
+    f"groups decoded at once, by prompt tokens: {shown}{warning}"
+  )
 
 
-def _check_room(programs: Programs, stage: ConfigDict, prompts: int, length: int, patches: int
-                ) -> int:
+def _check_room(
+  programs: Programs, stage: ConfigDict, prompts: int, length: int, patches: int
+) -> int:
   """Groups of such prompts that are decoded at once; UserError if there is no room for them."""
   groups = programs.rollout.groups_at_once(prompts, length, patches)
   programs.check_update(prompts, length, patches, stage.num_samples, stage.max_tokens)
@@ -154,8 +191,9 @@ def check_objective(stage: ConfigDict) -> None:
   for key in objective.filter_keys:
     if key not in known:
       raise ValueError(
-          f"config.objective.filter_keys={objective.filter_keys!r}: no such verifier in rewards of "
-          f"the stage (a weight of 0.0 will do); {hint(key, sorted(known))}")
+        f"config.objective.filter_keys={objective.filter_keys!r}: no such verifier in rewards of "
+        f"the stage (a weight of 0.0 will do); {hint(key, sorted(known))}"
+      )
   if "masked" not in (*objective.views, *objective.grad_views):
     return
   spec = source_spec(stage, "train")
@@ -165,8 +203,9 @@ def check_objective(stage: ConfigDict) -> None:
   some = np.linspace(0, len(source) - 1, 64).astype(int)
   if not any(source[int(i)].images for i in sorted(set(some))):
     raise ValueError(
-        f"objective.name={stage.objective.name!r}: needs the view 'masked', the prompt under a "
-        f"corrupted image, but the examples of data.name={stage.data.name!r} have no images")
+      f"objective.name={stage.objective.name!r}: needs the view 'masked', the prompt under a "
+      f"corrupted image, but the examples of data.name={stage.data.name!r} have no images"
+    )
 
 
 def sampling(stage: ConfigDict) -> Sampling:
@@ -183,8 +222,14 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   prompt = _seen(loop, prompt)
   place = {row: i for i, row in enumerate(rows.owned)}
   drawn = Drawn(
-      [(batch, row) for row in range(rows.count)], examples, encoded, [None] * rows.count, prompt,
-      None, loop.pool.begin(len(place), loop.stage.num_samples))
+    [(batch, row) for row in range(rows.count)],
+    examples,
+    encoded,
+    [None] * rows.count,
+    prompt,
+    None,
+    loop.pool.begin(len(place), loop.stage.num_samples),
+  )
 
   def ended(which, tokens, mask):
     mine = [i for i, row in enumerate(which) if row in place]
@@ -193,16 +238,21 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
     which = [which[i] for i in mine]
     try:
       with validation():
-        drawn.grading.add([place[row] for row in which], [examples[row] for row in which],
-                          [drawn.texts[row] for row in which])
+        drawn.grading.add(
+          [place[row] for row in which],
+          [examples[row] for row in which],
+          [drawn.texts[row] for row in which],
+        )
     except UserError as error:  # not now: the others go on with the rollout
       drawn.error = error
 
   drawn.rollout = programs.rollout(
-      loop.params, prompt, key, finished=ended, each_chunk=loop.stop_if_asked)
+    loop.params, prompt, key, finished=ended, each_chunk=loop.stop_if_asked
+  )
   if "baseline" in programs.objective.advantage_needs:
     drawn.greedy = programs.rollout_greedy(
-        loop.params, prompt, jax.random.key(0), each_chunk=loop.stop_if_asked)
+      loop.params, prompt, jax.random.key(0), each_chunk=loop.stop_if_asked
+    )
     mine = list(rows.owned)
     tokens, mask = np.asarray(drawn.greedy.tokens), np.asarray(drawn.greedy.mask)
     texts = texts_of(tokens[mine], mask[mine], run.processor)
@@ -242,7 +292,8 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
     drawn.prompt = prompt = None  # those of the groups that are kept are seen again
     with validation():
       keep = objective.kept(
-          loop.correct(groups.components, groups.rewards), groups.rewards, groups.components)
+        loop.correct(groups.components, groups.rewards), groups.rewards, groups.components
+      )
     good, bad = groups.rows(np.flatnonzero(keep)), groups.rows(np.flatnonzero(~keep))
     kept, spare = (good, bad) if kept is None or spare is None else (kept + good, spare + bad)
     count = len(kept.examples)
@@ -250,8 +301,9 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
       break
     drawn = _draw(loop, run.random_key(_ROLLOUT, len(batches)))
   summary = _summary(loop, batches) | {
-      "train/tries": float(len(batches)),
-      "train/kept_groups": count / (want * len(batches))}
+    "train/tries": float(len(batches)),
+    "train/kept_groups": count / (want * len(batches)),
+  }
   if count < want:
     # Too few after all tries: fill up to the compiled shape with groups that count for nothing.
     filler = spare.rows(range(want - count))
@@ -278,11 +330,18 @@ def _graded(loop: StageRun, drawn: Drawn) -> Groups:
       baseline = of_greedy.total[:, 0]
       failures.update(of_greedy.failures)
       messages = {**of_greedy.messages, **messages}
-    weights = [_verifier_weights(loop, drawn.examples[row]) if wants_weights else {}
-               for row in rows.owned]
-    return {"rows": list(rows.owned), "total": graded.total, "components": graded.components,
-            "failures": dict(failures), "messages": messages, "baseline": baseline,
-            "weights": weights}
+    weights = [
+      _verifier_weights(loop, drawn.examples[row]) if wants_weights else {} for row in rows.owned
+    ]
+    return {
+      "rows": list(rows.owned),
+      "total": graded.total,
+      "components": graded.components,
+      "failures": dict(failures),
+      "messages": messages,
+      "baseline": baseline,
+      "weights": weights,
+    }
 
   _, everyone = parallel.exchange(grade)
   failures: collections.Counter[str] = collections.Counter()
@@ -304,9 +363,20 @@ def _graded(loop: StageRun, drawn: Drawn) -> Groups:
   for kind, message in messages.items():
     loop.run.progress.log(f"grader {kind}: {message}")
   return Groups(
-      drawn.places, drawn.examples, drawn.encoded, drawn.texts, np.asarray(rollout.tokens),
-      np.asarray(rollout.mask), np.asarray(rollout.logp), total, components, dict(failures),
-      _truncated(loop, rollout), baseline, weights)
+    drawn.places,
+    drawn.examples,
+    drawn.encoded,
+    drawn.texts,
+    np.asarray(rollout.tokens),
+    np.asarray(rollout.mask),
+    np.asarray(rollout.logp),
+    total,
+    components,
+    dict(failures),
+    _truncated(loop, rollout),
+    baseline,
+    weights,
+  )
 
 
 def _seen(loop: StageRun, prompt: Prompt) -> Prompt:
@@ -318,6 +388,7 @@ def _seen(loop: StageRun, prompt: Prompt) -> Prompt:
 
 def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
   """The prompts of groups, which may have moved to rows of other processes, on the device."""
+
   def read() -> list[int]:
     for row in loop.rows.here:
       if groups.encoded[row] is None:
@@ -358,17 +429,27 @@ def _masked_source(loop: StageRun, examples: Sequence[Any], group: int) -> Promp
   prompts = parallel.own_rows(run.mesh, len(examples))
 
   def corrupted() -> list[Example]:
-    return [corrupt_images(
-        examples[p], kind=objective.mask_kind, seed=(run.config.seed, run.step, p, g),
-        rate=objective.mask_rate, patch=objective.mask_pixels, level=objective.mask_level,
-        noise=objective.mask_noise, blur=objective.mask_blur)
-            for p in prompts.here for g in range(rows)]
+    return [
+      corrupt_images(
+        examples[p],
+        kind=objective.mask_kind,
+        seed=(run.config.seed, run.step, p, g),
+        rate=objective.mask_rate,
+        patch=objective.mask_pixels,
+        level=objective.mask_level,
+        noise=objective.mask_noise,
+        blur=objective.mask_blur,
+      )
+      for p in prompts.here
+      for g in range(rows)
+    ]
 
   return run.read(corrupted, len(examples) * rows)[2]
 
 
-def _score(loop: StageRun, prompt: Prompt, examples: Sequence[Any], tokens: Any, mask: Any
-           ) -> Scored:
+def _score(
+  loop: StageRun, prompt: Prompt, examples: Sequence[Any], tokens: Any, mask: Any
+) -> Scored:
   """What the update needs of responses [P, G, T] besides their rewards."""
   run, programs, params = loop.run, loop.programs, loop.params
   packing, views = programs.pack(np.asarray(mask)), {}
@@ -380,7 +461,8 @@ def _score(loop: StageRun, prompt: Prompt, examples: Sequence[Any], tokens: Any,
     unseen = _to_train_on(programs, prompt)  # the reference may have another vision tower
     if name == "ref" and name in programs.objective.full_kl:
       views[name] = programs.score_reference(
-          params, loop.reference_params, unseen, tokens, mask, packing)
+        params, loop.reference_params, unseen, tokens, mask, packing
+      )
     elif name == "ref":
       score = programs.score_base if loop.reference_is_base else programs.score
       views[name] = score(loop.reference_params, unseen, tokens, mask, packing)
@@ -401,10 +483,16 @@ def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> d
     loop.verifiers |= {name for row in weights for name in row}
     nothing = np.full_like(groups.rewards, np.nan)
     more["components"] = {
-        name: groups.components.get(name, nothing) for name in sorted(loop.verifiers)}
+      name: groups.components.get(name, nothing) for name in sorted(loop.verifiers)
+    }
     more["component_weights"] = {
-        name: np.repeat(np.array([[row.get(name, 0.0)] for row in weights], np.float32),
-                        groups.rewards.shape[1], axis=1) for name in sorted(loop.verifiers)}
+      name: np.repeat(
+        np.array([[row.get(name, 0.0)] for row in weights], np.float32),
+        groups.rewards.shape[1],
+        axis=1,
+      )
+      for name in sorted(loop.verifiers)
+    }
   if "baseline" in needs:
     more["baseline"] = groups.baseline
   more = parallel.put_batch(loop.run.mesh, more)
@@ -426,11 +514,11 @@ def _summary(loop: StageRun, drawn: list[Groups]) -> dict[str, float]:
     groups = groups + more
   lengths = groups.mask.sum(-1)
   values = {
-      "train/reward": groups.rewards.mean(),
-      "train/reward_std": groups.rewards.std(axis=1).mean(),
-      "train/accuracy": loop.correct(groups.components, groups.rewards).mean(),
-      "train/response_length": lengths.mean(),
-      "train/cut_share": groups.truncated.mean(),
+    "train/reward": groups.rewards.mean(),
+    "train/reward_std": groups.rewards.std(axis=1).mean(),
+    "train/accuracy": loop.correct(groups.components, groups.rewards).mean(),
+    "train/response_length": lengths.mean(),
+    "train/cut_share": groups.truncated.mean(),
   }
   # A verifier that a sample's own `rewards` leave out has no value there.
   values |= {f"train/reward/{k}": np.nanmean(v) for k, v in groups.components.items()}
@@ -445,11 +533,22 @@ def _keep_rollouts(loop: StageRun, groups: Groups, advantages: dict[int, np.ndar
   lengths = groups.mask.sum(-1)
   whole = [p for p, texts in enumerate(groups.texts) if texts is not None and p in advantages]
   kept = []
-  for p in whole[:loop.run.config.rollouts_kept]:
-    kept.append((groups.examples[p], [
-        Sample(text=text, reward=float(groups.rewards[p, g]),
-               components={k: float(v[p, g]) for k, v in groups.components.items()
-                           if not np.isnan(v[p, g])},
-               advantage=float(advantages[p][g, 0]), length=int(lengths[p, g]))
-        for g, text in enumerate(groups.texts[p] or ())]))
+  for p in whole[: loop.run.config.rollouts_kept]:
+    kept.append(
+      (
+        groups.examples[p],
+        [
+          Sample(
+            text=text,
+            reward=float(groups.rewards[p, g]),
+            components={
+              k: float(v[p, g]) for k, v in groups.components.items() if not np.isnan(v[p, g])
+            },
+            advantage=float(advantages[p][g, 0]),
+            length=int(lengths[p, g]),
+          )
+          for g, text in enumerate(groups.texts[p] or ())
+        ],
+      )
+    )
   loop.run.rollouts.write(loop.run.step, loop.stage.kind, kept)

@@ -78,14 +78,15 @@ class Run:
     capacity: bytes of a device that are meant to be filled; 0 if that is not known.
   """
 
-  def __init__(self, config: ConfigDict, workdir: pathlib.Path,
-               unreadable: Iterable[int] = ()):
+  def __init__(self, config: ConfigDict, workdir: pathlib.Path, unreadable: Iterable[int] = ()):
     """`unreadable`: checkpoints to pass over, see `checkpoint.Unreadable`."""
     self.config, self.workdir = config, workdir
     self.mesh = parallel.make_mesh(config.mesh)
     # What is planned with it must be the same in all processes.
-    self.capacity = memory.SHARE * (config.device_memory * memory.GIB or min(
-        parallel.gather(memory.capacity(self.mesh.local_devices[0]))))
+    self.capacity = memory.SHARE * (
+      config.device_memory * memory.GIB
+      or min(parallel.gather(memory.capacity(self.mesh.local_devices[0])))
+    )
     self.checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep, unreadable)
     self.position = self.checkpoints.latest_meta() or {"stage": 0, "stage_step": 0, "step": 0}
     self.step: int = self.position["step"]
@@ -96,15 +97,18 @@ class Run:
     self.trained, self.frozen = lora.split(params, self.trainable)
     del params
     self.abstract_params = models.abstract_params(
-        self.model.config, config.model.param_dtype, self.trainable)
+      self.model.config, config.model.param_dtype, self.trainable
+    )
     self.param_shardings = parallel.param_shardings(
-        self.mesh, self.abstract_params, self.model.config.rules)
+      self.mesh, self.abstract_params, self.model.config.rules
+    )
     self.metrics: Any = _Silent()
     self.rollouts: Any = _Silent()
     self.progress: Any = _Silent()
     if parallel.is_first():
       self.metrics = metrics_lib.MetricsWriter(
-          workdir, start=self.step + 1 if self.step else 0, keep=self.position.get("records"))
+        workdir, start=self.step + 1 if self.step else 0, keep=self.position.get("records")
+      )
       self.rollouts = report.RolloutLog(workdir)
       self.progress = metrics_lib.Progress(sum(s.steps for s in config.stages), config.log_every)
     self.stop_signal = ""
@@ -156,8 +160,9 @@ class Run:
     with validation():
       return [self.processor.encode(example, self.system) for example in examples]
 
-  def read(self, make: Callable[[], list[Example]], count: int
-           ) -> tuple[list[Any], list[Any], Prompt]:
+  def read(
+    self, make: Callable[[], list[Example]], count: int
+  ) -> tuple[list[Any], list[Any], Prompt]:
     """P prompts, each process reading those of its own rows.
 
     Args:
@@ -170,17 +175,18 @@ class Run:
     Raises:
       UserError: in all processes, if one of them cannot read or encode an example.
     """
+
     def read():
       examples = make()
       return examples, self.encode(examples)
 
-    (examples, encoded), sizes = parallel.exchange(
-        read, lambda mine: self.processor.sizes(mine[1]))
+    (examples, encoded), sizes = parallel.exchange(read, lambda mine: self.processor.sizes(mine[1]))
     rows = parallel.own_rows(self.mesh, count)
     return rows.spread(examples), rows.spread(encoded), self.place(encoded, sizes, rows)
 
-  def place(self, encoded: Sequence[EncodedPrompt], sizes: Sequence[Sequence[int]],
-            rows: parallel.Rows) -> Prompt:
+  def place(
+    self, encoded: Sequence[EncodedPrompt], sizes: Sequence[Sequence[int]], rows: parallel.Rows
+  ) -> Prompt:
     """Encoded prompts of the rows `here` on the mesh; `sizes`: `processor.sizes` of each process.
 
     Patches go as the tower takes them, in the dtype of activations.
@@ -199,12 +205,16 @@ class Run:
   @contextlib.contextmanager
   def running(self) -> Iterator[None]:
     """Handles SIGTERM and SIGINT (save, then stop) and closes files, whatever happens inside."""
+
     def ask_to_stop(number, _):
       if self.stop_signal:  # asked twice: at once
         raise KeyboardInterrupt
       self.stop_signal = signal.Signals(number).name
-      print(f"{self.stop_signal}: saving and stopping (once more stops at once)",
-            file=sys.stderr, flush=True)
+      print(
+        f"{self.stop_signal}: saving and stopping (once more stops at once)",
+        file=sys.stderr,
+        flush=True,
+      )
 
     old = {}
     with contextlib.suppress(ValueError):  # not the main thread: a notebook's own affair
@@ -239,8 +249,9 @@ class StageRun:
     stop: the signal that asked a process of the run to stop, as all of them know it.
   """
 
-  def __init__(self, run: Run, index: int, programs: Programs, pool: RewardPool | None,
-               data: Any = None):
+  def __init__(
+    self, run: Run, index: int, programs: Programs, pool: RewardPool | None, data: Any = None
+  ):
     self.run, self.index, self.programs, self.pool = run, index, programs, pool
     self.stage = run.config.stages[index]
     # The metric of a verifier that is a function has another name than its key in the config.
@@ -306,8 +317,11 @@ class StageRun:
     stage = self.stage
     source = self.run.open_source(stage, "train")
     return pipeline.make_iterator(
-        source, batch_size=stage.prompts_per_step, seed=self.run.config.seed + self.index,
-        rows=self.rows.here)
+      source,
+      batch_size=stage.prompts_per_step,
+      seed=self.run.config.seed + self.index,
+      rows=self.rows.here,
+    )
 
   def _restore(self) -> None:
     """The state, and the reference if there is one, from the newest checkpoint."""
@@ -315,7 +329,8 @@ class StageRun:
 
     def abstract(tree, shardings):
       return jax.tree.map(
-          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+      )
 
     target: dict[str, Any] = {"train": abstract(programs.abstract_state, programs.state_shardings)}
     reference = self._part_of_reference(target["train"].params)
@@ -357,8 +372,11 @@ class StageRun:
 
   def saves(self, step: int) -> bool:
     """Whether a checkpoint follows the step that is being done, as far as is known."""
-    return bool(self.stop or step + 1 >= self.stage.steps
-                or self.run.step % self.run.config.checkpoint.every == 0)
+    return bool(
+      self.stop
+      or step + 1 >= self.stage.steps
+      or self.run.step % self.run.config.checkpoint.every == 0
+    )
 
   def ends(self, done: int) -> bool:
     """Whether the stage ends after `done` steps: it has done them all or spent its tokens."""
@@ -423,10 +441,11 @@ class StageRun:
     if values["train/bad_steps"] >= limit:
       self.run.checkpoints.wait()
       raise UserError(
-          f"step {step}: the loss or gradient was NaN or infinite {limit} times in a row "
-          f"(config.max_bad_steps={limit}); the last good checkpoint is kept in "
-          f"{self.run.checkpoints.path}; try a lower "
-          f"config.stages[{self.index}].optimizer.learning_rate in another --workdir")
+        f"step {step}: the loss or gradient was NaN or infinite {limit} times in a row "
+        f"(config.max_bad_steps={limit}); the last good checkpoint is kept in "
+        f"{self.run.checkpoints.path}; try a lower "
+        f"config.stages[{self.index}].optimizer.learning_rate in another --workdir"
+      )
 
   def _after_step(self, step: int) -> None:
     done = step + 1
@@ -453,10 +472,19 @@ class StageRun:
       state["reference"] = self.reference
     # Parameters that a bad step left alone are good parameters: there is nothing else to check.
     self.run.checkpoints.save(
-        self.run.step, state,
-        {"stage": self.index, "stage_step": done, "step": self.run.step,
-         "generated_tokens": self.generated_tokens, "data": data, "evaluate": due,
-         "records": self.run.metrics.records if parallel.is_first() else None}, accuracy)
+      self.run.step,
+      state,
+      {
+        "stage": self.index,
+        "stage_step": done,
+        "step": self.run.step,
+        "generated_tokens": self.generated_tokens,
+        "data": data,
+        "evaluate": due,
+        "records": self.run.metrics.records if parallel.is_first() else None,
+      },
+      accuracy,
+    )
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
     """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""
@@ -476,14 +504,28 @@ class StageRun:
       source = run.open_source(self.stage, "test")
       self._eval_examples = _Some(source, min(settings.examples, len(source)))
       self._eval_rollout = make_sampler(
-          run.model, run.mesh, self._eval_sampling, run.param_shardings,
-          **run.config.rollout.to_dict(), room=self.programs.room,
-          samples_field=f"config.stages[{self.index}].eval.samples")
+        run.model,
+        run.mesh,
+        self._eval_sampling,
+        run.param_shardings,
+        **run.config.rollout.to_dict(),
+        room=self.programs.room,
+        samples_field=f"config.stages[{self.index}].eval.samples",
+      )
     rollout = functools.partial(self._eval_rollout, each_chunk=self.stop_if_asked)
     return evaluate(
-        rollout, self.params, run.processor, self._eval_examples, self.pool,
-        correct=self.correct, batch=settings.batch, mesh=run.mesh,
-        place=run.place, key=run.random_key(_EVALUATION), system=run.system)
+      rollout,
+      self.params,
+      run.processor,
+      self._eval_examples,
+      self.pool,
+      correct=self.correct,
+      batch=settings.batch,
+      mesh=run.mesh,
+      place=run.place,
+      key=run.random_key(_EVALUATION),
+      system=run.system,
+    )
 
   def _evaluate_and_log(self) -> float | None:
     result = self.evaluate()
@@ -491,7 +533,8 @@ class StageRun:
       return None
     run = self.run
     run.metrics.write(
-        run.step, self.stage.kind, {f"eval/{k}": v for k, v in result.metrics.items()})
+      run.step, self.stage.kind, {f"eval/{k}": v for k, v in result.metrics.items()}
+    )
     shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(result.metrics.items()))
     run.progress.log(f"{self.stage.kind}  held-out after step {run.step}: {shown}")
     self._clock = time.monotonic()

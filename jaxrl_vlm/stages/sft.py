@@ -25,18 +25,32 @@ def train(run: Run, index: int) -> None:
   with validation(f"config.stages[{index}]: "):
     objective = objective_of(stage)
     optimizer = make_optimizer(stage.optimizer, stage.steps)
-  programs = Programs(run.model, run.mesh, objective, optimizer, run.abstract_params,
-                      trainable=run.trainable, microbatches=stage.microbatches,
-                      capacity=run.capacity, state_on_host=stage.optimizer.moments == "host",
-                      fields=f"config.stages[{index}].")
+  programs = Programs(
+    run.model,
+    run.mesh,
+    objective,
+    optimizer,
+    run.abstract_params,
+    trainable=run.trainable,
+    microbatches=stage.microbatches,
+    capacity=run.capacity,
+    state_on_host=stage.optimizer.moments == "host",
+    fields=f"config.stages[{index}].",
+  )
   # The shortest prompts must fit.
-  programs.check_update(stage.prompts_per_step, min(run.config.prompt_buckets),
-                        min(run.config.patch_buckets), 1, stage.max_tokens)
+  programs.check_update(
+    stage.prompts_per_step,
+    min(run.config.prompt_buckets),
+    min(run.config.patch_buckets),
+    1,
+    stage.max_tokens,
+  )
 
   grading: contextlib.AbstractContextManager[RewardPool | None] = contextlib.nullcontext()
   if stage.eval.examples:
     grading = RewardPool(
-        stage.rewards.to_dict(), run.config.reward_workers, run.config.reward_timeout)
+      stage.rewards.to_dict(), run.config.reward_workers, run.config.reward_timeout
+    )
   with grading as pool:
     loop = StageRun(run, index, programs, pool)
     for _ in loop.steps():
@@ -44,35 +58,42 @@ def train(run: Run, index: int) -> None:
         examples, _, prompt = run.read(lambda: next(loop.data), loop.rows.count)
         tokens, mask = _targets(run, loop.rows, examples, stage.max_tokens)
         programs.check_update(
-            loop.rows.count, prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:])
-      experience = Experience(mask=mask, advantages=np.ones(mask.shape, np.float32),
-                              old=None, rewards=None)
+          loop.rows.count, prompt.tokens.shape[1], prompt.patches.shape[1], *mask.shape[1:]
+        )
+      experience = Experience(
+        mask=mask, advantages=np.ones(mask.shape, np.float32), old=None, rewards=None
+      )
       packing = programs.pack(mask)
       experience = parallel.put_batch(run.mesh, experience)
       loop.state, metrics = programs.update(
-          loop.state, run.frozen, prompt, tokens, experience, run.random_key(0), None, packing)
+        loop.state, run.frozen, prompt, tokens, experience, run.random_key(0), None, packing
+      )
       loop.log(metrics, {}, int(mask.sum()))
 
 
-def _targets(run: Run, rows: parallel.Rows, examples: list[Any], max_tokens: int
-             ) -> tuple[jax.Array, np.ndarray]:
+def _targets(
+  run: Run, rows: parallel.Rows, examples: list[Any], max_tokens: int
+) -> tuple[jax.Array, np.ndarray]:
   """`collate_targets` of P examples, of which a process has those of its rows.
 
   Tokens lie on the mesh; all processes have the mask.
   """
+
   def collate():
     return collate_targets(run.processor, [examples[row] for row in rows.here], max_tokens)
 
   (tokens, _), masks = parallel.exchange(
-      collate, lambda mine: {"rows": list(rows.here), "mask": mine[1]})
+    collate, lambda mine: {"rows": list(rows.here), "mask": mine[1]}
+  )
   mask = np.zeros((rows.count, 1, max_tokens), bool)
   for one in masks:
     mask[one["rows"]] = one["mask"]
   return parallel.put_rows(run.mesh, tokens, rows), mask
 
 
-def collate_targets(processor: Processor, examples: Sequence[Example], max_tokens: int
-                    ) -> tuple[np.ndarray, np.ndarray]:
+def collate_targets(
+  processor: Processor, examples: Sequence[Example], max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Targets as one sample of each prompt: tokens i32[P, 1, T] and mask bool[P, 1, T].
 
   Raises:
@@ -85,8 +106,10 @@ def collate_targets(processor: Processor, examples: Sequence[Example], max_token
       raise UserError(f"example {example.id!r} has no target; a supervised stage needs one")
     ids = processor.encode_target(example.target)
     if len(ids) > max_tokens:
-      raise UserError(f"example {example.id!r}: the target has {len(ids)} tokens, more than "
-                      f"max_tokens={max_tokens} of the stage")
-    tokens[row, 0, :len(ids)] = ids
-    mask[row, 0, :len(ids)] = True
+      raise UserError(
+        f"example {example.id!r}: the target has {len(ids)} tokens, more than "
+        f"max_tokens={max_tokens} of the stage"
+      )
+    tokens[row, 0, : len(ids)] = ids
+    mask[row, 0, : len(ids)] = True
   return tokens, mask

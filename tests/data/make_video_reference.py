@@ -22,14 +22,25 @@ HERE = pathlib.Path(__file__).parent
 # Settings of sampling; None says nothing.
 SAMPLING = {
   "qwen2": [
-    {"fps": 1}, {"fps": 2}, {"fps": 2.5, "min_frames": 8}, {"fps": 24, "max_frames": 9},
-    {"fps": 0.3, "temporal_patch_size": 3}, {"num_frames": 4}, {"num_frames": 7},
-    {"num_frames": 13, "temporal_patch_size": 4}, {"num_frames": 14}, {"num_frames": 28},
+    {"fps": 1},
+    {"fps": 2},
+    {"fps": 2.5, "min_frames": 8},
+    {"fps": 24, "max_frames": 9},
+    {"fps": 0.3, "temporal_patch_size": 3},
+    {"num_frames": 4},
+    {"num_frames": 7},
+    {"num_frames": 13, "temporal_patch_size": 4},
+    {"num_frames": 14},
+    {"num_frames": 28},
     {"fps": 2, "min_frames": 5, "max_frames": 31},
   ],
   "qwen3": [
-    {}, {"fps": 1}, {"fps": 4, "min_frames": 2}, {"fps": 0.1, "min_frames": 1},
-    {"fps": 30, "max_frames": 10}, {"fps": 3.7, "min_frames": 6, "max_frames": 50},
+    {},
+    {"fps": 1},
+    {"fps": 4, "min_frames": 2},
+    {"fps": 0.1, "min_frames": 1},
+    {"fps": 30, "max_frames": 10},
+    {"fps": 3.7, "min_frames": 6, "max_frames": 50},
     {"min_frames": 7, "temporal_patch_size": 3},
   ],
 }
@@ -38,14 +49,21 @@ RATES = (1, 6.25, 23.976, 30, 60)
 
 SIZING = {
   "qwen2": [
-    {}, {"min_pixels": 3136, "max_pixels": 12845056}, {"cap_pixels_per_frame": True},
+    {},
+    {"min_pixels": 3136, "max_pixels": 12845056},
+    {"cap_pixels_per_frame": True},
     {"cap_pixels_per_frame": True, "max_video_tokens": 4000, "patch_size": 16},
     {"patch_size": 8, "min_pixels": 256, "max_pixels": 4096},
   ],
   "qwen3": [
-    {}, {"size": {"shortest_edge": 4096, "longest_edge": 25165824}}, {"cap_pixels_per_frame": True},
-    {"cap_pixels_per_frame": True, "max_video_tokens": 64,
-     "size": {"shortest_edge": 4096, "longest_edge": 25165824}},
+    {},
+    {"size": {"shortest_edge": 4096, "longest_edge": 25165824}},
+    {"cap_pixels_per_frame": True},
+    {
+      "cap_pixels_per_frame": True,
+      "max_video_tokens": 64,
+      "size": {"shortest_edge": 4096, "longest_edge": 25165824},
+    },
     {"patch_size": 8, "size": {"shortest_edge": 1024, "longest_edge": 65536}},
   ],
 }
@@ -162,16 +180,20 @@ def main():
   out = {"transformers": transformers.__version__}
   out["frames"] = {
     kind: [
-      [attempt(sampled, kind, settings, total, fps)
-       for total, fps in itertools.product(TOTALS, RATES)]
+      [
+        attempt(sampled, kind, settings, total, fps)
+        for total, fps in itertools.product(TOTALS, RATES)
+      ]
       for settings in cases
     ]
     for kind, cases in SAMPLING.items()
   }
   out["sizes"] = {
     kind: [
-      [attempt(sized, kind, settings, count, *size)
-       for count, size in itertools.product(COUNTS, SIZES)]
+      [
+        attempt(sized, kind, settings, count, *size)
+        for count, size in itertools.product(COUNTS, SIZES)
+      ]
       for settings in cases
     ]
     for kind, cases in SIZING.items()
@@ -184,7 +206,9 @@ def main():
   pixels = {}
   out["chats"] = {}
   for family, name in (
-    ("qwen2_vl", "Qwen2VL"), ("qwen2_5_vl", "Qwen2_5_VL"), ("qwen3_vl", "Qwen3VL")
+    ("qwen2_vl", "Qwen2VL"),
+    ("qwen2_5_vl", "Qwen2_5_VL"),
+    ("qwen3_vl", "Qwen3VL"),
   ):
     path = make_processor_dir(tempfile.mkdtemp(), family=family, **directory_options(family))
     video = classes[family[:5]].from_pretrained(path)
@@ -217,15 +241,14 @@ def main():
         text=[text],
         images=images or None,
         videos=[torch.from_numpy(frames) for frames, _ in videos] or None,
-        video_metadata=[
-          {"total_num_frames": len(frames), "fps": fps} for frames, fps in videos
-        ] or None,
+        video_metadata=[{"total_num_frames": len(frames), "fps": fps} for frames, fps in videos]
+        or None,
         return_tensors="pt",
       )
       names = ("input_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-      out["chats"][family].append({
-        name: torch.as_tensor(found[name]).tolist() for name in names if name in found
-      })
+      out["chats"][family].append(
+        {name: torch.as_tensor(found[name]).tolist() for name in names if name in found}
+      )
   (HERE / "video_reference.json").write_text(json.dumps(out, separators=(",", ":")) + "\n")
   np.savez_compressed(HERE / "video_reference.npz", **pixels)
 

@@ -44,24 +44,38 @@ def hf_processor(family, path, **image_options):
 def rope_model(family, image_token_id, video_token_id, tokens_per_second=4):
   """A Qwen model without weights: its index functions read nothing but the config."""
   text = {
-    "vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1,
+    "vocab_size": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
   }
   vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16}
   if family == "qwen2_5_vl":
     vision["tokens_per_second"] = tokens_per_second
   config = getattr(transformers, f"{NAMES[family]}Config")(
-    image_token_id=image_token_id, video_token_id=video_token_id,
-    text_config=text, vision_config=vision,
+    image_token_id=image_token_id,
+    video_token_id=video_token_id,
+    text_config=text,
+    vision_config=vision,
   )
   with torch.device("meta"):
     return getattr(transformers, f"{NAMES[family]}Model")(config)
 
 
 def rope_index(
-  family, tokens, image_token_id, video_token_id, image_grids=(), video_grids=(), seconds=(),
+  family,
+  tokens,
+  image_token_id,
+  video_token_id,
+  image_grids=(),
+  video_grids=(),
+  seconds=(),
   tokens_per_second=4,
 ):
   """positions i64[L, 3] and the id after the last, as the family's model computes them.

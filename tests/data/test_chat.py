@@ -67,15 +67,19 @@ def test_text_never_becomes_a_special_token(processors, family, text):
   half = len(text) // 2
   dirty = [
     processor.encode(Example("a", f"x{text}{text} z", ""), system=f"{text}y"),
-    processor.encode_messages([
-      {"role": "system", "content": f"y{text}"},
-      {"role": "user", "content": parts(text[:half], text[half:])},
-    ]),
+    processor.encode_messages(
+      [
+        {"role": "system", "content": f"y{text}"},
+        {"role": "user", "content": parts(text[:half], text[half:])},
+      ]
+    ),
     # Together after a template has stripped the space between them.
-    processor.encode_messages([
-      {"role": "system", "content": "y"},
-      {"role": "user", "content": parts(text[:half], f" \n{text[half:]}", text)},
-    ]),
+    processor.encode_messages(
+      [
+        {"role": "system", "content": "y"},
+        {"role": "user", "content": parts(text[:half], f" \n{text[half:]}", text)},
+      ]
+    ),
   ]
   for prompt in dirty:
     assert specials(prompt) == specials(clean)

@@ -107,15 +107,20 @@ def test_corruption_is_the_slow_one_of_what_the_processor_shows(kind, settings):
   for i, (before, after) in enumerate(zip(files, new.images, strict=True)):
     pixels = shown(before)
     np.testing.assert_array_equal(
-      shown(after), slow(pixels, kind, draws(seed, i), **settings), err_msg=list(FILES)[i])
+      shown(after), slow(pixels, kind, draws(seed, i), **settings), err_msg=list(FILES)[i]
+    )
     with Image.open(io.BytesIO(after)) as file:  # nothing left to turn or to make opaque
       assert (file.format, file.mode) == ("PNG", "RGB") and not file.getexif()
 
 
 def test_defaults_are_those_of_released_code():
   given = example(FILES["RGB"])
-  for kind, settings in (("patches", {"rate": 0.6, "patch": 14}), ("solid", {"level": 128}),
-                         ("noise", {"noise": 189}), ("blur", {"blur": 6})):
+  for kind, settings in (
+    ("patches", {"rate": 0.6, "patch": 14}),
+    ("solid", {"level": 128}),
+    ("noise", {"noise": 189}),
+    ("blur", {"blur": 6}),
+  ):
     plain = corrupt.corrupt_images(given, kind=kind, seed=(1,))
     assert plain == corrupt.corrupt_images(given, kind=kind, seed=(1,), **settings)
 
@@ -163,11 +168,22 @@ def test_the_processor_makes_the_same_prompt_of_it_but_for_the_pixels(family, ki
   processor = Processor.from_pretrained(make_processor_dir(tmp_path, family=family))
   clean = example(*FILES.values()).replace(question="which is larger" + "<image>" * len(FILES))
   clean = processor.encode(clean)
-  new = processor.encode(corrupt.corrupt_images(
-    example(*FILES.values()).replace(question="which is larger" + "<image>" * len(FILES)),
-    kind=kind, seed=(3,)))
-  for field in ("tokens", "positions", "feature_index", "patch_positions", "patch_grids",
-                "patch_segments", "patch_windows"):
+  new = processor.encode(
+    corrupt.corrupt_images(
+      example(*FILES.values()).replace(question="which is larger" + "<image>" * len(FILES)),
+      kind=kind,
+      seed=(3,),
+    )
+  )
+  for field in (
+    "tokens",
+    "positions",
+    "feature_index",
+    "patch_positions",
+    "patch_grids",
+    "patch_segments",
+    "patch_windows",
+  ):
     np.testing.assert_array_equal(getattr(new, field), getattr(clean, field))
   assert new.next_position == clean.next_position
   assert new.patches.shape == clean.patches.shape

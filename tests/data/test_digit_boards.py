@@ -83,15 +83,19 @@ def test_a_known_board_is_solved_as_written_by_hand():
   board = boards.Board(tuple(tuple(map(cell, row.split())) for row in rows), (0, 0, 0))
   assert boards.board_text(board) == "1: 3r 8b 1g; 2: 4r 4b 0y"
   for task, asked, steps, answer in [
-      ("read", {"row": 1, "column": 3}, "row 1: 3 8 1; column 3: 1", "1"),
-      ("colour", {"row": 2, "column": 2}, "row 2: red blue yellow; column 2: blue", "blue"),
-      ("where", {"digit": 0}, "row 1: 3 8 1; row 2: 4 4 0; 0 in column 3", "2,3"),
-      ("sum_row", {"row": 1}, "row 1: 3 8 1; 3+8=11; 11+1=12", "12"),
-      ("sum_column", {"column": 2}, "column 2: 8 4; 8+4=12", "12"),
-      ("count", {"digit": 4}, "row 1: 3 8 1; count 0; row 2: 4 4 0; count 2", "2"),
-      ("largest_colour", {"colour": "yellow"}, "row 1: none; row 2: 0; largest 0", "0"),
-      ("compare", {"row": 1, "other": 2},
-       "row 1: 3 8 1; 3+8=11; 11+1=12; row 2: 4 4 0; 4+4=8; 8+0=8; 12>8", "1"),
+    ("read", {"row": 1, "column": 3}, "row 1: 3 8 1; column 3: 1", "1"),
+    ("colour", {"row": 2, "column": 2}, "row 2: red blue yellow; column 2: blue", "blue"),
+    ("where", {"digit": 0}, "row 1: 3 8 1; row 2: 4 4 0; 0 in column 3", "2,3"),
+    ("sum_row", {"row": 1}, "row 1: 3 8 1; 3+8=11; 11+1=12", "12"),
+    ("sum_column", {"column": 2}, "column 2: 8 4; 8+4=12", "12"),
+    ("count", {"digit": 4}, "row 1: 3 8 1; count 0; row 2: 4 4 0; count 2", "2"),
+    ("largest_colour", {"colour": "yellow"}, "row 1: none; row 2: 0; largest 0", "0"),
+    (
+      "compare",
+      {"row": 1, "other": 2},
+      "row 1: 3 8 1; 3+8=11; 11+1=12; row 2: 4 4 0; 4+4=8; 8+0=8; 12>8",
+      "1",
+    ),
   ]:
     got, right = boards.solve(board, task, asked)
     assert ("; ".join(got), right) == (steps, answer)
@@ -132,8 +136,11 @@ def test_images_show_what_the_cells_say():
         window = image[y0:y1, x0:x1].reshape(-1, 3)
         # The pixel furthest from the ground is pure ink: its hue tells the colour.
         red, green, blue = window[np.abs(window - ground).sum(1).argmax()]
-        seen = ("yellow" if min(red, green) > 1.5 * blue and green > 0.6 * red
-                else ("red", "green", "blue")[int(np.argmax([red, green, blue]))])
+        seen = (
+          "yellow"
+          if min(red, green) > 1.5 * blue and green > 0.6 * red
+          else ("red", "green", "blue")[int(np.argmax([red, green, blue]))]
+        )
         assert seen == cell["colour"]
 
 
@@ -148,8 +155,10 @@ def test_a_sample_is_a_function_of_split_seed_and_index():
 
 
 def test_tasks_and_styles_can_be_weighted():
-  tasks = [boards.sample("train", 0, i, tasks={"read": 3, "count": 1, "where": 0})[1].meta["task"]
-           for i in range(800)]
+  tasks = [
+    boards.sample("train", 0, i, tasks={"read": 3, "count": 1, "where": 0})[1].meta["task"]
+    for i in range(800)
+  ]
   assert set(tasks) == {"read", "count"}
   assert 0.70 < tasks.count("read") / 800 < 0.80  # 0.75, and 3 standard deviations
 
@@ -164,12 +173,15 @@ def test_samples_for_the_base_model():
     assert example.target is not None and example.target.count("=") == len(numbers) - 1
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
     ({"split": "valid"}, "split='valid': expected one of train, test"),
     ({"tasks": "reed"}, "tasks='reed': expected one of read, colour"),
     ({"style": ("local", "bord")}, "style='bord': expected one of direct, local, board"),
     ({"tasks": {"read": 0}}, "expected at least one name with a positive weight"),
-])
+  ],
+)
 def test_wrong_names_are_named(arguments, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     boards.make_example(**({"split": "train", "seed": 0, "index": 0} | arguments))
@@ -184,7 +196,9 @@ def test_tfds_holds_the_same_samples_and_is_built_once(tmp_path):
   assert record["target"].decode() == example.target
   np.testing.assert_array_equal(record["image"], decode(example))
   assert {name: split.num_examples for name, split in built.info.splits.items()} == {
-      "train": 12, "test": 5}
+    "train": 12,
+    "test": 5,
+  }
 
   stamp = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
   assert boards.builder(tmp_path, **settings).data_path == built.data_path
@@ -236,7 +250,8 @@ def test_slips_change_the_target_and_nothing_else():
     assert plain == nothing
     assert plain == slipped.replace(target=plain.target)
     assert slipped == boards.make_example(
-        "train", 6, index, tasks=tasks, style=boards.STYLES, slips=RATES)
+      "train", 6, index, tasks=tasks, style=boards.STYLES, slips=RATES
+    )
     changed += plain.target != slipped.target
   assert 200 < changed < 400
   # Questions without targets have nothing to slip in.
@@ -263,8 +278,11 @@ def test_slips_are_as_frequent_as_they_should_be():
       wrong_sums += apart != 0
     assert thought.endswith(f"={answer}")
   # Four standard deviations.
-  for name, wrong, of in (("digit", wrong_digits, cells), ("colour", wrong_colours, cells),
-                          ("sum", wrong_sums, sums)):
+  for name, wrong, of in (
+    ("digit", wrong_digits, cells),
+    ("colour", wrong_colours, cells),
+    ("sum", wrong_sums, sums),
+  ):
     rate = RATES[name]
     assert of > 2000 and abs(wrong / of - rate) < 4 * (rate * (1 - rate) / of) ** 0.5
 
@@ -304,17 +322,21 @@ def test_boards_without_an_answer_are_errors():
   missing = next(d for d in range(10) if d not in (a, b))
   colour = next(c for c in boards.COLOURS if [c] not in board.colours)
   for at, task, asked, message in (
-      (board, "where", {"digit": missing}, f"the board has no {missing}"),
-      (board, "largest_colour", {"colour": colour}, f"the board has no {colour} digit"),
-      (equal, "compare", {"row": 1, "other": 2}, "rows 1 and 2 have the same sum")):
+    (board, "where", {"digit": missing}, f"the board has no {missing}"),
+    (board, "largest_colour", {"colour": colour}, f"the board has no {colour} digit"),
+    (equal, "compare", {"row": 1, "other": 2}, "rows 1 and 2 have the same sum"),
+  ):
     with pytest.raises(ValueError, match=message):
       boards.solve(at, task, asked)
 
 
-@pytest.mark.parametrize(("slips", "message"), [
+@pytest.mark.parametrize(
+  ("slips", "message"),
+  [
     ({"digits": 0.1}, "slips='digits': expected one of digit, colour, sum"),
     ({"sum": 1.0}, "slips.sum=1.0: expected a probability, 0 or more and below 1"),
-])
+  ],
+)
 def test_wrong_slips_are_named(slips, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     boards.LiveBoards("train", slips=slips)

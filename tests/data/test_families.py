@@ -101,8 +101,13 @@ def test_prompt_equals_transformers(paths, ours, family, sizes):
 
 def check_positions(family, processor, prompt, image_grids, video_grids, seconds):
   positions, following = rope_index(
-    family, prompt.tokens, processor.image_token_id, processor.video_token_id,
-    image_grids, video_grids, seconds,
+    family,
+    prompt.tokens,
+    processor.image_token_id,
+    processor.video_token_id,
+    image_grids,
+    video_grids,
+    seconds,
   )
   np.testing.assert_array_equal(prompt.positions, positions)
   assert prompt.next_position == following
@@ -185,8 +190,11 @@ def test_videos_equal_transformers(tmp_path, family, index, letters):
   assert (prompt.feature_index[~visual] == -1).all()
   grids = {"I": iter(image_grids), "V": iter(video_grids)}
   frames = [
-    (rows, cols) for letter in letters if letter in grids
-    for t, rows, cols in [next(grids[letter])] for _ in range(t)
+    (rows, cols)
+    for letter in letters
+    if letter in grids
+    for t, rows, cols in [next(grids[letter])]
+    for _ in range(t)
   ]
   counts = [rows * cols for rows, cols in frames]
   np.testing.assert_array_equal(prompt.patch_grids, np.repeat(frames, counts, axis=0))
@@ -229,8 +237,10 @@ def test_windows_are_those_of_one_family(ours):
 @pytest.mark.parametrize(
   "family, tokens",
   [
-    ("qwen3_vl", ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>",
-                  "<|video_pad|>")),
+    (
+      "qwen3_vl",
+      ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    ),
     ("gemma3", ("<start_of_image>", "<end_of_image>", "<image_soft_token>")),
   ],
 )
@@ -261,7 +271,10 @@ def test_sizes_of_a_config_without_defaults(tmp_path, name):
   theirs = transformers.AutoConfig.for_model(family, vision_config=dict(vision)).vision_config
   gemma = family == "gemma3"
   path = make_processor_dir(
-    tmp_path, family=family, patch_size=theirs.patch_size, image_size=896,
+    tmp_path,
+    family=family,
+    patch_size=theirs.patch_size,
+    image_size=896,
     merge_size=4 if gemma else theirs.spatial_merge_size,
   )
   changed(path, path, vision_config=vision)
@@ -279,8 +292,18 @@ def test_sizes_of_a_config_without_defaults(tmp_path, name):
 @pytest.mark.parametrize(
   "family, vision, window, rate",
   [
-    ("qwen2_5_vl", {"hidden_size": 1280, "in_chans": 3, "model_type": "qwen2_5_vl",
-                    "spatial_patch_size": 14, "tokens_per_second": 2}, 112, 2),
+    (
+      "qwen2_5_vl",
+      {
+        "hidden_size": 1280,
+        "in_chans": 3,
+        "model_type": "qwen2_5_vl",
+        "spatial_patch_size": 14,
+        "tokens_per_second": 2,
+      },
+      112,
+      2,
+    ),
     ("qwen2_5_vl", {}, 112, 4),
     ("qwen2_vl", {"in_chans": 3, "model_type": "qwen2_vl", "spatial_patch_size": 14}, None, None),
   ],
@@ -314,23 +337,52 @@ def test_unknown_family_names_the_known_ones(paths, tmp_path):
 @pytest.mark.parametrize(
   "family, file, change, message",
   [
-    ("qwen3_vl", "config.json", {"image_token_id": 999_999}, "config.json: image_token_id=999999: "
-     "expected 388, which is '<|image_pad|>' in tokenizer.json"),
+    (
+      "qwen3_vl",
+      "config.json",
+      {"image_token_id": 999_999},
+      "config.json: image_token_id=999999: "
+      "expected 388, which is '<|image_pad|>' in tokenizer.json",
+    ),
     ("gemma3", "config.json", {"boi_token_index": 3}, "config.json: boi_token_index=3: expected"),
-    ("qwen2_vl", "config.json", {"vision_config": {"patch_size": 16}},
-     "config.json: vision_config.patch_size=16: expected 14, for preprocessor_config.json has "
-     "patch_size=14"),
-    ("qwen2_5_vl", "config.json", {"vision_config": {"window_size": 14}},
-     "config.json: vision_config.window_size=14: expected at least 28"),
-    ("qwen3_vl", "video_preprocessor_config.json", {"patch_size": 16},
-     "video_preprocessor_config.json: patch_size=16: expected 14, as for images"),
-    ("gemma3", "config.json", {"vision_config": {"image_size": 112, "patch_size": 14}},
-     "config.json: vision_config.image_size=112: expected 56, for preprocessor_config.json has "
-     "size=56x56"),
-    ("gemma3", "config.json", {"mm_tokens_per_image": 5},
-     "config.json: mm_tokens_per_image=5: expected a square number"),
-    ("gemma3", "processor_config.json", {"image_seq_length": 9},
-     "processor_config.json: image_seq_length=9: expected 4"),
+    (
+      "qwen2_vl",
+      "config.json",
+      {"vision_config": {"patch_size": 16}},
+      "config.json: vision_config.patch_size=16: expected 14, for preprocessor_config.json has "
+      "patch_size=14",
+    ),
+    (
+      "qwen2_5_vl",
+      "config.json",
+      {"vision_config": {"window_size": 14}},
+      "config.json: vision_config.window_size=14: expected at least 28",
+    ),
+    (
+      "qwen3_vl",
+      "video_preprocessor_config.json",
+      {"patch_size": 16},
+      "video_preprocessor_config.json: patch_size=16: expected 14, as for images",
+    ),
+    (
+      "gemma3",
+      "config.json",
+      {"vision_config": {"image_size": 112, "patch_size": 14}},
+      "config.json: vision_config.image_size=112: expected 56, for preprocessor_config.json has "
+      "size=56x56",
+    ),
+    (
+      "gemma3",
+      "config.json",
+      {"mm_tokens_per_image": 5},
+      "config.json: mm_tokens_per_image=5: expected a square number",
+    ),
+    (
+      "gemma3",
+      "processor_config.json",
+      {"image_seq_length": 9},
+      "processor_config.json: image_seq_length=9: expected 4",
+    ),
     ("gemma3", "preprocessor_config.json", {"merge_size": 2}, "merge_size=2: not a field of Gemma"),
     ("gemma3", "preprocessor_config.json", {"resample": 3}, "resample=3 is not supported, only 2"),
     ("gemma3", "preprocessor_config.json", {"max_pixels": 9}, "max_pixels=9: expected none"),
@@ -347,25 +399,37 @@ def test_tokenizer_without_the_vision_tokens(paths, tmp_path, family, other):
   path = changed(paths[family], tmp_path)
   for name in ("tokenizer.json", "tokenizer_config.json"):
     (path / name).write_bytes((paths[other] / name).read_bytes())
-  with pytest.raises(ValueError, match="tokenizer.json: no special token '<.*>': expected one, for "
-                     f"config.json has model_type='{family}'"):
+  with pytest.raises(
+    ValueError,
+    match="tokenizer.json: no special token '<.*>': expected one, for "
+    f"config.json has model_type='{family}'",
+  ):
     Processor.from_pretrained(path)
 
 
 @pytest.mark.parametrize(
   "family, buckets, message",
   [
-    ("qwen2_vl", {"patch_buckets": (64, 128)},
-     "preprocessor_config.json: max_pixels=50176 is up to 256 patches of one image, but the "
-     "largest of config.patch_buckets is 128; set config.model.max_pixels to at most 25088, or "
-     "add a bucket"),
-    ("qwen3_vl", {"prompt_buckets": (48, 16)},
-     "preprocessor_config.json: max_pixels=50176 is up to 64 tokens of one image, but the largest "
-     "of config.prompt_buckets is 48; set config.model.max_pixels to at most 37632, or add a "
-     "bucket"),
-    ("gemma3", {"patch_buckets": (12,)},
-     "preprocessor_config.json: size=56x56 is up to 16 patches of one image, but the largest of "
-     "config.patch_buckets is 12; add a bucket"),
+    (
+      "qwen2_vl",
+      {"patch_buckets": (64, 128)},
+      "preprocessor_config.json: max_pixels=50176 is up to 256 patches of one image, but the "
+      "largest of config.patch_buckets is 128; set config.model.max_pixels to at most 25088, or "
+      "add a bucket",
+    ),
+    (
+      "qwen3_vl",
+      {"prompt_buckets": (48, 16)},
+      "preprocessor_config.json: max_pixels=50176 is up to 64 tokens of one image, but the largest "
+      "of config.prompt_buckets is 48; set config.model.max_pixels to at most 37632, or add a "
+      "bucket",
+    ),
+    (
+      "gemma3",
+      {"patch_buckets": (12,)},
+      "preprocessor_config.json: size=56x56 is up to 16 patches of one image, but the largest of "
+      "config.patch_buckets is 12; add a bucket",
+    ),
   ],
 )
 def test_the_largest_image_must_fit_a_bucket(paths, family, buckets, message):
@@ -379,9 +443,7 @@ def test_bounds_of_published_checkpoints_fit_the_default_buckets(paths):
     processor = Processor.from_pretrained(paths[family], max_pixels=bound)
     assert processor.image_settings.max_patches == 65_536
   with pytest.raises(ValueError, match="set config.model.max_pixels to at most 3211264, or add a"):
-    Processor.from_pretrained(
-      paths["qwen2_vl"], max_pixels=12_845_056, patch_buckets=(1024, 16384)
-    )
+    Processor.from_pretrained(paths["qwen2_vl"], max_pixels=12_845_056, patch_buckets=(1024, 16384))
   Processor.from_pretrained(paths["qwen2_vl"], max_pixels=3_211_264, patch_buckets=(1024, 16384))
 
 

@@ -34,8 +34,10 @@ def make_dir(path, family, layout):
     processor = {"processor_class": "Any"}
     if (path / "processor_config.json").exists():
       processor = json.loads((path / "processor_config.json").read_text())
-    for name, key in (("preprocessor_config.json", "image_processor"),
-                      ("video_preprocessor_config.json", "video_processor")):
+    for name, key in (
+      ("preprocessor_config.json", "image_processor"),
+      ("video_preprocessor_config.json", "video_processor"),
+    ):
       if (path / name).exists():
         processor[key] = json.loads((path / name).read_text())
         (path / name).unlink()
@@ -65,7 +67,9 @@ def hf_encoded(path, family, messages, image):
   image = Image.fromarray(image)
   gemma = family == "gemma3"
   return processor(
-    text=[text], images=[[image]] if gemma else [image], add_special_tokens=not gemma,
+    text=[text],
+    images=[[image]] if gemma else [image],
+    add_special_tokens=not gemma,
     return_tensors="np",
   )
 
@@ -108,8 +112,10 @@ def test_overridden_bounds_are_saved(tmp_path, family, layout):
   again = Processor.from_pretrained(saved)
   assert again.image_settings == narrow.image_settings
   assert again.video_settings == narrow.video_settings
-  for found in (encoded(again)[-1].patches,
-                hf_encoded(saved, family, messages, image)["pixel_values"]):
+  for found in (
+    encoded(again)[-1].patches,
+    hf_encoded(saved, family, messages, image)["pixel_values"],
+  ):
     np.testing.assert_array_equal(found, expected.patches)
   name = "processor_config.json" if layout == "nested" else "preprocessor_config.json"
   for file in saved.iterdir():
@@ -133,9 +139,7 @@ def test_the_whole_processor_of_transformers_is_the_same(tmp_path):
   path = make_processor_dir(tmp_path / "read", family="gemma3")
   Processor.from_pretrained(path).save_pretrained(tmp_path / "saved")
   (tmp_path / "saved" / "config.json").write_bytes((path / "config.json").read_bytes())
-  read, saved = (
-    transformers.AutoProcessor.from_pretrained(p) for p in (path, tmp_path / "saved")
-  )
+  read, saved = (transformers.AutoProcessor.from_pretrained(p) for p in (path, tmp_path / "saved"))
   assert repr(saved.image_processor) == repr(read.image_processor)
   assert saved.to_dict() == read.to_dict()
   assert saved.tokenizer.get_vocab() == read.tokenizer.get_vocab()

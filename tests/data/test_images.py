@@ -152,7 +152,10 @@ def test_pan_and_scan_equals_transformers():
   seen = set()
   for _ in range(60):
     settings = images.FixedImageSettings(
-      height=28, width=28, merge_size=2, do_pan_and_scan=True,
+      height=28,
+      width=28,
+      merge_size=2,
+      do_pan_and_scan=True,
       pan_and_scan_min_crop_size=int(rng.integers(5, 50)),
       pan_and_scan_max_num_crops=int(rng.integers(2, 6)),
       pan_and_scan_min_ratio_to_activate=float(rng.choice([1.0, 1.2, 2.0])),

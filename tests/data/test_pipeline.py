@@ -52,7 +52,7 @@ def png(value=0):
 
 def test_epochs_are_permutations_and_differ():
   stream = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=0), 10)), [])
-  epochs = [stream[10 * e:10 * e + 10] for e in range(4)]
+  epochs = [stream[10 * e : 10 * e + 10] for e in range(4)]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs}) == 4
   again = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=0), 10)), [])
@@ -66,7 +66,10 @@ def test_without_shuffle_and_repeat_it_is_the_source():
   arguments: dict[str, Any] = {"batch_size": 4, "seed": 0, "shuffle": False, "repeat": False}
   assert ids(pipeline.make_iterator(Numbers(10), **arguments)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
   assert ids(pipeline.make_iterator(Numbers(10), drop_remainder=False, **arguments)) == [
-      [0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+    [8, 9],
+  ]
 
 
 def test_resumed_is_uninterrupted():
@@ -82,11 +85,14 @@ def test_resumed_is_uninterrupted():
     assert ids(take(resumed, 12 - stop)) == whole[stop:]
 
 
-@pytest.mark.parametrize(("change", "message"), [
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
     ({"batch_size": 3}, "batch_size was 4, now 3"),
     ({"seed": 1}, "seed was 0, now 1"),
     ({"shuffle": False}, "shuffle was True, now False"),
-])
+  ],
+)
 def test_a_state_of_other_settings_is_refused(change, message):
   arguments: dict[str, Any] = {"batch_size": 4, "seed": 0}
   state = pipeline.make_iterator(Numbers(11), **arguments).get_state()
@@ -98,12 +104,23 @@ def test_hosts_read_their_rows_of_one_order_however_many_they_are():
   arguments: dict[str, Any] = {"batch_size": 6, "seed": 0}
   whole = take(pipeline.make_iterator(Numbers(20), **arguments), 7)
   for count in (1, 2, 3, 6):
-    hosts = [pipeline.make_iterator(
-        Numbers(20), rows=range(i, 6, count), **arguments) for i in range(count)]
+    hosts = [
+      pipeline.make_iterator(Numbers(20), rows=range(i, 6, count), **arguments)
+      for i in range(count)
+    ]
     # The state is that of all: a run goes on with another number of hosts.
     for i, host in enumerate(hosts):
-      host.set_state({"batches": 2, "examples": 20, "batch_size": 6, "seed": 0, "shuffle": True,
-                      "repeat": True, "shard": [0, 1]})
+      host.set_state(
+        {
+          "batches": 2,
+          "examples": 20,
+          "batch_size": 6,
+          "seed": 0,
+          "shuffle": True,
+          "repeat": True,
+          "shard": [0, 1],
+        }
+      )
       assert take(host, 5) == [batch[i::count] for batch in whole[2:]]
       assert host.given == 7
 
@@ -156,8 +173,9 @@ if __name__ == "__main__":
 
 def write_jsonl(directory, *lines):
   path = directory / "data.jsonl"
-  path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
-                          for line in lines))
+  path.write_text(
+    "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+  )
   return str(path)
 
 
@@ -166,46 +184,78 @@ def test_json_lines(tmp_path):
   (tmp_path / "images" / "a.png").write_bytes(png(1))
   (tmp_path / "b.png").write_bytes(png(2))
   path = write_jsonl(
-      tmp_path,
-      {"images": ["images/a.png", "b.png"], "question": "Which?", "answer": "a", "id": "first",
-       "rewards": {"exact": 1}, "meta": {"skill": "reasoning"}, "target": "a, I think"},
-      "",
-      {"image": "b.png", "question": "How many — é?", "answer": 2},
-      {"question": "1+1=", "answer": "2"})
+    tmp_path,
+    {
+      "images": ["images/a.png", "b.png"],
+      "question": "Which?",
+      "answer": "a",
+      "id": "first",
+      "rewards": {"exact": 1},
+      "meta": {"skill": "reasoning"},
+      "target": "a, I think",
+    },
+    "",
+    {"image": "b.png", "question": "How many — é?", "answer": 2},
+    {"question": "1+1=", "answer": "2"},
+  )
   source = sources.open_source(ConfigDict({"name": path}), "train")
   assert len(source) == 3
   assert source[0] == Example(
-      id="first", question="Which?", answer="a", images=(png(1), png(2)), target="a, I think",
-      rewards={"exact": 1}, meta={"skill": "reasoning"})
-  assert source[1] == Example(id="data.jsonl:3", question="How many — é?", answer="2",
-                              images=(png(2),))
+    id="first",
+    question="Which?",
+    answer="a",
+    images=(png(1), png(2)),
+    target="a, I think",
+    rewards={"exact": 1},
+    meta={"skill": "reasoning"},
+  )
+  assert source[1] == Example(
+    id="data.jsonl:3", question="How many — é?", answer="2", images=(png(2),)
+  )
   assert source[2].images == ()
   assert pickle.loads(pickle.dumps(source))[1] == source[1]
   split = str(tmp_path / "{split}.jsonl")
   assert len(sources.open_source({"name": split}, "data")) == 3
 
 
-@pytest.mark.parametrize(("line", "message"), [
+@pytest.mark.parametrize(
+  ("line", "message"),
+  [
     ('{"question": "a", ', "data.jsonl:2: not JSON: Expecting property name"),
     ("[1]", "data.jsonl:2: expected an object {...}, got list"),
     ({"question": "a"}, "data.jsonl:2: field 'answer' is missing"),
     ({"question": "a", "answer": ""}, "data.jsonl:2: field 'answer' is empty"),
     ({"question": " ", "answer": "b"}, "data.jsonl:2: field 'question' is empty"),
-    ({"question": ["a"], "answer": "b"},
-     "data.jsonl:2: field 'question': expected text, got [\"a\"]"),
-    ({"question": "a", "answer": "b", "imagse": ["a.png"]},
-     "data.jsonl:2: field 'imagse': no such field; did you mean 'image' or 'images'?"),
-    ({"question": "a", "answer": "b", "image": "a.png"},
-     "data.jsonl:2: field 'image': no such file: a.png"),
-    ({"question": "a", "answer": "b", "images": [3]},
-     "data.jsonl:2: field 'images': expected paths, got [3]"),
-    ({"question": "a", "answer": "b", "images": ["../b.png"]},
-     "data.jsonl:2: field 'images': ../b.png is outside"),
-    ({"question": "a", "answer": "b", "rewards": "math"},
-     "data.jsonl:2: field 'rewards': expected {\"name\": weight, ...}, got \"math\""),
-    ({"question": "a", "answer": "b", "id": "x"},
-     "data.jsonl:2: field 'id': 'x' is also that of line 1"),
-])
+    (
+      {"question": ["a"], "answer": "b"},
+      "data.jsonl:2: field 'question': expected text, got [\"a\"]",
+    ),
+    (
+      {"question": "a", "answer": "b", "imagse": ["a.png"]},
+      "data.jsonl:2: field 'imagse': no such field; did you mean 'image' or 'images'?",
+    ),
+    (
+      {"question": "a", "answer": "b", "image": "a.png"},
+      "data.jsonl:2: field 'image': no such file: a.png",
+    ),
+    (
+      {"question": "a", "answer": "b", "images": [3]},
+      "data.jsonl:2: field 'images': expected paths, got [3]",
+    ),
+    (
+      {"question": "a", "answer": "b", "images": ["../b.png"]},
+      "data.jsonl:2: field 'images': ../b.png is outside",
+    ),
+    (
+      {"question": "a", "answer": "b", "rewards": "math"},
+      'data.jsonl:2: field \'rewards\': expected {"name": weight, ...}, got "math"',
+    ),
+    (
+      {"question": "a", "answer": "b", "id": "x"},
+      "data.jsonl:2: field 'id': 'x' is also that of line 1",
+    ),
+  ],
+)
 def test_json_lines_say_what_is_wrong_and_where(tmp_path, line, message):
   (tmp_path / "b.png").write_bytes(png())
   (tmp_path / "inside").mkdir()
@@ -238,18 +288,30 @@ def test_supervised_data_need_a_target_instead_of_an_answer(tmp_path):
     sources.open_source({"name": path}, "train", need="target")
 
 
-@pytest.mark.parametrize(("spec", "message"), [
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
     ({"name": ""}, "data.name=''"),
     ({"name": "nowhere.jsonl"}, "nowhere.jsonl: No such file or directory"),
-    ({"name": "digit_bords"}, "data.name='digit_bords': neither a .jsonl file nor a TFDS dataset; "
-                              "did you mean 'digit_boards'?"),
-    ({"name": "digit_boards", "options": {"taks": "read"}},
-     "data.options.taks: no such option of digit_boards; did you mean 'tasks'?"),
-    ({"name": "digit_boards", "options": {"tasks": ("reed",)}},
-     "data.options.tasks='reed': expected one of read"),
-    ({"name": "digit_boards", "options": {"tasks": "arithmetic"}},
-     "data.options.tasks='arithmetic': has no image to store; set live=True"),
-])
+    (
+      {"name": "digit_bords"},
+      "data.name='digit_bords': neither a .jsonl file nor a TFDS dataset; "
+      "did you mean 'digit_boards'?",
+    ),
+    (
+      {"name": "digit_boards", "options": {"taks": "read"}},
+      "data.options.taks: no such option of digit_boards; did you mean 'tasks'?",
+    ),
+    (
+      {"name": "digit_boards", "options": {"tasks": ("reed",)}},
+      "data.options.tasks='reed': expected one of read",
+    ),
+    (
+      {"name": "digit_boards", "options": {"tasks": "arithmetic"}},
+      "data.options.tasks='arithmetic': has no image to store; set live=True",
+    ),
+  ],
+)
 def test_a_wrong_spec_is_named(tmp_path, spec, message):
   with pytest.raises(UserError, match=re.escape(message)):
     sources.open_source(spec | {"dir": str(tmp_path)}, "train")
@@ -263,8 +325,11 @@ def test_digit_boards_from_disk_and_live(tmp_path):
   live = sources.open_source(spec, "test")
   assert len(stored) == len(live) == 3
   for index in range(3):
-    assert stored[index] == live[index] == digit_boards.make_example(
-        "test", 0, index, options["tasks"], "board")
+    assert (
+      stored[index]
+      == live[index]
+      == digit_boards.make_example("test", 0, index, options["tasks"], "board")
+    )
 
 
 def test_any_tfds_dataset_with_names_of_its_own(tmp_path):
@@ -274,10 +339,16 @@ def test_any_tfds_dataset_with_names_of_its_own(tmp_path):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
-      return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-          "photos": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3))),
-          "text": tfds.features.Text(),
-          "label": tfds.features.ClassLabel(names=["cat", "dog"])}))
+      return tfds.core.DatasetInfo(
+        builder=self,
+        features=tfds.features.FeaturesDict(
+          {
+            "photos": tfds.features.Sequence(tfds.features.Image(shape=(None, None, 3))),
+            "text": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+          }
+        ),
+      )
 
     def _split_generators(self, dl_manager):
       return {"train": self._generate_examples()}
@@ -308,7 +379,9 @@ def test_any_tfds_dataset_with_names_of_its_own(tmp_path):
 
 
 def test_importing_data_modules_imports_no_jax():
-  code = ("import sys, jaxrl_vlm.data.digit_boards, jaxrl_vlm.data.sources, "
-          "jaxrl_vlm.data.pipeline; print('jax' in sys.modules)")
+  code = (
+    "import sys, jaxrl_vlm.data.digit_boards, jaxrl_vlm.data.sources, "
+    "jaxrl_vlm.data.pipeline; print('jax' in sys.modules)"
+  )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == "False"

@@ -90,9 +90,7 @@ def test_batch_is_the_padded_rows(processor):
   images = [arrays[:2], None, arrays[2:]]
   batch = processor(conversations, images)
   patch_fields = ("patches", "patch_positions", "patch_grids", "patch_segments", "patch_windows")
-  rows = [
-    processor.encode_messages(c, i or ()) for c, i in zip(conversations, images, strict=True)
-  ]
+  rows = [processor.encode_messages(c, i or ()) for c, i in zip(conversations, images, strict=True)]
   assert batch.tokens.shape == (3, 128)
   assert batch.patches.shape == (3, 256, 1176)
   padding = {"tokens": processor.pad_token_id, "feature_index": -1, "patch_grids": 1}

@@ -29,7 +29,7 @@ QUICK = {"xla_backend_optimization_level": 0}  # to compile, twice as fast
 
 
 def mesh_of(fsdp: int, tensor: int):
-  return parallel.make_mesh({"fsdp": fsdp, "tensor": tensor}, jax.devices()[:fsdp * tensor])
+  return parallel.make_mesh({"fsdp": fsdp, "tensor": tensor}, jax.devices()[: fsdp * tensor])
 
 
 def assert_near(actual, expected, share=1e-5):
@@ -41,13 +41,19 @@ def assert_near(actual, expected, share=1e-5):
   least = 1e-3 * max(float(np.abs(b).max()) for b in jax.tree.leaves(expected))
 
   def near(path, a, b):
-    np.testing.assert_allclose(a, b, rtol=0, atol=share * max(float(np.abs(b).max()), least),
-                               err_msg=jax.tree_util.keystr(path))
+    np.testing.assert_allclose(
+      a,
+      b,
+      rtol=0,
+      atol=share * max(float(np.abs(b).max()), least),
+      err_msg=jax.tree_util.keystr(path),
+    )
 
   jax.tree.map_with_path(near, actual, expected)
 
 
 # -- The kernels -----------------------------------------------------------------------------------
+
 
 def _prompts(rng, rows):
   """Each sees what is before it, all the way."""
@@ -74,14 +80,19 @@ def _responses(rng, rows):
   first[starts] = starts
   first = np.maximum.accumulate(first)
   own = np.stack([rng.permutation(7) % prefixes for _ in range(rows)])[
-      :, np.searchsorted(starts, np.arange(n), side="right")]
+    :, np.searchsorted(starts, np.arange(n), side="right")
+  ]
   lengths = rng.integers(1, length + 1, (rows, prefixes, 1))
   lengths[:, 2] = 0
   there = np.arange(length) < lengths
   behind = np.where(there, np.arange(prefixes)[:, None], -1).reshape(rows, -1)
   return attention.Sight(
-      own, np.concatenate([own, behind], axis=1), np.broadcast_to(first, own.shape),
-      np.broadcast_to(np.arange(n), own.shape), spanned=n)
+    own,
+    np.concatenate([own, behind], axis=1),
+    np.broadcast_to(first, own.shape),
+    np.broadcast_to(np.arange(n), own.shape),
+    spanned=n,
+  )
 
 
 def _frames(rng, rows):
@@ -92,19 +103,26 @@ def _frames(rng, rows):
   return attention.Sight(frames, frames)
 
 
-@pytest.mark.parametrize(("sights", "head_dim", "axes", "rows"), [
-    (_windows, 128, None, 2), (_responses, 64, (2, 2), 4),
+@pytest.mark.parametrize(
+  ("sights", "head_dim", "axes", "rows"),
+  [
+    (_windows, 128, None, 2),
+    (_responses, 64, (2, 2), 4),
     (_responses, 128, (1, 4), 2),  # more devices than key/value heads
     (_prompts, 16, (2, 3), 3),  # neither rows nor heads can be shared out
-    (_frames, 80, (2, 1), 2)])
+    (_frames, 80, (2, 1), 2),
+  ],
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_equal_the_plain_one(kernel, sights, head_dim, axes, rows, monkeypatch):
   monkeypatch.setattr(attention, "_BLOCK", 128)
   rng = np.random.default_rng(0)
   sight = jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), sights(rng, rows))
   n, s = sight.segment.shape[1], sight.key_segment.shape[1]
-  q, k, v, w = (jnp.asarray(rng.normal(size=(rows, *shape)), jnp.float32) for shape in (
-      (n, 4, head_dim), (2, s, head_dim), (2, s, head_dim), (n, 4, head_dim)))
+  q, k, v, w = (
+    jnp.asarray(rng.normal(size=(rows, *shape)), jnp.float32)
+    for shape in ((n, 4, head_dim), (2, s, head_dim), (2, s, head_dim), (n, 4, head_dim))
+  )
   scale = head_dim**-0.5
   config = types.SimpleNamespace(attention=kernel, mesh=axes and mesh_of(*axes))
 
@@ -118,8 +136,10 @@ def test_kernels_equal_the_plain_one(kernel, sights, head_dim, axes, rows, monke
     def weighted(*args):
       out = attend(*args)
       return (out * w).sum(), out
-    return jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True),
-                   compiler_options=QUICK)(q, k, v)
+
+    return jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True), compiler_options=QUICK)(
+      q, k, v
+    )
 
   (_, out), grads = both(by_kernel)
   (_, expected), expected_grads = both(plain)
@@ -136,21 +156,25 @@ def test_blocks_that_no_query_sees_are_not_computed(monkeypatch):
   out = attention.attend(config, jnp.ones((1, 100, 1, 128)), k, k, sight, 1.0)
   np.testing.assert_allclose(out, 1.0, rtol=1e-6)
   np.testing.assert_array_equal(
-      attention._upcoming(jnp.array([[False, True, False], [False, False, True]])),
-      [[1, 1, 2], [2, 2, 2]])
+    attention._upcoming(jnp.array([[False, True, False], [False, False, True]])),
+    [[1, 1, 2], [2, 2, 2]],
+  )
 
 
-@pytest.mark.parametrize(("n", "expected"), [(1, (128, 128)), (512, (512, 512)), (640, (384, 768)),
-                                             (4096, (512, 4096))])
+@pytest.mark.parametrize(
+  ("n", "expected"), [(1, (128, 128)), (512, (512, 512)), (640, (384, 768)), (4096, (512, 4096))]
+)
 def test_blocks_hold_everything_with_little_room(n, expected):
   assert attention._blocks(n) == expected
 
 
 # -- Models ----------------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "kernel"), [
-    ("qwen2_5_vl", "splash_interpreted"), ("gemma3", "cudnn_by_xla")])
+@pytest.mark.parametrize(
+  ("family", "kernel"), [("qwen2_5_vl", "splash_interpreted"), ("gemma3", "cudnn_by_xla")]
+)
 def test_a_model_is_the_same_with_kernels(family, kernel, tmp_path):
   """Images, videos, windows and padding; prompts, responses with padding and in blocks."""
   tiny.make_hf(tmp_path, family=family)
@@ -162,22 +186,28 @@ def test_a_model_is_the_same_with_kernels(family, kernel, tmp_path):
   index, used = Packer(1, 1, 8, 16)(lengths, 21)
   assert used[0] > 1 and index[0, used[0] - 1].max() == 6 * 2 * 3  # some blocks hold nothing
   blocks = Blocks(jnp.asarray(index[0, used[0] - 1]), 8)
-  weights = [rng.normal(size=(*shape, model.config.hidden_size)).astype(np.float32)
-             for shape in (prompt.tokens.shape, tokens.shape, (1, 16, 8))]
+  weights = [
+    rng.normal(size=(*shape, model.config.hidden_size)).astype(np.float32)
+    for shape in (prompt.tokens.shape, tokens.shape, (1, 16, 8))
+  ]
 
   def run(params, attention):
     apply = functools.partial(
-        models.VLM(model.config.replace(attention=attention)).apply, {"params": params}, prompt)
+      models.VLM(model.config.replace(attention=attention)).apply, {"params": params}, prompt
+    )
     hidden, prefix = apply(method="prefill")
     real = np.arange(hidden.shape[1]) < prompt.length[:, None]
-    out = (jnp.where(real[..., None], hidden, 0), apply(prefix, tokens, method="respond"),
-           apply(prefix, tokens, blocks, method="respond"))
+    out = (
+      jnp.where(real[..., None], hidden, 0),
+      apply(prefix, tokens, method="respond"),
+      apply(prefix, tokens, blocks, method="respond"),
+    )
     return sum((a * w).mean() for a, w in zip(out, weights, strict=True)), out
 
-  values = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1,
-                   compiler_options=QUICK)
+  values = jax.jit(jax.value_and_grad(run, has_aux=True), static_argnums=1, compiler_options=QUICK)
   ((_, out), grads), ((_, expected), expected_grads) = (
-      values(params, attention) for attention in (kernel, "xla"))
+    values(params, attention) for attention in (kernel, "xla")
+  )
   assert_near(out, expected, 2e-5)
   # They go through some layers, each of which adds to the rounding.
   assert_near(grads, expected_grads, 5e-5)
@@ -202,22 +232,37 @@ def test_a_step_on_four_devices_with_a_kernel_is_that_of_one_without(scratch_pat
   def step(kind, mesh):
     config = models.from_directory(scratch_path)
     model, params, processor = models.load_pretrained(
-        scratch_path, prompt_buckets=(64,), patch_buckets=(36,),
-        shardings=parallel.param_shardings(mesh, models.abstract_params(config)))
+      scratch_path,
+      prompt_buckets=(64,),
+      patch_buckets=(36,),
+      shardings=parallel.param_shardings(mesh, models.abstract_params(config)),
+    )
     model = models.VLM(model.config.replace(attention=kind, stop_tokens=()))
     gradient = optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params),
-        lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates))
-    programs = Programs(model, mesh, objectives.create("grpo"), gradient, params,
-                        part_tokens=32)
+      lambda params: jax.tree.map(jnp.zeros_like, params),
+      lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
+    )
+    programs = Programs(model, mesh, objectives.create("grpo"), gradient, params, part_tokens=32)
     prompt = parallel.put_batch(mesh, processor(messages, pictures))
     zeros = np.zeros((P, G, T), "f4")
     advantages = np.where(np.arange(G)[:, None] > 0, 1.0, -0.5) * mask
     experience = Experience(
-        mask=mask, advantages=advantages.astype("f4"), old=None, rewards=zeros[..., 0],
-        views={"ref": TokenStats(zeros, zeros)})
-    state, _ = programs.update(programs.init_state(params), {}, prompt, tokens, experience,
-                               jax.random.key(1), None, programs.pack(mask))
+      mask=mask,
+      advantages=advantages.astype("f4"),
+      old=None,
+      rewards=zeros[..., 0],
+      views={"ref": TokenStats(zeros, zeros)},
+    )
+    state, _ = programs.update(
+      programs.init_state(params),
+      {},
+      prompt,
+      tokens,
+      experience,
+      jax.random.key(1),
+      None,
+      programs.pack(mask),
+    )
     return state.opt_state
 
   mask = np.arange(T) < np.array([[T, 3], [1, 0], [17, 16], [9, T]])[..., None]
@@ -230,8 +275,9 @@ def test_a_step_on_four_devices_with_a_kernel_is_that_of_one_without(scratch_pat
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5e")
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
 HOPPER, VOLTA, AMD = (
-    types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=number)
-    for kind, number in (("NVIDIA H100", "9.0"), ("Tesla V100", "7.0"), ("AMD MI300", "gfx942")))
+  types.SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=number)
+  for kind, number in (("NVIDIA H100", "9.0"), ("Tesla V100", "7.0"), ("AMD MI300", "gfx942"))
+)
 
 
 @dataclasses.dataclass
@@ -240,23 +286,36 @@ class Sizes:
   head_dim: int = 128
 
 
-@pytest.mark.parametrize(("name", "device", "sizes", "expected"), [
-    ("auto", TPU, Sizes("float32", 80), "splash"), ("auto", HOPPER, Sizes(), "cudnn"),
-    ("auto", HOPPER, Sizes("float32"), "xla"), ("auto", HOPPER, Sizes(head_dim=512), "xla"),
-    ("auto", VOLTA, Sizes(), "xla"), ("auto", AMD, Sizes(), "xla"), ("auto", CPU, Sizes(), "xla"),
-    ("xla", TPU, Sizes(), "xla"), ("splash", TPU, Sizes(), "splash"),
-    ("cudnn", HOPPER, Sizes(), "cudnn")])
+@pytest.mark.parametrize(
+  ("name", "device", "sizes", "expected"),
+  [
+    ("auto", TPU, Sizes("float32", 80), "splash"),
+    ("auto", HOPPER, Sizes(), "cudnn"),
+    ("auto", HOPPER, Sizes("float32"), "xla"),
+    ("auto", HOPPER, Sizes(head_dim=512), "xla"),
+    ("auto", VOLTA, Sizes(), "xla"),
+    ("auto", AMD, Sizes(), "xla"),
+    ("auto", CPU, Sizes(), "xla"),
+    ("xla", TPU, Sizes(), "xla"),
+    ("splash", TPU, Sizes(), "splash"),
+    ("cudnn", HOPPER, Sizes(), "cudnn"),
+  ],
+)
 def test_devices_decide_what_auto_is(name, device, sizes, expected):
   assert attention.choose(name, [device] * 2, sizes) == expected
 
 
-@pytest.mark.parametrize(("name", "device", "sizes", "complaint"), [
+@pytest.mark.parametrize(
+  ("name", "device", "sizes", "complaint"),
+  [
     ("flash", CPU, Sizes(), "expected one of auto, xla, splash, cudnn"),
     ("splash_interpreted", CPU, Sizes(), "expected one of auto, xla, splash, cudnn"),
     ("splash", HOPPER, Sizes(), "expected a mesh of TPUs, this one is of gpu; the others are auto"),
     ("cudnn", VOLTA, Sizes(), "compute capability 8.0 or more, this one is of Tesla V100"),
     ("cudnn", HOPPER, Sizes("float32"), "expected config.model.dtype='bfloat16'"),
-    ("cudnn", HOPPER, Sizes(head_dim=512), "expected smaller heads")])
+    ("cudnn", HOPPER, Sizes(head_dim=512), "expected smaller heads"),
+  ],
+)
 def test_what_cannot_be_names_the_field_its_value_and_the_choices(name, device, sizes, complaint):
   with pytest.raises(ValueError, match=f"^config.model.attention='{name}': .*{complaint}"):
     attention.choose(name, [device], sizes)
@@ -267,6 +326,9 @@ def test_a_run_chooses_by_its_mesh_before_it_reads_parameters(scratch_path):
   assert config.model.attention == "auto"
   assert load_model(config, scratch_path, mesh_of(2, 1))[0].config.attention == "xla"
   config.model.attention = "splash"
-  with pytest.raises(UserError, match="^config.model.attention='splash': expected a mesh of TPUs, "
-                                      "this one is of cpu; the others are auto, xla, cudnn$"):
+  with pytest.raises(
+    UserError,
+    match="^config.model.attention='splash': expected a mesh of TPUs, "
+    "this one is of cpu; the others are auto, xla, cudnn$",
+  ):
     load_model(config, scratch_path, mesh_of(2, 1))

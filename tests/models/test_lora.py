@@ -21,8 +21,12 @@ EVERYWHERE = LoRA(rank=4, alpha=6.0, targets=("decoder", "vision"))
 def randomised(params, seed: int = 0):
   """`params` with other adapters: fresh ones change nothing."""
   rng = np.random.default_rng(seed)
-  return lora.merge(lora.strip(params), jax.tree.map(
-      lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), lora.adapters(params)))
+  return lora.merge(
+    lora.strip(params),
+    jax.tree.map(
+      lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), lora.adapters(params)
+    ),
+  )
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
@@ -47,7 +51,7 @@ def trained(adapted):
 def assert_rows(logits, rows) -> None:
   for row, expected in enumerate(rows):
     # float32 through a few layers, sums in another order.
-    np.testing.assert_allclose(logits[row, :len(expected)], expected, atol=1e-4, err_msg=str(row))
+    np.testing.assert_allclose(logits[row, : len(expected)], expected, atol=1e-4, err_msg=str(row))
 
 
 @pytest.mark.slow
@@ -58,7 +62,7 @@ def test_peft_loads_what_we_save_to_the_same_logits(adapted, trained, tmp_path):
   theirs = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
   theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path)).eval()
   assert_rows(logits, [tiny.torch_logits(theirs, prompt, row) for row in range(3)])
-  assert np.abs(logits[1, :len(base[1])] - base[1]).max() > 0.5  # the adapters say something
+  assert np.abs(logits[1, : len(base[1])] - base[1]).max() > 0.5  # the adapters say something
 
   saved = load_file(tmp_path / "adapter_model.safetensors")
   loaded = peft.get_peft_model_state_dict(theirs)
@@ -66,7 +70,8 @@ def test_peft_loads_what_we_save_to_the_same_logits(adapted, trained, tmp_path):
   for name, tensor in loaded.items():
     np.testing.assert_array_equal(tensor.numpy(), saved[name], err_msg=name)
   assert sum(x.size for x in saved.values()) == sum(
-      x.size for x in jax.tree.leaves(lora.adapters(params)))
+    x.size for x in jax.tree.leaves(lora.adapters(params))
+  )
   assert theirs.peft_config["default"].base_model_name_or_path == str(path)
 
 
@@ -115,11 +120,12 @@ def test_split_and_merge_hand_on_the_very_leaves(qwen):
   _, params, _ = models.load_pretrained(qwen, lora=EVERYWHERE)
   flat = weights.by_path(params)
   for patterns, chooses in {
-      ("lora",): lambda path: "lora" in path,
-      ("decoder",): lambda path: path[0] == "decoder",
-      ("!vision",): lambda path: path[0] != "vision",
-      ("head", "layers/q"): lambda path: path[0] == "head" or path[1:3] == ("layers", "q"),
-      (): lambda path: True}.items():
+    ("lora",): lambda path: "lora" in path,
+    ("decoder",): lambda path: path[0] == "decoder",
+    ("!vision",): lambda path: path[0] != "vision",
+    ("head", "layers/q"): lambda path: path[0] == "head" or path[1:3] == ("layers", "q"),
+    (): lambda path: True,
+  }.items():
     trainable, frozen = (weights.by_path(part) for part in lora.split(params, patterns))
     assert set(trainable) == set(filter(chooses, flat))
     assert set(frozen) == set(flat) - set(trainable)
@@ -133,25 +139,28 @@ def test_frozen_parameters_in_bfloat16_compute_the_same(qwen):
   prompts = None
   logits = []
   for patterns in ((), trainable):
-    model, params, processor = models.load_pretrained(
-        qwen, dtype="bfloat16", trainable=patterns)
+    model, params, processor = models.load_pretrained(qwen, dtype="bfloat16", trainable=patterns)
     prompts = prompts or processor(*tiny.conversations())
     logits.append(np.asarray(jv.logits(model, params, prompts)))
   np.testing.assert_array_equal(*logits)
   trained, frozen = (weights.by_path(part) for part in lora.split(params, trainable))
   assert {x.dtype.name for x in trained.values()} == {"float32"}
-  assert {x.dtype.name for path, x in frozen.items()
-          if path[-1] in ("kernel", "embedding", "head")} == {"bfloat16"}
+  assert {
+    x.dtype.name for path, x in frozen.items() if path[-1] in ("kernel", "embedding", "head")
+  } == {"bfloat16"}
 
 
 def test_folding_in_place_and_in_bfloat16():
   rng = np.random.default_rng(0)
   config = models.from_hf(tiny_config()).replace(lora=LoRA(2, 3.0))
   for shape in ((8, 6), (3, 8, 6)):
-    kernel, a, b = (rng.normal(size=(*shape[:-2], *last)).astype("f4")
-                    for last in ((8, 6), (8, 2), (2, 6)))
-    layer = {"kernel": jnp.asarray(kernel, jnp.bfloat16),
-             "lora": {"a": jnp.asarray(a), "b": jnp.asarray(b)}}
+    kernel, a, b = (
+      rng.normal(size=(*shape[:-2], *last)).astype("f4") for last in ((8, 6), (8, 2), (2, 6))
+    )
+    layer = {
+      "kernel": jnp.asarray(kernel, jnp.bfloat16),
+      "lora": {"a": jnp.asarray(a), "b": jnp.asarray(b)},
+    }
     expected = np.asarray(layer["kernel"], np.float64) + 1.5 * a.astype("f8") @ b.astype("f8")
     kept, norm = layer["kernel"], jnp.ones(3)
     once = lora.merged({"x": layer, "norm": norm}, config)
@@ -174,15 +183,29 @@ def test_folding_in_place_and_in_bfloat16():
 
 def tiny_config():
   return {
-      "model_type": "qwen2_5_vl", "image_token_id": 90, "eos_token_id": 91,
-      "text_config": {
-          "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "num_key_value_heads": 2,
-          "rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": 1e4}},
-      "vision_config": {
-          "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
-          "out_hidden_size": 32, "patch_size": 8, "window_size": 32,
-          "fullatt_block_indexes": [1]}}
+    "model_type": "qwen2_5_vl",
+    "image_token_id": 90,
+    "eos_token_id": 91,
+    "text_config": {
+      "vocab_size": 96,
+      "hidden_size": 32,
+      "intermediate_size": 48,
+      "num_hidden_layers": 2,
+      "num_attention_heads": 4,
+      "num_key_value_heads": 2,
+      "rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    },
+    "vision_config": {
+      "depth": 2,
+      "hidden_size": 32,
+      "intermediate_size": 48,
+      "num_heads": 2,
+      "out_hidden_size": 32,
+      "patch_size": 8,
+      "window_size": 32,
+      "fullatt_block_indexes": [1],
+    },
+  }
 
 
 def test_fresh_adapters_are_pefts_and_the_same_on_every_mesh():
@@ -191,30 +214,42 @@ def test_fresh_adapters_are_pefts_and_the_same_on_every_mesh():
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
   shardings = parallel.param_shardings(mesh, shapes)
   one = lora.init_adapters(shapes, jax.random.key(3))
-  jax.tree.map(np.testing.assert_array_equal, one,
-               lora.init_adapters(shapes, jax.random.key(3), shardings))
+  jax.tree.map(
+    np.testing.assert_array_equal, one, lora.init_adapters(shapes, jax.random.key(3), shardings)
+  )
   flat = weights.by_path(one)
   assert not any(x.any() for path, x in flat.items() if path[-1] == "b")
   for path, x in flat.items():
     if path[-1] == "a":
-      bound = x.shape[-2]**-0.5
+      bound = x.shape[-2] ** -0.5
       assert 0.9 * bound < np.abs(x).max() <= bound, path
   assert len({float(x.ravel()[0]) for path, x in flat.items() if path[-1] == "a"}) == len(flat) / 2
 
 
-@pytest.mark.parametrize(("change", "complaint"), [
-    (lambda path: (path / "adapter_config.json").unlink(),
-     "adapter_config.json: no such file; expected a PEFT adapter directory"),
-    (lambda path: (path / "adapter_model.safetensors").write_bytes(b"12345678"),
-     "adapter_model.safetensors: not a complete safetensors file"),
+@pytest.mark.parametrize(
+  ("change", "complaint"),
+  [
+    (
+      lambda path: (path / "adapter_config.json").unlink(),
+      "adapter_config.json: no such file; expected a PEFT adapter directory",
+    ),
+    (
+      lambda path: (path / "adapter_model.safetensors").write_bytes(b"12345678"),
+      "adapter_model.safetensors: not a complete safetensors file",
+    ),
     (lambda path: rewrite(path, r=8), "config.model.lora.rank=4: expected 8, which .*config.json"),
     (lambda path: rewrite(path, lora_alpha=1), "config.model.lora.alpha=6.0: expected 1, which"),
     (lambda path: rewrite(path, use_dora=True), "use_dora=True is not supported"),
-    (lambda path: tensors(path, drop="layers.1.mlp.up_proj.lora_A"),
-     r"layers.1.mlp.up_proj.lora_A.weight' is missing; config.model.lora.targets="),
-    (lambda path: tensors(path, add="base_model.model.lm_head.lora_A.weight"),
-     "'base_model.model.lm_head.lora_A.weight' has no place in this model"),
-])
+    (
+      lambda path: tensors(path, drop="layers.1.mlp.up_proj.lora_A"),
+      r"layers.1.mlp.up_proj.lora_A.weight' is missing; config.model.lora.targets=",
+    ),
+    (
+      lambda path: tensors(path, add="base_model.model.lm_head.lora_A.weight"),
+      "'base_model.model.lm_head.lora_A.weight' has no place in this model",
+    ),
+  ],
+)
 def test_a_directory_that_does_not_fit_is_one_line(change, complaint, tmp_path):
   config = models.from_hf(tiny_config()).replace(lora=EVERYWHERE)
   shapes = models.abstract_params(config)
@@ -242,31 +277,68 @@ def test_names_of_earlier_transformers_are_understood(tmp_path):
   params = randomised(lora.merge(lora.init_adapters(shapes, jax.random.key(0)), {"head": 0}))
   lora.save_adapter(tmp_path, config, params)
   file = tmp_path / "adapter_model.safetensors"
-  old = {k.replace("model.model.language_model.", "model.model.").replace(
-      "model.model.visual.", "model.visual."): v for k, v in load_file(file).items()}
+  old = {
+    k.replace("model.model.language_model.", "model.model.").replace(
+      "model.model.visual.", "model.visual."
+    ): v
+    for k, v in load_file(file).items()
+  }
   save_file(old, file)
   again = lora.load_adapter(tmp_path, config, shapes)
   jax.tree.map(np.testing.assert_array_equal, again, lora.adapters(params))
 
 
-@pytest.mark.parametrize(("settings", "trainable", "complaint"), [
-    (None, ("decodr",), "config.model.trainable=('decodr',): 'decodr' matches no parameter; "
-     "did you mean 'decoder'?"),
-    (None, ("!q_proj",), "config.model.trainable=('!q_proj',): 'q_proj' matches no parameter; "
-     "valid: decoder, embed, head, vision"),
-    (None, ("decoder", "!*"), "config.model.trainable=('decoder', '!*'): expected patterns that "
-     "leave at least one parameter to train"),
-    (None, ("lora",), "config.model.trainable=('lora',): 'lora' matches adapters alone; expected "
-     "config.model.lora.rank above 0, got 0"),
-    (LoRA(4, 8.0, ("q_proj",)), (), "config.model.lora.targets=('q_proj',): 'q_proj' matches no "
-     "linear layer; did you mean 'q'?"),
-    (LoRA(4, 8.0, ("fc1",)), (), "config.model.lora.targets=('fc1',): 'fc1' matches no "
-     "linear layer; valid: decoder, down, gate, k, o, patch_embed, proj, q, qkv, up, v, vision"),
-    (LoRA(4, 8.0, ("vision", "!vision")), (), "config.model.lora.targets=('vision', '!vision'): "
-     "expected patterns that leave at least one linear layer"),
-    (LoRA(4, 8.0, ("decoder",)), ("vision/lora",), "config.model.trainable=('vision/lora',): "
-     "'vision/lora' matches no parameter; did you mean 'vision'?"),
-])
+@pytest.mark.parametrize(
+  ("settings", "trainable", "complaint"),
+  [
+    (
+      None,
+      ("decodr",),
+      "config.model.trainable=('decodr',): 'decodr' matches no parameter; did you mean 'decoder'?",
+    ),
+    (
+      None,
+      ("!q_proj",),
+      "config.model.trainable=('!q_proj',): 'q_proj' matches no parameter; "
+      "valid: decoder, embed, head, vision",
+    ),
+    (
+      None,
+      ("decoder", "!*"),
+      "config.model.trainable=('decoder', '!*'): expected patterns that "
+      "leave at least one parameter to train",
+    ),
+    (
+      None,
+      ("lora",),
+      "config.model.trainable=('lora',): 'lora' matches adapters alone; expected "
+      "config.model.lora.rank above 0, got 0",
+    ),
+    (
+      LoRA(4, 8.0, ("q_proj",)),
+      (),
+      "config.model.lora.targets=('q_proj',): 'q_proj' matches no linear layer; did you mean 'q'?",
+    ),
+    (
+      LoRA(4, 8.0, ("fc1",)),
+      (),
+      "config.model.lora.targets=('fc1',): 'fc1' matches no "
+      "linear layer; valid: decoder, down, gate, k, o, patch_embed, proj, q, qkv, up, v, vision",
+    ),
+    (
+      LoRA(4, 8.0, ("vision", "!vision")),
+      (),
+      "config.model.lora.targets=('vision', '!vision'): "
+      "expected patterns that leave at least one linear layer",
+    ),
+    (
+      LoRA(4, 8.0, ("decoder",)),
+      ("vision/lora",),
+      "config.model.trainable=('vision/lora',): "
+      "'vision/lora' matches no parameter; did you mean 'vision'?",
+    ),
+  ],
+)
 def test_mistakes_in_patterns_name_field_value_and_expectation(settings, trainable, complaint):
   config = models.from_hf(tiny_config()).replace(lora=LoRA(1, 1.0, ("*",)))
   with pytest.raises(ValueError) as error:
@@ -275,8 +347,7 @@ def test_mistakes_in_patterns_name_field_value_and_expectation(settings, trainab
 
 
 def test_patterns_that_fit_pass():
-  shapes = models.abstract_params(
-      models.from_hf(tiny_config()).replace(lora=LoRA(1, 1.0, ("*",))))
+  shapes = models.abstract_params(models.from_hf(tiny_config()).replace(lora=LoRA(1, 1.0, ("*",))))
   lora.check(shapes, None, ())
   lora.check(shapes, None, ("!vision",))
   lora.check(shapes, EVERYWHERE, ("lora",))

@@ -19,8 +19,13 @@ from jaxrl_vlm.models import layers, names, weights
 from tests import tiny
 
 # Family and whether its head is its embedding; first what tests of every family once take.
-ONCE = [("qwen2_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", True), ("qwen3_vl_moe", False),
-        ("gemma3", True)]
+ONCE = [
+  ("qwen2_vl", True),
+  ("qwen2_5_vl", False),
+  ("qwen3_vl", True),
+  ("qwen3_vl_moe", False),
+  ("gemma3", True),
+]
 CASES = ONCE + [(family, not tied) for family, tied in ONCE]
 
 
@@ -54,7 +59,7 @@ def test_logits_equal_transformers(pair, mixed):
   logits = np.asarray(jv.logits(model, params, prompt))
   for row, want in enumerate(expected):
     assert np.ptp(want) > 1  # the weights say something
-    np.testing.assert_allclose(logits[row, :len(want)], want, atol=1e-4, err_msg=f"row {row}")
+    np.testing.assert_allclose(logits[row, : len(want)], want, atol=1e-4, err_msg=f"row {row}")
 
 
 def test_greedy_generation_equals_transformers(pair, mixed):
@@ -63,7 +68,8 @@ def test_greedy_generation_equals_transformers(pair, mixed):
   prompt, _ = mixed
   endless = models.VLM(model.config.replace(stop_tokens=()))
   rollout = jv.generate(
-      endless, params, prompt, jv.Sampling(max_tokens=32, temperature=0), processor=processor)
+    endless, params, prompt, jv.Sampling(max_tokens=32, temperature=0), processor=processor
+  )
   assert rollout.mask.all()
   for row in range(len(prompt.length)):
     expected = tiny.torch_greedy(theirs, prompt, row, endless.config, 32)
@@ -81,7 +87,8 @@ def test_stop_tokens_end_rows_where_they_do_in_transformers(pair):
   free = [tiny.torch_greedy(theirs, prompt, row, endless, 16) for row in range(3)]
   config = model.config.replace(stop_tokens=(int(free[0][3]), int(free[1][9])))
   rollout = jv.generate(
-      models.VLM(config), params, prompt, jv.Sampling(max_tokens=16, temperature=0))
+    models.VLM(config), params, prompt, jv.Sampling(max_tokens=16, temperature=0)
+  )
   lengths = set()
   for row in range(3):
     expected = tiny.torch_greedy(theirs, prompt, row, config, 16)
@@ -123,8 +130,9 @@ def test_remat_changes_no_gradient(pair, remat):
 
   def loss(model, params, prompt):
     real = np.arange(prompt.tokens.shape[1]) < prompt.length[:, None]
-    return (jv.logits(model, params, prompt) ** 2).mean(axis=-1, where=real[..., None]).mean(
-        where=real)
+    return (
+      (jv.logits(model, params, prompt) ** 2).mean(axis=-1, where=real[..., None]).mean(where=real)
+    )
 
   again = models.VLM(model.config.replace(remat=remat))
   grad = jax.jit(jax.grad(loss, 1), static_argnums=0)
@@ -144,9 +152,10 @@ def test_bfloat16_errs_like_torch(pair, mixed):
   model, params, _ = jv.load_pretrained(path, dtype="bfloat16")
   assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
   ours = np.asarray(jv.logits(model, params, prompt), np.float32)
-  ours = [logits[:len(row)] for logits, row in zip(ours, rows, strict=True)]
+  ours = [logits[: len(row)] for logits, row in zip(ours, rows, strict=True)]
   theirs = transformers.AutoModelForImageTextToText.from_pretrained(
-      path, dtype=torch.bfloat16).eval()
+    path, dtype=torch.bfloat16
+  ).eval()
   theirs = [tiny.torch_logits(theirs, prompt, row) for row in range(len(rows))]
   exact = np.concatenate(rows)
 
@@ -180,8 +189,9 @@ def test_saved_model_loads_in_transformers(pair, mixed, tmp_path):
 def test_sharded_and_bfloat16_files(pair, mixed, tmp_path):
   path, theirs, (model, _, _) = pair
   family, tied = theirs.config.model_type, model.config.tied
-  low = tiny.make_hf(tmp_path, family=family, tied=tied, dtype=torch.bfloat16,
-                     max_shard_size="100KB")
+  low = tiny.make_hf(
+    tmp_path, family=family, tied=tied, dtype=torch.bfloat16, max_shard_size="100KB"
+  )
   assert len(list(tmp_path.glob("*.safetensors"))) > 2
   loaded, params, _ = jv.load_pretrained(tmp_path)
   assert loaded.config.replace(hf="") == model.config.replace(hf="")  # so `model` is compiled
@@ -189,7 +199,7 @@ def test_sharded_and_bfloat16_files(pair, mixed, tmp_path):
   prompt, _ = mixed
   load = transformers.AutoModelForImageTextToText.from_pretrained
   expected = tiny.torch_logits(load(tmp_path, dtype=torch.float32).eval(), prompt, 2)
-  logits = np.asarray(jv.logits(model, params, prompt))[2, :len(expected)]
+  logits = np.asarray(jv.logits(model, params, prompt))[2, : len(expected)]
   np.testing.assert_allclose(logits, expected, atol=1e-4)
   # In bfloat16 the bits are those of the files, and come back so.
   _, params, _ = jv.load_pretrained(tmp_path, param_dtype="bfloat16")
@@ -201,40 +211,51 @@ def test_sharded_and_bfloat16_files(pair, mixed, tmp_path):
 
 
 # Where the hub's files of each family have the decoder, and some tensors of the tiny models there.
-TEXT = {"qwen2_vl": "model", "qwen2_5_vl": "model", "qwen3_vl": "model.language_model",
-        "qwen3_vl_moe": "model.language_model", "gemma3": "language_model.model"}
+TEXT = {
+  "qwen2_vl": "model",
+  "qwen2_5_vl": "model",
+  "qwen3_vl": "model.language_model",
+  "qwen3_vl_moe": "model.language_model",
+  "gemma3": "language_model.model",
+}
 _QWEN2 = {
-    "visual.patch_embed.proj.weight": (32, 3, 2, 14, 14),
-    "visual.blocks.0.attn.qkv.weight": (96, 32),
-    "visual.merger.mlp.2.weight": (64, 128),
-    "model.layers.0.self_attn.q_proj.weight": (64, 64),
-    "model.layers.0.self_attn.k_proj.weight": (32, 64),
-    "model.layers.0.self_attn.k_proj.bias": (32,),
-    "model.layers.2.mlp.down_proj.weight": (64, 96),
-    "model.norm.weight": (64,)}
+  "visual.patch_embed.proj.weight": (32, 3, 2, 14, 14),
+  "visual.blocks.0.attn.qkv.weight": (96, 32),
+  "visual.merger.mlp.2.weight": (64, 128),
+  "model.layers.0.self_attn.q_proj.weight": (64, 64),
+  "model.layers.0.self_attn.k_proj.weight": (32, 64),
+  "model.layers.0.self_attn.k_proj.bias": (32,),
+  "model.layers.2.mlp.down_proj.weight": (64, 96),
+  "model.norm.weight": (64,),
+}
 _QWEN3 = {
-    "model.visual.patch_embed.proj.weight": (32, 3, 2, 14, 14),
-    "model.visual.pos_embed.weight": (25, 32),
-    "model.visual.merger.norm.weight": (32,),
-    "model.visual.deepstack_merger_list.0.norm.weight": (128,),
-    "model.visual.deepstack_merger_list.1.linear_fc2.weight": (64, 128),
-    "model.language_model.layers.0.self_attn.q_norm.weight": (16,)}
+  "model.visual.patch_embed.proj.weight": (32, 3, 2, 14, 14),
+  "model.visual.pos_embed.weight": (25, 32),
+  "model.visual.merger.norm.weight": (32,),
+  "model.visual.deepstack_merger_list.0.norm.weight": (128,),
+  "model.visual.deepstack_merger_list.1.linear_fc2.weight": (64, 128),
+  "model.language_model.layers.0.self_attn.q_norm.weight": (16,),
+}
 ON_THE_HUB = {
-    "qwen2_vl": _QWEN2 | {"visual.blocks.2.mlp.fc1.weight": (64, 32)},
-    "qwen2_5_vl": _QWEN2 | {"visual.blocks.2.mlp.gate_proj.weight": (48, 32)},
-    "qwen3_vl": _QWEN3 | {"model.language_model.layers.2.mlp.gate_proj.weight": (96, 64)},
-    "qwen3_vl_moe": _QWEN3 | {
-        "model.language_model.layers.0.mlp.experts.gate_up_proj": (6, 64, 48),
-        "model.language_model.layers.0.mlp.experts.down_proj": (6, 24, 64),
-        "model.language_model.layers.0.mlp.gate.weight": (6, 64)},
-    "gemma3": {
-        "vision_tower.vision_model.embeddings.patch_embedding.weight": (32, 3, 14, 14),
-        "vision_tower.vision_model.encoder.layers.1.self_attn.out_proj.weight": (32, 32),
-        "vision_tower.vision_model.post_layernorm.bias": (32,),
-        "multi_modal_projector.mm_input_projection_weight": (32, 64),
-        "multi_modal_projector.mm_soft_emb_norm.weight": (32,),
-        "language_model.model.layers.0.post_feedforward_layernorm.weight": (64,),
-        "language_model.model.layers.4.self_attn.k_norm.weight": (16,)}}
+  "qwen2_vl": _QWEN2 | {"visual.blocks.2.mlp.fc1.weight": (64, 32)},
+  "qwen2_5_vl": _QWEN2 | {"visual.blocks.2.mlp.gate_proj.weight": (48, 32)},
+  "qwen3_vl": _QWEN3 | {"model.language_model.layers.2.mlp.gate_proj.weight": (96, 64)},
+  "qwen3_vl_moe": _QWEN3
+  | {
+    "model.language_model.layers.0.mlp.experts.gate_up_proj": (6, 64, 48),
+    "model.language_model.layers.0.mlp.experts.down_proj": (6, 24, 64),
+    "model.language_model.layers.0.mlp.gate.weight": (6, 64),
+  },
+  "gemma3": {
+    "vision_tower.vision_model.embeddings.patch_embedding.weight": (32, 3, 14, 14),
+    "vision_tower.vision_model.encoder.layers.1.self_attn.out_proj.weight": (32, 32),
+    "vision_tower.vision_model.post_layernorm.bias": (32,),
+    "multi_modal_projector.mm_input_projection_weight": (32, 64),
+    "multi_modal_projector.mm_soft_emb_norm.weight": (32,),
+    "language_model.model.layers.0.post_feedforward_layernorm.weight": (64,),
+    "language_model.model.layers.4.self_attn.k_norm.weight": (16,),
+  },
+}
 
 
 def test_saved_names_are_those_of_the_hub(pair, tmp_path):
@@ -263,9 +284,16 @@ def test_what_training_changes_in_a_bfloat16_start_is_kept(family, tmp_path):
   before = kernel[1, 2, 3]
   kernel[1, 2, 3] = after = np.nextafter(before, np.float32(np.inf))
   assert before != after and jnp.bfloat16(before) == jnp.bfloat16(after)
-  params = {**params, "decoder": {**params["decoder"], "layers": {
-      **params["decoder"]["layers"], "q": params["decoder"]["layers"]["q"] | {
-          "kernel": jnp.asarray(kernel)}}}}
+  params = {
+    **params,
+    "decoder": {
+      **params["decoder"],
+      "layers": {
+        **params["decoder"]["layers"],
+        "q": params["decoder"]["layers"]["q"] | {"kernel": jnp.asarray(kernel)},
+      },
+    },
+  }
   jv.save_pretrained(tmp_path / "out", model, params, processor)
   again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "out").state_dict()
   expected = {name: value.float() for name, value in start.state_dict().items()}
@@ -282,10 +310,19 @@ def test_names_of_all_generations(pair, tmp_path):
   path, theirs, (model, params, _) = pair
   family = model.config.family
   shutil.copytree(path, tmp_path, dirs_exist_ok=True)
-  memory = {k: v.numpy().copy() for k, v in theirs.state_dict().items()
-            if not (model.config.tied and k == "lm_head.weight")}
-  older = {"model.language_model.": "language_model.model.", "model.vision_tower.":
-           "vision_tower.vision_model."} if family == "gemma3" else {"model.visual.": "visual."}
+  memory = {
+    k: v.numpy().copy()
+    for k, v in theirs.state_dict().items()
+    if not (model.config.tied and k == "lm_head.weight")
+  }
+  older = (
+    {
+      "model.language_model.": "language_model.model.",
+      "model.vision_tower.": "vision_tower.vision_model.",
+    }
+    if family == "gemma3"
+    else {"model.visual.": "visual."}
+  )
 
   def rename(name, table):
     for old, new in table.items():
@@ -308,16 +345,22 @@ def test_bad_files_are_named(pair, tmp_path):
   whole = weights_file.read_bytes()
   tensors = load_file(weights_file)
 
-  weights_file.write_bytes(whole[:len(whole) // 2])
+  weights_file.write_bytes(whole[: len(whole) // 2])
   with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
     jv.load_pretrained(tmp_path)
   save_file({k: v for k, v in tensors.items() if k != last}, weights_file)
-  with pytest.raises(ValueError, match=rf"model.safetensors: tensor '{re.escape(last)}' is "
-                                       r"missing"):
+  with pytest.raises(
+    ValueError,
+    match=rf"model.safetensors: tensor '{re.escape(last)}' is "
+    r"missing",
+  ):
     jv.load_pretrained(tmp_path)
   save_file(tensors | {last: np.ones(3, np.float32)}, weights_file)
-  with pytest.raises(ValueError, match=rf"model.safetensors: tensor '{re.escape(last)}' has "
-                                       r"shape \(3,\), expected \(64,\)"):
+  with pytest.raises(
+    ValueError,
+    match=rf"model.safetensors: tensor '{re.escape(last)}' has "
+    r"shape \(3,\), expected \(64,\)",
+  ):
     jv.load_pretrained(tmp_path)
   save_file(tensors | {"model.extra.weight": np.ones(3, np.float32)}, weights_file)
   with pytest.raises(ValueError, match="'model.extra.weight' has no place"):
@@ -333,8 +376,7 @@ def test_bad_files_are_named(pair, tmp_path):
 def test_attention_in_blocks(scores, monkeypatch):
   """Many queries are worked through in blocks: the same values, log-sum-exps and gradients."""
   rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32)
-             for a, b in ((7, 4), (2, 9), (2, 9)))
+  q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32) for a, b in ((7, 4), (2, 9), (2, 9)))
   mask = rng.random((2, 7, 9)) < 0.7
   mask[..., 0] = True
   mask = jnp.asarray(mask)
@@ -352,14 +394,15 @@ def test_attention_in_blocks(scores, monkeypatch):
 def test_attention_merges_exactly():
   """Two attentions merged by their log-sum-exp are the attention over all keys."""
   rng = np.random.default_rng(0)
-  q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32)
-             for a, b in ((5, 4), (2, 9), (2, 9)))
+  q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32) for a, b in ((5, 4), (2, 9), (2, 9)))
   mask = rng.random((2, 5, 9)) < 0.7
   mask[0, 0, :4] = False  # one side empty
   mask[0, 0, 4] = True
   whole, _ = layers.attend(q, k, v, lambda at: mask[:, at], 8**-0.5)
-  halves = [layers.attend(q, k[:, :, s], v[:, :, s], lambda at, s=s: mask[:, at, s], 8**-0.5)
-            for s in (slice(0, 4), slice(4, 9))]
+  halves = [
+    layers.attend(q, k[:, :, s], v[:, :, s], lambda at, s=s: mask[:, at, s], 8**-0.5)
+    for s in (slice(0, 4), slice(4, 9))
+  ]
   np.testing.assert_allclose(layers.merge(*halves)[0], whole, atol=1e-6)
   # And the plain formula, for one query.
   keys = k[1, 1][mask[1, 2]]
@@ -374,8 +417,9 @@ def _responses(model, shape, seed=0):
   Nor the pad token: torch keeps the gradient of its embedding at zero, wherever it stands.
   """
   rng = np.random.default_rng(seed)
-  allowed = np.setdiff1d(np.arange(model.config.vocab_size),
-                         [*model.config.suppressed_tokens, model.config.pad_token])
+  allowed = np.setdiff1d(
+    np.arange(model.config.vocab_size), [*model.config.suppressed_tokens, model.config.pad_token]
+  )
   tokens = rng.choice(allowed, shape).astype(np.int32)
   mask = np.arange(shape[-1]) < rng.integers(2, shape[-1] + 1, shape[:2])[..., None]
   return tokens, mask
@@ -408,18 +452,21 @@ def test_shared_prefix_equals_separate_sequences(pair):
       del inputs["input_ids"]
       for g in range(2):
         ids = torch.tensor(np.concatenate([prompt.tokens[p, :n], tokens[p, g]]).astype(np.int64))
-        logits = theirs(
-            input_ids=ids[None], **{types: torch.tensor(kinds)[None]}, **inputs).logits[0]
-        logits = logits[n - 1:-1] / 0.7
+        logits = theirs(input_ids=ids[None], **{types: torch.tensor(kinds)[None]}, **inputs).logits[
+          0
+        ]
+        logits = logits[n - 1 : -1] / 0.7
         logits[:, banned] = -1e30
         logp = torch.log_softmax(logits, -1)
         picked = logp[torch.arange(7), torch.tensor(tokens[p, g]).long()]
         entropy = -(logp.exp() * logp).sum(-1)
         keep = mask[p, g]
         np.testing.assert_allclose(
-            np.asarray(stats.logp[p, g])[keep], picked.detach().numpy()[keep], atol=1e-4)
+          np.asarray(stats.logp[p, g])[keep], picked.detach().numpy()[keep], atol=1e-4
+        )
         np.testing.assert_allclose(
-            np.asarray(stats.entropy[p, g])[keep], entropy.detach().numpy()[keep], atol=1e-4)
+          np.asarray(stats.entropy[p, g])[keep], entropy.detach().numpy()[keep], atol=1e-4
+        )
         total = total + (picked * torch.tensor(share[p, g])).sum()
     total.backward()
   expected = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
@@ -459,7 +506,13 @@ def test_chunked_scoring_equals_whole(tmp_path):
     stats = logp(params, prompt, chunk)
     return stats.logp.sum() + stats.entropy.sum()
 
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-               logp(params, prompt, 3), logp(params, prompt, 128))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4),
-               grad(params, prompt, 3), grad(params, prompt, 128))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    logp(params, prompt, 3),
+    logp(params, prompt, 128),
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4),
+    grad(params, prompt, 3),
+    grad(params, prompt, 128),
+  )

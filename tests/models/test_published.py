@@ -14,11 +14,22 @@ from jaxrl_vlm.models.published import CONFIGS
 
 # Billions of parameters, as the model cards on the hub count them.
 SIZES = {
-    "Qwen2-VL-2B": 2.21, "Qwen2-VL-7B": 8.29, "Qwen2-VL-72B": 73.4,
-    "Qwen2.5-VL-3B": 3.75, "Qwen2.5-VL-7B": 8.29, "Qwen2.5-VL-32B": 33.5, "Qwen2.5-VL-72B": 73.4,
-    "Qwen3-VL-2B": 2.13, "Qwen3-VL-4B": 4.44, "Qwen3-VL-8B": 8.77, "Qwen3-VL-32B": 33.4,
-    "Qwen3-VL-30B-A3B": 31.1, "Qwen3-VL-235B-A22B": 236.0,
-    "gemma-3-4b": 4.30, "gemma-3-12b": 12.2, "gemma-3-27b": 27.4,
+  "Qwen2-VL-2B": 2.21,
+  "Qwen2-VL-7B": 8.29,
+  "Qwen2-VL-72B": 73.4,
+  "Qwen2.5-VL-3B": 3.75,
+  "Qwen2.5-VL-7B": 8.29,
+  "Qwen2.5-VL-32B": 33.5,
+  "Qwen2.5-VL-72B": 73.4,
+  "Qwen3-VL-2B": 2.13,
+  "Qwen3-VL-4B": 4.44,
+  "Qwen3-VL-8B": 8.77,
+  "Qwen3-VL-32B": 33.4,
+  "Qwen3-VL-30B-A3B": 31.1,
+  "Qwen3-VL-235B-A22B": 236.0,
+  "gemma-3-4b": 4.30,
+  "gemma-3-12b": 12.2,
+  "gemma-3-27b": 27.4,
 }
 
 

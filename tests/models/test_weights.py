@@ -76,8 +76,9 @@ def test_sharded_loading_equals_loading(family, tmp_path):
   plain = weights.load_params(tmp_path, config, shapes)
   split = weights.load_params(tmp_path, config, shapes, places)
   jax.tree.map(np.testing.assert_array_equal, plain, split)
-  jax.tree.map(lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(),
-               split, places)
+  jax.tree.map(
+    lambda x, place: x.sharding.is_equivalent_to(place, x.ndim) or pytest.fail(), split, places
+  )
 
 
 PROCESS = """
@@ -130,9 +131,16 @@ def test_each_process_reads_what_its_devices_hold_and_one_writes_all(tmp_path):
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"
   env = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-  running = [subprocess.Popen(
+  running = [
+    subprocess.Popen(
       [sys.executable, "-c", PROCESS, address, str(i), str(tmp_path), str(tmp_path / "saved")],
-      env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+      env=env,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
+    for i in range(2)
+  ]
   done = [process.communicate(timeout=240) for process in running]
   for process, (_, err) in zip(running, done, strict=True):
     assert process.returncode == 0, err
@@ -155,19 +163,44 @@ def test_each_process_reads_what_its_devices_hold_and_one_writes_all(tmp_path):
 
 def test_square_expert_tensors_are_read_as_transformers_does(tmp_path):
   """Of [E, D, 2·I] in files and [E, 2·I, D] in memory, the shape cannot tell when D is 2·I."""
-  config = models.from_hf(json.loads(json.dumps(
-      {"model_type": "qwen3_vl_moe", "text_config": {
-          "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 3,
-          "num_experts_per_tok": 2, "moe_intermediate_size": 8,
-          "rope_parameters": {"mrope_section": [2, 1, 1]}},
-       "vision_config": {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1,
-                         "out_hidden_size": 16, "patch_size": 4, "num_position_embeddings": 4,
-                         "deepstack_visual_indexes": []}})))
+  config = models.from_hf(
+    json.loads(
+      json.dumps(
+        {
+          "model_type": "qwen3_vl_moe",
+          "text_config": {
+            "vocab_size": 32,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "rope_parameters": {"mrope_section": [2, 1, 1]},
+          },
+          "vision_config": {
+            "depth": 1,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_heads": 1,
+            "out_hidden_size": 16,
+            "patch_size": 4,
+            "num_position_embeddings": 4,
+            "deepstack_visual_indexes": [],
+          },
+        }
+      )
+    )
+  )
   gate, up = (e for e in names.entries(config) if e.half is not None)
   ours = np.random.default_rng(0).normal(size=(2, 3, 16, 8))
-  stored = np.concatenate([gate.write(ours[0], config), up.write(ours[1], config)],
-                          axis=gate.half_axis(ours[0].shape, config))
+  stored = np.concatenate(
+    [gate.write(ours[0], config), up.write(ours[1], config)],
+    axis=gate.half_axis(ours[0].shape, config),
+  )
   memory = np.concatenate([ours[0], ours[1]], axis=-1).swapaxes(1, 2)
   np.testing.assert_array_equal(stored, memory)
   every = (slice(None),) * 3
@@ -184,7 +217,8 @@ def test_experts_are_published_transposed(tmp_path):
   saved, original = (load_file(p / "model.safetensors") for p in (tmp_path / "out", tmp_path))
   for part in ("gate_up", "down"):
     np.testing.assert_array_equal(
-        saved[name.format(part)], original[name.format(part)].swapaxes(1, 2))
+      saved[name.format(part)], original[name.format(part)].swapaxes(1, 2)
+    )
   assert saved[name.format("down")].shape == (6, 24, 64)
 
 
@@ -214,8 +248,11 @@ def test_damaged_index(tmp_path):
     held = load_file(tmp_path / file)
     if held.pop("model.norm.weight", None) is not None:
       save_file(held, tmp_path / file)
-  with pytest.raises(ValueError, match=r"index.json: tensor 'model.norm.weight' is missing, "
-                                       r"expected with shape \(64,\)"):
+  with pytest.raises(
+    ValueError,
+    match=r"index.json: tensor 'model.norm.weight' is missing, "
+    r"expected with shape \(64,\)",
+  ):
     jv.load_pretrained(tmp_path)
   outside = tmp_path.parent / "outside.safetensors"
   save_file({"x": np.zeros(1)}, outside)
@@ -230,8 +267,11 @@ def test_quantised_tensors_are_refused(tmp_path):
   tensors = load_file(file)
   for dtype, code in ((np.int32, "I32"), (ml_dtypes.float8_e4m3fn, "F8_E4M3")):
     save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"].astype(dtype)}, file)
-    with pytest.raises(ValueError, match=f"model.safetensors: tensor 'lm_head.weight' has type "
-                                         f"{code}, expected one of F64, F32, BF16, F16; quantised"):
+    with pytest.raises(
+      ValueError,
+      match=f"model.safetensors: tensor 'lm_head.weight' has type "
+      f"{code}, expected one of F64, F32, BF16, F16; quantised",
+    ):
       jv.load_pretrained(tmp_path)
 
 
@@ -241,7 +281,9 @@ def test_dtype_of_the_config_is_that_of_the_files(tmp_path):
     model, params, processor = jv.load_pretrained(tmp_path / "hf", param_dtype=dtype)
     jv.save_pretrained(tmp_path / dtype, model, params, processor)
     said = json.loads((tmp_path / dtype / "config.json").read_text())
-    assert {said["dtype"], *(said[part]["dtype"] for part in ("text_config", "vision_config")
-                             if "dtype" in said[part])} == {dtype}
+    assert {
+      said["dtype"],
+      *(said[part]["dtype"] for part in ("text_config", "vision_config") if "dtype" in said[part]),
+    } == {dtype}
     again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / dtype)
     assert str(again.dtype) == f"torch.{dtype}"

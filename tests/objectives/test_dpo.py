@@ -40,9 +40,7 @@ def batch(seed: int = 0, dtype=np.float32, shift: float = 0.0, least: int = 1):
 
 
 def experience(mask, ref) -> Experience:
-  return Experience(
-    mask=mask, advantages=None, old=None, rewards=None, views={"ref": stats(ref)}
-  )
+  return Experience(mask=mask, advantages=None, old=None, rewards=None, views={"ref": stats(ref)})
 
 
 def stats(logp) -> TokenStats:
@@ -71,11 +69,13 @@ def by_hand(objective: DPO, logp, ref, mask):
       scores.append(ratio.mean() if objective.loss_type == "ipo" else ratio.sum())
     z, b, e = scores[0] - scores[1], objective.beta, objective.label_smoothing
     log_sigmoid = torch.nn.functional.logsigmoid
-    losses.append({
-      "sigmoid": -(1 - e) * log_sigmoid(b * z) - e * log_sigmoid(-b * z),
-      "ipo": (z - 1 / (2 * b)) ** 2,
-      "hinge": torch.relu(1 - b * z),
-    }[objective.loss_type])
+    losses.append(
+      {
+        "sigmoid": -(1 - e) * log_sigmoid(b * z) - e * log_sigmoid(-b * z),
+        "ipo": (z - 1 / (2 * b)) ** 2,
+        "hinge": torch.relu(1 - b * z),
+      }[objective.loss_type]
+    )
     rewards.append([b * float(s.detach()) for s in scores])
     chosen = -policy[p, 0][torch.tensor(mask[p, 0])]
     nll.append(chosen.sum() if objective.aggregation == "token-mean" else chosen.mean())
@@ -130,9 +130,7 @@ def test_padding_changes_nothing(name):
     np.pad(e.mask, room), np.pad(e.views["ref"].logp, room, constant_values=np.inf)
   )
   (value, metrics), gradient = run(OBJECTIVES[name], logp, e)
-  (other, others), slope = run(
-    OBJECTIVES[name], np.pad(logp, room, constant_values=np.nan), padded
-  )
+  (other, others), slope = run(OBJECTIVES[name], np.pad(logp, room, constant_values=np.nan), padded)
   close(other, value)
   jax.tree.map(close, others, metrics)
   close(slope[:P, :, :T], gradient)
@@ -257,17 +255,26 @@ def test_the_reference_is_needed():
     DPO().loss(stats(logp), dataclasses.replace(e, views={}))
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-  ({"beta": 0.0}, "config.objective.beta=0.0: expected a number > 0"),
-  ({"label_smoothing": 0.6},
-   "config.objective.label_smoothing=0.6: expected a number >= 0 and <= 0.5"),
-  ({"label_smoothing": 0.1, "loss_type": "ipo"},
-   "config.objective.label_smoothing=0.1: expected 0, because loss_type='ipo' has no labels to "
-   "smooth"),
-  ({"loss_type": "kto"},
-   "config.objective.loss_type='kto': expected one of 'sigmoid', 'ipo', 'hinge'"),
-  ({"sft_coef": -1}, "config.objective.sft_coef=-1: expected a number >= 0"),
-])
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"beta": 0.0}, "config.objective.beta=0.0: expected a number > 0"),
+    (
+      {"label_smoothing": 0.6},
+      "config.objective.label_smoothing=0.6: expected a number >= 0 and <= 0.5",
+    ),
+    (
+      {"label_smoothing": 0.1, "loss_type": "ipo"},
+      "config.objective.label_smoothing=0.1: expected 0, because loss_type='ipo' has no labels to "
+      "smooth",
+    ),
+    (
+      {"loss_type": "kto"},
+      "config.objective.loss_type='kto': expected one of 'sigmoid', 'ipo', 'hinge'",
+    ),
+    ({"sft_coef": -1}, "config.objective.sft_coef=-1: expected a number >= 0"),
+  ],
+)
 def test_mistakes(settings, message):
   with pytest.raises(ValueError) as error:
     DPO(**settings)

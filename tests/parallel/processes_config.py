@@ -39,8 +39,7 @@ def _me() -> str:
 
 
 def _note_examples(bad: list[int] | None) -> None:
-  """Writes what each process reads: seed of the stage's data, batch, row and example, a line each.
-  """
+  """Writes one line for each example read: the seed of the stage's data, batch, row and example."""
   from jaxrl_vlm.data import pipeline
   from jaxrl_vlm.errors import UserError
 
@@ -53,8 +52,9 @@ def _note_examples(bad: list[int] | None) -> None:
     rows = range(len(examples)) if self._rows is None else self._rows
     with open(pathlib.Path(os.environ["READ"]), "a") as file:
       seed = self.get_state()["seed"]
-      file.writelines(f"{seed} {batch} {row} {example.id}\n"
-                      for row, example in zip(rows, examples, strict=True))
+      file.writelines(
+        f"{seed} {batch} {row} {example.id}\n" for row, example in zip(rows, examples, strict=True)
+      )
     return examples
 
   pipeline.BatchIterator.__next__ = noted

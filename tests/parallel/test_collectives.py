@@ -22,89 +22,153 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 
 # At most so many of each kind in a program's text, as KINDS; loops count once. On 4 x 2 devices
 # responses are drawn with weights in four parts, else in the layout of training.
-ALL = {"init_state": (0, 0, 0, 0, 0), "advantages": (0, 0, 0, 0, 0), "compare": (0, 3, 0, 0, 0),
-       "score_reference": (6, 4, 4, 0, 10), "move": (0, 0, 0, 0, 0)}
-SPLIT = ALL | {"see": (13, 5, 0, 0, 0), "score": (25, 8, 4, 1, 11),
-               "score_masked": (37, 13, 4, 1, 14)}
-WHOLE = ALL | {"see": (8, 0, 0, 0, 0), "score": (20, 4, 4, 0, 10),
-               "score_masked": (28, 5, 4, 0, 13), "update": (61, 20, 5, 0, 15),
-               "admit": (9, 1, 1, 0, 0), "decode": (10, 2, 1, 0, 0)}
+ALL = {
+  "init_state": (0, 0, 0, 0, 0),
+  "advantages": (0, 0, 0, 0, 0),
+  "compare": (0, 3, 0, 0, 0),
+  "score_reference": (6, 4, 4, 0, 10),
+  "move": (0, 0, 0, 0, 0),
+}
+SPLIT = ALL | {
+  "see": (13, 5, 0, 0, 0),
+  "score": (25, 8, 4, 1, 11),
+  "score_masked": (37, 13, 4, 1, 14),
+}
+WHOLE = ALL | {
+  "see": (8, 0, 0, 0, 0),
+  "score": (20, 4, 4, 0, 10),
+  "score_masked": (28, 5, 4, 0, 13),
+  "update": (61, 20, 5, 0, 15),
+  "admit": (9, 1, 1, 0, 0),
+  "decode": (10, 2, 1, 0, 0),
+}
 COUNTS = {
-    "fsdp": WHOLE, "in pieces": WHOLE,
-    "slice x fsdp": WHOLE | {
-        "see": (8, 1, 0, 0, 0), "update": (61, 25, 5, 0, 15), "decode": (10, 2, 1, 1, 0)},
-    "fsdp x tensor": SPLIT | {
-        "update": (84, 40, 5, 4, 18), "reshard": (30, 0, 0, 20, 30), "admit": (0, 5, 0, 0, 0),
-        "decode": (4, 12, 0, 0, 0)},
-    "slice x fsdp x tensor": SPLIT | {
-        "update": (84, 45, 5, 4, 18), "admit": (9, 5, 1, 0, 0), "decode": (13, 12, 1, 1, 1)},
+  "fsdp": WHOLE,
+  "in pieces": WHOLE,
+  "slice x fsdp": WHOLE
+  | {"see": (8, 1, 0, 0, 0), "update": (61, 25, 5, 0, 15), "decode": (10, 2, 1, 1, 0)},
+  "fsdp x tensor": SPLIT
+  | {
+    "update": (84, 40, 5, 4, 18),
+    "reshard": (30, 0, 0, 20, 30),
+    "admit": (0, 5, 0, 0, 0),
+    "decode": (4, 12, 0, 0, 0),
+  },
+  "slice x fsdp x tensor": SPLIT
+  | {"update": (84, 45, 5, 4, 18), "admit": (9, 5, 1, 0, 0), "decode": (13, 12, 1, 1, 1)},
 }
 
 
 def lowered(axes, tensor, p, splits):
   """All programs of a step of VPPO with a reference, in an order of a run, and their model."""
-  config = models.from_hf({
-      "model_type": "qwen2_5_vl", "image_token_id": 1990, "eos_token_id": 1991,
+  config = models.from_hf(
+    {
+      "model_type": "qwen2_5_vl",
+      "image_token_id": 1990,
+      "eos_token_id": 1991,
       "text_config": {
-          "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": HIDDEN,
-          "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4,
-          "rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": 1e6}},
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"mrope_section": [1, 1, 2], "rope_theta": 1e6},
+      },
       "vision_config": {
-          "depth": 2, "hidden_size": TOWER, "intermediate_size": TOWER_HIDDEN, "num_heads": 2,
-          "out_hidden_size": WIDTH, "patch_size": 2, "window_size": 8,
-          "fullatt_block_indexes": [1]}}, dtype="float32")
+        "depth": 2,
+        "hidden_size": TOWER,
+        "intermediate_size": TOWER_HIDDEN,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "patch_size": 2,
+        "window_size": 8,
+        "fullatt_block_indexes": [1],
+      },
+    },
+    dtype="float32",
+  )
   params, shape = models.abstract_params(config), jax.ShapeDtypeStruct
   programs = Programs(
-      models.VLM(config), parallel.make_mesh(axes), objectives.create("vppo", kl_coef=0.1),
-      optax.adamw(1e-3), params, microbatches=splits, minibatches=splits, sampling=Sampling(G, T),
-      rollout={"tensor": tensor, "layers": LAYERS},
-      black=np.zeros(config.vision.patch_dim, np.float32))
+    models.VLM(config),
+    parallel.make_mesh(axes),
+    objectives.create("vppo", kl_coef=0.1),
+    optax.adamw(1e-3),
+    params,
+    microbatches=splits,
+    minibatches=splits,
+    sampling=Sampling(G, T),
+    rollout={"tensor": tensor, "layers": LAYERS},
+    black=np.zeros(config.vision.patch_dim, np.float32),
+  )
   prompt = jax.tree.map(
-      lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, p, LENGTH, PATCHES))
+    lambda x: shape(x.shape, x.dtype), models.dummy_prompt(config, p, LENGTH, PATCHES)
+  )
   tokens, mask, number = (shape((p, G, T), d) for d in ("int32", "bool", "float32"))
   key = jax.eval_shape(lambda: jax.random.key(0))
   stats = TokenStats(number, number)
-  experience = Experience(mask=mask, advantages=number, old=stats, rewards=shape((p, G), "float32"),
-                          views=dict.fromkeys(programs.objective.views, stats))
+  experience = Experience(
+    mask=mask,
+    advantages=number,
+    old=stats,
+    rewards=shape((p, G), "float32"),
+    views=dict.fromkeys(programs.objective.views, stats),
+  )
   packing = jax.tree.map(
-      lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((p, G, T), bool)))
+    lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((p, G, T), bool))
+  )
   seen = jax.eval_shape(programs.see, params, prompt)
   blocks = (*packing.index.shape[2:], packing.size)  # [R, N, B]
-  return params, blocks, {
+  return (
+    params,
+    blocks,
+    {
       "init_state": programs.init_state.lower(params),
       "see": programs.see.lower(params, prompt),
       "score": programs.score.lower(params, seen, tokens, mask, packing),
       "score_masked": programs.score_masked.lower(params, seen, tokens, mask, key, packing),
       "score_reference": programs.score_reference.lower(
-          params, params, seen, tokens, mask, packing),
+        params, params, seen, tokens, mask, packing
+      ),
       "advantages": programs.advantages.lower(
-          experience.rewards, mask, {}, programs.abstract_state.objective),
+        experience.rewards, mask, {}, programs.abstract_state.objective
+      ),
       "compare": programs.compare.lower(number, number, mask),
       "update": programs.update.lower(
-          programs.abstract_state, {}, prompt, tokens, experience, key, None, packing),
-      **programs.rollout.lower(params, seen)}
+        programs.abstract_state, {}, prompt, tokens, experience, key, None, packing
+      ),
+      **programs.rollout.lower(params, seen),
+    },
+  )
 
 
 def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
   """(kind, sizes of the first result) of each in a compiled program."""
   kinds = "|".join(KINDS)
-  return [(kind, tuple(int(n) for n in sizes.split(",") if n)) for sizes, kind in re.findall(
-      rf"= \(?\w+\[([\d,]*)\][^=]*? ({kinds})(?:-start)?\(", text)]
+  return [
+    (kind, tuple(int(n) for n in sizes.split(",") if n))
+    for sizes, kind in re.findall(rf"= \(?\w+\[([\d,]*)\][^=]*? ({kinds})(?:-start)?\(", text)
+  ]
 
 
 def gathered_among(text: str) -> set[int]:
   """Among how many devices each all-gather of a compiled program is."""
   program = hlo.Program(text)
-  return {program.group(one) for computation in program.computations.values()
-          for one in computation.instructions.values() if one.op.startswith("all-gather")}
+  return {
+    program.group(one)
+    for computation in program.computations.values()
+    for one in computation.instructions.values()
+    if one.op.startswith("all-gather")
+  }
 
 
 def one_layer(params, tensor: int) -> set[tuple[int, ...]]:
   """Sizes of every parameter, without the axis of layers: whole, or split over `tensor`."""
   found = set()
   for keys, x in jax.tree.leaves_with_path(params):
-    sizes = x.shape[1:] if any(getattr(k, "key", "") in ("layers", "blocks") for k in keys) else (
-        x.shape)
+    sizes = (
+      x.shape[1:] if any(getattr(k, "key", "") in ("layers", "blocks") for k in keys) else (x.shape)
+    )
     if VOCAB in sizes:  # never whole
       continue
     if len(sizes) == 1:  # biases and norms are so small that those of all layers may be
@@ -116,10 +180,16 @@ def one_layer(params, tensor: int) -> set[tuple[int, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "axes", "tensor", "splits"), [
-    ("fsdp", {"fsdp": 8}, 0, 1), ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4, 1),
-    ("slice x fsdp", {"slice": 2, "fsdp": 4}, 0, 1), ("in pieces", {"fsdp": 8}, 0, 2),
-    ("slice x fsdp x tensor", {"slice": 2, "fsdp": 2, "tensor": 2}, 0, 1)])
+@pytest.mark.parametrize(
+  ("name", "axes", "tensor", "splits"),
+  [
+    ("fsdp", {"fsdp": 8}, 0, 1),
+    ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4, 1),
+    ("slice x fsdp", {"slice": 2, "fsdp": 4}, 0, 1),
+    ("in pieces", {"fsdp": 8}, 0, 2),
+    ("slice x fsdp x tensor", {"slice": 2, "fsdp": 2, "tensor": 2}, 0, 1),
+  ],
+)
 def test_nothing_is_gathered_but_what_must_be(name, axes, tensor, splits):
   """`splits`: minibatches, and microbatches of each, of 16 prompts."""
   p, slices, rows, split = 16 * splits**2, axes.get("slice", 1), axes["fsdp"], axes.get("tensor", 1)
@@ -129,19 +199,26 @@ def test_nothing_is_gathered_but_what_must_be(name, axes, tensor, splits):
   here, drawn = 16 // slices, p // slices
   cells = (rows, drawn // rows * G)
   expected = {
-      "tokens, of all devices that share the vocabulary": {
-          (here, LENGTH), (drawn, LENGTH), blocks, cells},
-      "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
-      "gradients of what was looked up": {(here, LENGTH, WIDTH), (*blocks, WIDTH)},
+    "tokens, of all devices that share the vocabulary": {
+      (here, LENGTH),
+      (drawn, LENGTH),
+      blocks,
+      cells,
+    },
+    "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
+    "gradients of what was looked up": {(here, LENGTH, WIDTH), (*blocks, WIDTH)},
   }
   if (parts := tensor or split) > 1:
     mine = p * G * parts // 8
     expected["what each part of the vocabulary says of a cell"] = {(mine, parts)} | (
-        set() if tensor else {(mine, SUMS)})
+      set() if tensor else {(mine, SUMS)}
+    )
   if split > 1:  # heads of queries, keys and values that lie in one array are not its halves
     wide = {(here // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
     expected["the tower's activations"] = wide | {
-        (here // rows, PATCHES, 3, 2, TOWER // 2), (here // rows * PATCHES, TOWER)}
+      (here // rows, PATCHES, 3, 2, TOWER // 2),
+      (here // rows * PATCHES, TOWER),
+    }
   assert set(programs) == set(COUNTS[name])
   for program, low in programs.items():
     text = low.compile().as_text()
@@ -151,8 +228,9 @@ def test_nothing_is_gathered_but_what_must_be(name, axes, tensor, splits):
     if program != "reshard":
       for kind, sizes in found:
         plain = tuple(n for n in sizes if n > 1)
-        known = {tuple(n for n in s if n > 1) for group in (weights, *expected.values())
-                 for s in group}
+        known = {
+          tuple(n for n in s if n > 1) for group in (weights, *expected.values()) for s in group
+        }
         assert kind != "all-gather" or plain in known, (program, sizes)
     counts = collections.Counter(kind for kind, _ in found)
     for kind, most in zip(KINDS, COUNTS[name][program], strict=True):

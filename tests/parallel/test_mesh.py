@@ -26,13 +26,24 @@ def train(path, examples, axes, devices, adapters=None):
   trainable = () if adapters is None else ("lora",)
   shardings = parallel.param_shardings(mesh, models.abstract_params(config))
   model, params, processor = models.load_pretrained(
-      path, prompt_buckets=(64,), patch_buckets=(36,), lora=adapters, trainable=trainable,
-      shardings=shardings)
+    path,
+    prompt_buckets=(64,),
+    patch_buckets=(36,),
+    lora=adapters,
+    trainable=trainable,
+    shardings=shardings,
+  )
   program = Programs(
-      model, mesh, objectives.create("grpo"),
-      optax.chain(optax.clip_by_global_norm(1.0),
-                  optax.sgd(0.1 if adapters is None else 1.0, momentum=0.9)), params,
-      trainable=trainable, sampling=Sampling(G, T))
+    model,
+    mesh,
+    objectives.create("grpo"),
+    optax.chain(
+      optax.clip_by_global_norm(1.0), optax.sgd(0.1 if adapters is None else 1.0, momentum=0.9)
+    ),
+    params,
+    trainable=trainable,
+    sampling=Sampling(G, T),
+  )
   prompt = parallel.put_batch(mesh, processor.collate([processor.encode(e) for e in examples]))
   trained, frozen = lora.split(params, trainable)
   state, history = program.init_state(trained), []
@@ -47,18 +58,27 @@ def train(path, examples, axes, devices, adapters=None):
     history.append({"tokens": tokens, "logp": np.asarray(old.logp)})
     reference = history[0].setdefault("reference", old) if adapters is None else base
     experience = Experience(
-        mask=rollout.mask, advantages=program.advantages(
-            rewards, rollout.mask, {}, state.objective), old=old,
-        rewards=rewards, views={"ref": reference})
-    state, metrics = program.update(
-        state, frozen, prompt, rollout.tokens, experience, key, None)
+      mask=rollout.mask,
+      advantages=program.advantages(rewards, rollout.mask, {}, state.objective),
+      old=old,
+      rewards=rewards,
+      views={"ref": reference},
+    )
+    state, metrics = program.update(state, frozen, prompt, rollout.tokens, experience, key, None)
     history[-1] |= {name: float(metrics[name]) for name in ("loss", "grad_norm", "ref_kl")}
   return history, state
 
 
-@pytest.fixture(scope="module", ids=["eight", "fourXtwo", "twoXtwoXtwo", "adapters"], params=[
-    ({"fsdp": 8}, None), ({"fsdp": 4, "tensor": 2}, None),
-    ({"slice": 2, "fsdp": 2, "tensor": 2}, None), ({"fsdp": 4, "tensor": 2}, ADAPTERS)])
+@pytest.fixture(
+  scope="module",
+  ids=["eight", "fourXtwo", "twoXtwoXtwo", "adapters"],
+  params=[
+    ({"fsdp": 8}, None),
+    ({"fsdp": 4, "tensor": 2}, None),
+    ({"slice": 2, "fsdp": 2, "tensor": 2}, None),
+    ({"fsdp": 4, "tensor": 2}, ADAPTERS),
+  ],
+)
 def both(request, tmp_path_factory):
   axes, adapters = request.param
   path = tmp_path_factory.mktemp("scratch")
@@ -86,7 +106,8 @@ def test_eight_devices_train_as_one(both):
 
   def close(path, a, b):
     np.testing.assert_allclose(
-        a, b, rtol=0, atol=3e-5 * float(np.abs(a).max()), err_msg=jax.tree_util.keystr(path))
+      a, b, rtol=0, atol=3e-5 * float(np.abs(a).max()), err_msg=jax.tree_util.keystr(path)
+    )
 
   jax.tree.map_with_path(close, jax.device_get(first.params), jax.device_get(second.params))
 
@@ -115,8 +136,10 @@ def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
     if name.endswith("['kernel']") or "embedding" in name or "head" in name:
       assert np.prod(shard) * parts == x.size, name
     elif name.endswith("['bias']"):
-      assert np.prod(shard) * (1 if "proj" in name or "merger_out" in name
-                               or "down" in name else tensor) == x.size, name
+      assert (
+        np.prod(shard) * (1 if "proj" in name or "merger_out" in name or "down" in name else tensor)
+        == x.size
+      ), name
     else:
       assert shard == x.shape, name
 
@@ -144,38 +167,52 @@ def test_rules_count_from_the_last_axis_and_keep_uneven_axes_whole():
 
 def test_minus_one_is_whatever_is_left():
   assert dict(parallel.make_mesh({"fsdp": -1, "tensor": 2}).shape) == {
-      "slice": 1, "fsdp": 4, "tensor": 2}
+    "slice": 1,
+    "fsdp": 4,
+    "tensor": 2,
+  }
   assert dict(parallel.make_mesh({"fsdp": 2, "tensor": -1}).shape) == {
-      "slice": 1, "fsdp": 2, "tensor": 4}
+    "slice": 1,
+    "fsdp": 2,
+    "tensor": 4,
+  }
   assert dict(parallel.make_mesh({"slice": 2, "fsdp": -1}).shape) == {
-      "slice": 2, "fsdp": 4, "tensor": 1}
+    "slice": 2,
+    "fsdp": 4,
+    "tensor": 1,
+  }
   one = parallel.make_mesh({"fsdp": -1, "tensor": 1}, jax.devices()[:1])
   assert dict(one.shape) == {"slice": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize(("axes", "complaint"), [
+@pytest.mark.parametrize(
+  ("axes", "complaint"),
+  [
     ({"fsdp": 3, "tensor": 2}, "the axes must multiply to 8 devices, got 6"),
     ({"fsdp": -1, "tensor": 3}, "the axes must multiply to 8 devices, got 6"),
     ({"fsdp": -1, "tensor": -1}, "the axes must multiply to 8 devices, got 64"),
     ({"fsdp": -1, "tensor": 0}, "expected positive sizes, or -1 for one of them"),
     ({"fsdp": -4, "tensor": -2}, "expected positive sizes, or -1 for one of them"),
-])
+  ],
+)
 def test_axes_that_do_not_fit_name_themselves_and_the_devices(axes, complaint):
   with pytest.raises(ValueError) as error:
     parallel.make_mesh(axes)
   assert str(error.value) == f"config.mesh={axes}: {complaint}"
 
 
-@pytest.mark.parametrize("axes", [
-    {"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+  "axes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "fsdp": 2, "tensor": 2}]
+)
 def test_rows_in_another_order(axes):
   devices = jax.devices()[:1] if axes == {"fsdp": 1} else jax.devices()
   mesh = parallel.make_mesh(axes, devices)
   rng = np.random.default_rng(0)
   tree = {"a": rng.normal(size=(16, 3)).astype("f4"), "b": [rng.random(16) < 0.5, None]}
   slices = mesh.shape["slice"]  # nothing goes from one to another
-  order = np.concatenate([
-      i * 16 // slices + rng.permutation(16 // slices) for i in range(slices)]).astype(np.int32)
+  order = np.concatenate(
+    [i * 16 // slices + rng.permutation(16 // slices) for i in range(slices)]
+  ).astype(np.int32)
   placed = parallel.put_batch(mesh, tree)
   found = jax.jit(lambda tree, order: parallel.reordered(mesh, tree, order))(placed, order)
   np.testing.assert_array_equal(found["a"], tree["a"][order])

@@ -6,7 +6,9 @@ import pytest
 from jaxrl_vlm.parallel import platform
 
 
-@pytest.mark.parametrize(("devices", "installed", "expected"), [
+@pytest.mark.parametrize(
+  ("devices", "installed", "expected"),
+  [
     ((), (), "cpu"),
     # JAX fails at once on a platform that is named and not there: a GPU without its plugin is none.
     (("/dev/nvidia[0-9]*",), (), "cpu"),
@@ -14,7 +16,8 @@ from jaxrl_vlm.parallel import platform
     ((), ("jax_cuda13_plugin",), "cpu"),
     ((), ("jax_rocm7_plugin",), None),
     (("/dev/accel*",), (), None),
-])
+  ],
+)
 def test_platforms_are_those_that_are_there(monkeypatch, devices, installed, expected):
   chosen = []
   for name in ("JAX_PLATFORMS", "TPU_NAME"):
@@ -27,11 +30,14 @@ def test_platforms_are_those_that_are_there(monkeypatch, devices, installed, exp
   assert chosen == ([] if expected is None else [expected])
 
 
-@pytest.mark.parametrize(("variables", "expected"), [
+@pytest.mark.parametrize(
+  ("variables", "expected"),
+  [
     ({}, "/home/me/.cache/jaxrl_vlm/xla"),
     ({"JAXRL_VLM_CACHE": "/fast"}, "/fast/xla"),
     ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
-])
+  ],
+)
 def test_compiled_programs_are_kept(monkeypatch, variables, expected):
   for name in ("JAXRL_VLM_CACHE", "JAX_COMPILATION_CACHE_DIR"):
     monkeypatch.delenv(name, raising=False)

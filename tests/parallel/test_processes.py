@@ -32,13 +32,11 @@ class Ended(NamedTuple):
   at: float
 
 
-def environment(index: int, count: int, devices: int, port: int, more: dict[str, Any], read: Any
-                ) -> dict[str, str]:
-  env = {name: value for name, value in os.environ.items()
-         if name not in processes._ENVIRONMENT}
-  env |= {
-      "XLA_FLAGS": tiny_run.xla_flags(devices),
-      "TEST": json.dumps(more), "READ": str(read)}
+def environment(
+  index: int, count: int, devices: int, port: int, more: dict[str, Any], read: Any
+) -> dict[str, str]:
+  env = {name: value for name, value in os.environ.items() if name not in processes._ENVIRONMENT}
+  env |= {"XLA_FLAGS": tiny_run.xla_flags(devices), "TEST": json.dumps(more), "READ": str(read)}
   if count > 1:
     address = f"127.0.0.1:{port}"
     env |= dict(zip(processes._ENVIRONMENT, (address, str(count), str(index)), strict=True))
@@ -51,8 +49,9 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
-def run(workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | None = None,
-        **more: Any) -> list[Ended]:
+def run(
+  workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | None = None, **more: Any
+) -> list[Ended]:
   """Ends of `count` processes with so many devices each, all running the same command.
 
   `more`: see `processes_config`; `each`: of single processes.
@@ -64,25 +63,43 @@ def run(workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | 
   for i, log in enumerate(logs):
     mine = more | (each or {}).get(i, {})
     with open(f"{log}.out", "w") as out, open(f"{log}.err", "w") as err:
-      started.append(subprocess.Popen(
-          [sys.executable, "-m", "jaxrl_vlm.train",
-           f"--config={pathlib.Path(__file__).with_name('processes_config.py')}",
-           f"--workdir={mine.pop('workdir', workdir)}"],
-          env=environment(i, count, devices, port, mine, f"{workdir}.read"), cwd=tiny_run.ROOT,
-          stdout=out, stderr=err))
+      started.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-m",
+            "jaxrl_vlm.train",
+            f"--config={pathlib.Path(__file__).with_name('processes_config.py')}",
+            f"--workdir={mine.pop('workdir', workdir)}",
+          ],
+          env=environment(i, count, devices, port, mine, f"{workdir}.read"),
+          cwd=tiny_run.ROOT,
+          stdout=out,
+          stderr=err,
+        )
+      )
   ended: dict[int, float] = {}
   try:
     end = time.monotonic() + 400
     while len(ended) < count and time.monotonic() < end:
       time.sleep(0.1)
-      ended |= {i: time.time() for i, process in enumerate(started)
-                if i not in ended and process.poll() is not None}
+      ended |= {
+        i: time.time()
+        for i, process in enumerate(started)
+        if i not in ended and process.poll() is not None
+      }
   finally:
     for process in started:
       process.kill()
-  return [Ended(process.wait(), pathlib.Path(f"{log}.out").read_text(),
-                pathlib.Path(f"{log}.err").read_text(), ended.get(i, float("inf")))
-          for i, (process, log) in enumerate(zip(started, logs, strict=True))]
+  return [
+    Ended(
+      process.wait(),
+      pathlib.Path(f"{log}.out").read_text(),
+      pathlib.Path(f"{log}.err").read_text(),
+      ended.get(i, float("inf")),
+    )
+    for i, (process, log) in enumerate(zip(started, logs, strict=True))
+  ]
 
 
 def finish(workdir: pathlib.Path, count: int, devices: int, **more: Any) -> list[Ended]:
@@ -92,8 +109,10 @@ def finish(workdir: pathlib.Path, count: int, devices: int, **more: Any) -> list
 
 
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  return [{key: value for key, value in record.items() if not key.startswith("time/")}
-          for record in metrics.read(workdir)]
+  return [
+    {key: value for key, value in record.items() if not key.startswith("time/")}
+    for record in metrics.read(workdir)
+  ]
 
 
 def read(workdir: pathlib.Path) -> dict[tuple[str, ...], str]:
@@ -106,10 +125,12 @@ def read(workdir: pathlib.Path) -> dict[tuple[str, ...], str]:
 
 
 def texts(workdir: pathlib.Path) -> dict[tuple[int, str], Any]:
-  return {(step, group["id"]): [(s["text"], s["reward"]) for s in group["samples"]]
-          for path in (workdir / "rollouts").glob("step_*.jsonl")
-          for group in map(json.loads, path.read_text().splitlines())
-          for step in [group["step"]]}
+  return {
+    (step, group["id"]): [(s["text"], s["reward"]) for s in group["samples"]]
+    for path in (workdir / "rollouts").glob("step_*.jsonl")
+    for group in map(json.loads, path.read_text().splitlines())
+    for step in [group["step"]]
+  }
 
 
 # Sums over devices of one process and of several are taken in another order. What is a difference
@@ -126,7 +147,8 @@ def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
         assert value == b[key], (a["step"], key)  # tokens and rewards are the same
       elif isinstance(value, float):
         np.testing.assert_allclose(
-            value, b[key], rtol=1e-2, atol=1e-5 if key.startswith(NOISE) else 1e-7, err_msg=key)
+          value, b[key], rtol=1e-2, atol=1e-5 if key.startswith(NOISE) else 1e-7, err_msg=key
+        )
       else:
         assert value == b[key], (a["step"], key)
   seen = texts(workdir)
@@ -136,8 +158,10 @@ def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
 
 
 def assert_same_model(workdir: pathlib.Path, alone: pathlib.Path) -> None:
-  ours, theirs, start = (load_file(path / "model.safetensors") for path in (
-      workdir / "model", alone / "model", alone / "scratch"))
+  ours, theirs, start = (
+    load_file(path / "model.safetensors")
+    for path in (workdir / "model", alone / "model", alone / "scratch")
+  )
   assert ours.keys() == theirs.keys()
   # Adam divides by the gradient's size: where that is noise, so is the step, of at most the
   # learning rate in each of STEPS.
@@ -173,8 +197,12 @@ def test_two_processes_are_as_one(two, alone):
 def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
   # Half of the groups, of two samples each, are of one mind.
   (tmp_path / "odd.py").write_text("def odd(example, text):\n  return len(text) % 2\n")
-  dapo = {"stages[0].objective.name": "dapo", "stages[0].objective.max_tries": 3,
-          "stages[0].num_samples": 2, "stages[0].rewards": {f"{tmp_path / 'odd.py'}:odd": 1.0}}
+  dapo = {
+    "stages[0].objective.name": "dapo",
+    "stages[0].objective.max_tries": 3,
+    "stages[0].num_samples": 2,
+    "stages[0].rewards": {f"{tmp_path / 'odd.py'}:odd": 1.0},
+  }
   alone, four = tmp_path / "alone", tmp_path / "four"
   finish(alone, 1, 4, config=dapo)
   finish(four, 4, 1, config=dapo)
@@ -183,18 +211,30 @@ def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [
-    pytest.param({
-        "sft": True, "config": {
-            "pipeline": "one_step_off", "rollout.tensor": 2, "checkpoint.every": 3,
-            "stages[1].objective.name": "papo", "stages[1].objective.mask_on": "original",
-            "stages[1].objective.mask_per": "sample", "stages[1].optimizer.moments": "bfloat16"}},
-                 id="sft, then drawn ahead in another layout, masks from the host"),
-    pytest.param({
+@pytest.mark.parametrize(
+  "asked",
+  [
+    pytest.param(
+      {
+        "sft": True,
         "config": {
-            "model.lora.rank": 4, "stages[0].objective.name": "remax"}},
-                 id="adapters, greedy baseline"),
-])
+          "pipeline": "one_step_off",
+          "rollout.tensor": 2,
+          "checkpoint.every": 3,
+          "stages[1].objective.name": "papo",
+          "stages[1].objective.mask_on": "original",
+          "stages[1].objective.mask_per": "sample",
+          "stages[1].optimizer.moments": "bfloat16",
+        },
+      },
+      id="sft, then drawn ahead in another layout, masks from the host",
+    ),
+    pytest.param(
+      {"config": {"model.lora.rank": 4, "stages[0].objective.name": "remax"}},
+      id="adapters, greedy baseline",
+    ),
+  ],
+)
 def test_what_only_some_configs_do_is_the_same(asked, tmp_path):
   alone, two = tmp_path / "alone", tmp_path / "two"
   finish(alone, 1, 4, **asked)
@@ -206,8 +246,15 @@ def test_what_only_some_configs_do_is_the_same(asked, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("victim", "after"), [  # process 0 is the coordinator
-    (0, random.Random(0).uniform(0, 3)), (1, random.Random(1).uniform(0, 3)), (0, None), (1, None)])
+@pytest.mark.parametrize(
+  ("victim", "after"),
+  [  # process 0 is the coordinator
+    (0, random.Random(0).uniform(0, 3)),
+    (1, random.Random(1).uniform(0, 3)),
+    (0, None),
+    (1, None),
+  ],
+)
 def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, after, two, tmp_path):
   workdir = tmp_path / "run"
   ends = run(workdir, 2, 2, kill=[victim, after])
@@ -217,8 +264,11 @@ def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, aft
   assert other.code == os.EX_TEMPFAIL, other
   assert other.at - float(killed[1]) < 60
   host = re.escape(socket.gethostname())
-  assert re.search(rf"^process {victim} of 2 \(host {host}\)(, the coordinator,)? is gone; ",
-                   other.err, re.MULTILINE), other.err
+  assert re.search(
+    rf"^process {victim} of 2 \(host {host}\)(, the coordinator,)? is gone; ",
+    other.err,
+    re.MULTILINE,
+  ), other.err
   assert not (workdir / "model").exists()
   if after is None:
     assert not (workdir / "checkpoints" / "2").exists()
@@ -228,7 +278,8 @@ def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, aft
   assert read(workdir) == read(two)
   for name, value in load_file(workdir / "model" / "model.safetensors").items():
     np.testing.assert_array_equal(
-        value, load_file(two / "model" / "model.safetensors")[name], err_msg=name)
+      value, load_file(two / "model" / "model.safetensors")[name], err_msg=name
+    )
 
 
 @pytest.mark.slow
@@ -236,16 +287,31 @@ def test_sigterm_to_one_stops_all_and_other_processes_and_meshes_go_on(alone, tm
   workdir = tmp_path / "run"
   rarely = {"checkpoint.every": 50}
   for count, devices, mesh, step, looks in (  # before a step, and in a rollout
-      (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2, 0), (2, 2, {}, 4, 1)):
+    (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2, 0),
+    (2, 2, {}, 4, 1),
+  ):
     ends = run(workdir, count, devices, term=[count - 1, step, looks], config=mesh | rarely)
     assert [one.code for one in ends] == [0] * count, ends
     assert f"SIGTERM: stopped after step {step - 1}; the same command continues." in ends[0].out
     assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] and not (
-        workdir / "model").exists()
+      workdir / "model"
+    ).exists()
   # Here two processes hold the same rows: `tensor` goes over both. A step is cut in other pieces.
-  finish(workdir, 2, 2, config={
-      "mesh.fsdp": 1, "mesh.tensor": 4, "rollout.tensor": 4, "stages[0].microbatches": 2,
-      "stages[0].part_tokens": 512, "stages[0].eval.batch": 2, "model.remat": "full"} | rarely)
+  finish(
+    workdir,
+    2,
+    2,
+    config={
+      "mesh.fsdp": 1,
+      "mesh.tensor": 4,
+      "rollout.tensor": 4,
+      "stages[0].microbatches": 2,
+      "stages[0].part_tokens": 512,
+      "stages[0].eval.batch": 2,
+      "model.remat": "full",
+    }
+    | rarely,
+  )
   assert [r["step"] for r in records(workdir) if "train/loss" in r] == [1, 2, 3, 4]
   assert read(workdir) == read(alone)
   assert_same_model(workdir, alone)
@@ -271,8 +337,9 @@ def test_a_bug_in_one_process_ends_all_quickly(tmp_path):
   ends = run(tmp_path / "run", 2, 2, crash=[1, 0])
   assert [one.code for one in ends] == [1, 1], ends
   assert "RuntimeError: a bug" in ends[1].err
-  assert re.search(r"^process 1 of 2 \(host .*\) stopped: RuntimeError: a bug; ", ends[0].err,
-                   re.MULTILINE), ends[0].err
+  assert re.search(
+    r"^process 1 of 2 \(host .*\) stopped: RuntimeError: a bug; ", ends[0].err, re.MULTILINE
+  ), ends[0].err
   assert abs(ends[0].at - ends[1].at) < 60 and time.monotonic() - began < 300
 
 
@@ -284,9 +351,10 @@ def test_a_damaged_or_interrupted_checkpoint_is_read_by_nobody(two, tmp_path):
   shutil.rmtree(workdir / "model")
   checkpoints = workdir / "checkpoints"
   shutil.copytree(checkpoints / "4", checkpoints / "5.orbax-checkpoint-tmp")
-  largest = max((p for p in (checkpoints / "4").rglob("*") if p.is_file()),
-                key=lambda p: p.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
+  largest = max(
+    (p for p in (checkpoints / "4").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+  )
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
   ends = finish(workdir, 2, 2)
   assert "the checkpoint of step 4 cannot be read" in ends[0].err
   assert "cannot be read" not in ends[1].err
@@ -318,9 +386,16 @@ except BaseException as error:
 def test_every_one_of_many_names_the_same(victim, what):
   port, started = free_port(), []
   for i in range(4):
-    started.append(subprocess.Popen(
-        [sys.executable, "-c", SMALL, what if i == victim else ""], cwd=tiny_run.ROOT, text=True,
-        env=environment(i, 4, 1, port, {}, ""), stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    started.append(
+      subprocess.Popen(
+        [sys.executable, "-c", SMALL, what if i == victim else ""],
+        cwd=tiny_run.ROOT,
+        text=True,
+        env=environment(i, 4, 1, port, {}, ""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+      )
+    )
   for process in started:
     assert process.stdout and process.stdout.readline() == "joined\n"
   if what == "killed":
@@ -331,8 +406,10 @@ def test_every_one_of_many_names_the_same(victim, what):
   host = re.escape(socket.gethostname())
   for i, (code, err) in enumerate(zip(codes, ends, strict=True)):
     told = re.findall(
-        r"^(process \d) of 4 \(host .*?\)(.*); process \d of 4 \(host .*?\) stops too", err,
-        re.MULTILINE)
+      r"^(process \d) of 4 \(host .*?\)(.*); process \d of 4 \(host .*?\) stops too",
+      err,
+      re.MULTILINE,
+    )
     if i == victim:
       assert not told and code == (-signal.SIGKILL if what == "killed" else 1), (codes, ends)
       assert what == "killed" or "RuntimeError: a bug" in err
@@ -346,20 +423,25 @@ def test_every_one_of_many_names_the_same(victim, what):
 def test_a_workdir_that_one_does_not_see_is_named(tmp_path):
   ends = run(tmp_path / "run", 2, 1, each={1: {"workdir": str(tmp_path / "other")}})
   assert [one.code for one in ends] == [2, 2], ends
-  line = (f"--workdir={tmp_path / 'run'}: process 1 of this run does not see what process 0 writes "
-          "there; expected a directory that all hosts share")
+  line = (
+    f"--workdir={tmp_path / 'run'}: process 1 of this run does not see what process 0 writes "
+    "there; expected a directory that all hosts share"
+  )
   assert ends[0].err.splitlines()[-1] == line
 
 
 # -- Joining --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "message"), [
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
     (("a:1", "2", ""), "JAX_PROCESS_ID: not set, but JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
     (("a", "2", "1"), "JAX_COORDINATOR_ADDRESS='a': expected host:port of process 0"),
     (("a:1", "2", "2"), "JAX_PROCESS_ID='2' and JAX_NUM_PROCESSES='2': expected 0 <= id < number"),
     (("a:1", "two", "1"), "JAX_NUM_PROCESSES='two': expected 0 <= id < number"),
-])
+  ],
+)
 def test_an_incomplete_environment_is_one_line(given, message, monkeypatch):
   for name, value in zip(processes._ENVIRONMENT, given, strict=True):
     monkeypatch.setenv(name, value)

@@ -73,7 +73,9 @@ packing = packing_of(programs)
 """
 
 
-COMPILE = SETUP + """
+COMPILE = (
+  SETUP
+  + """
 arguments = {
     "see": (params, prompt),
     "score": (params, prompt, tokens, mask, packing),
@@ -115,12 +117,15 @@ for name, (program, first, *batch) in compiled.items():
       "temporary": memory.temp_size_in_bytes}
 print(json.dumps(result))
 """
+)
 
 
 # What only some objectives want: KL over the vocabulary, in the loss and in the reward, gradient
 # through the masked view, masks by the tower's attention, greedy baselines, a pass ahead of the
 # update that chooses tokens.
-VIEWS = SETUP + """
+VIEWS = (
+  SETUP
+  + """
 def programs_of(name, microbatches=1, **fields):
   return Programs(
       model, mesh, objectives.create(name, **fields), optax.adamw(1e-6), params,
@@ -155,6 +160,7 @@ for name, program in compiled.items():
   program.compile()
   print(name)
 """
+)
 
 
 # The update alone, with heads as large as those of published models.
@@ -285,16 +291,23 @@ def python(code: str, *arguments: str, **variables: str) -> subprocess.Completed
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
   with open(pathlib.Path(tempfile.gettempdir()) / "jaxrl_vlm_libtpu.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=env | variables, cwd=ROOT,
-                          capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+      [sys.executable, "-c", code, *arguments],
+      env=env | variables,
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      timeout=500,
+    )
 
 
 @pytest.mark.slow
 def test_programs_compile_for_four_v5e_chips():
   pytest.importorskip("libtpu")
   # Effort -1: less optimisation, more than twice as fast to compile.
-  done = python(COMPILE, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
-                JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
+  done = python(
+    COMPILE, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"
+  )
   assert done.returncode == 0, done.stderr
   result = json.loads(done.stdout.splitlines()[-1])
   assert "v5" in result["kind"]
@@ -328,8 +341,9 @@ def test_programs_compile_for_four_v5e_chips():
 @pytest.mark.slow
 def test_what_only_some_objectives_want_compiles():
   pytest.importorskip("libtpu")
-  done = python(VIEWS, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
-                JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
+  done = python(
+    VIEWS, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"
+  )
   assert done.returncode == 0, done.stderr
   assert len(done.stdout.split()) == 9
 
@@ -339,8 +353,9 @@ def test_the_attention_of_an_update_is_splash():
   """Forward and the two of the gradient: of the tower, of prompts, of packed responses. With
   moments on the host, which then take nothing of the devices."""
   pytest.importorskip("libtpu")
-  done = python(SPLASH, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
-                JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
+  done = python(
+    SPLASH, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"
+  )
   assert done.returncode == 0, done.stderr
   here, away = (line.split() for line in done.stdout.splitlines())
   assert here[:-2] == away[:-2] == ["dkv"] * 3 + ["dq"] * 3 + ["fwd"] * 3
@@ -352,8 +367,13 @@ def test_the_attention_of_an_update_is_splash():
 def test_every_family_compiles():
   pytest.importorskip("libtpu")
   names = ("Qwen2-VL-2B", "Qwen3-VL-2B", "Qwen3-VL-30B-A3B", "gemma-3-4b")
-  done = python(FAMILY, *names, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1",
-                JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0")
+  done = python(
+    FAMILY,
+    *names,
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0",
+  )
   assert done.returncode == 0, done.stderr
   assert done.stdout.split() == list(names)
 
@@ -363,16 +383,19 @@ def test_slices_are_kept_apart():
   done = python(SLICES, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines() == [
-      "[[0], [1]]",
-      "config.mesh.slice=1: expected 2, the number of TPU slices of this run"]
+    "[[0], [1]]",
+    "config.mesh.slice=1: expected 2, the number of TPU slices of this run",
+  ]
 
 
 def test_an_installed_libtpu_does_not_disturb_an_ordinary_run():
   pytest.importorskip("libtpu")
   if any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))):
     pytest.skip("this machine has an accelerator")
-  done = python("from jaxrl_vlm import parallel\n"
-                "parallel.choose_platform()\n"
-                "import jax\n"
-                "print(jax.default_backend(), jax.numpy.arange(3).sum())")
+  done = python(
+    "from jaxrl_vlm import parallel\n"
+    "parallel.choose_platform()\n"
+    "import jax\n"
+    "print(jax.default_backend(), jax.numpy.arange(3).sum())"
+  )
   assert (done.returncode, done.stdout, done.stderr) == (0, "cpu 3\n", "")

@@ -13,12 +13,18 @@ from jaxrl_vlm.models import layers
 from jaxrl_vlm.models.published import CONFIGS
 
 V, D = 48, 4
-CASES = pytest.mark.parametrize(("axes", "vocab"), [
-    ({"fsdp": 8}, ("fsdp", "tensor")), ({"fsdp": 8}, ()), ({"fsdp": 4, "tensor": 2}, ("fsdp",)),
+CASES = pytest.mark.parametrize(
+  ("axes", "vocab"),
+  [
+    ({"fsdp": 8}, ("fsdp", "tensor")),
+    ({"fsdp": 8}, ()),
+    ({"fsdp": 4, "tensor": 2}, ("fsdp",)),
     ({"fsdp": 4, "tensor": 2}, ("fsdp", "tensor")),
     ({"slice": 2, "fsdp": 2, "tensor": 2}, ("fsdp", "tensor")),
     ({"slice": 2, "fsdp": 2, "tensor": 2}, ("slice", "fsdp", "tensor")),
-    ({"slice": 2, "fsdp": 1, "tensor": 4}, ("tensor",))])
+    ({"slice": 2, "fsdp": 1, "tensor": 4}, ("tensor",)),
+  ],
+)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])  # of a row: few are gathered, for many the table is
@@ -29,15 +35,20 @@ def test_embeddings_are_looked_up_where_they_are(axes, vocab, tokens):
   tokens = rng.integers(0, V, size=(8, tokens))
   weights = rng.normal(size=(*tokens.shape, D)).astype("f4")
   config = types.SimpleNamespace(
-      mesh=parallel.make_mesh(axes), rules=parallel.rules_of({"vocab": vocab}), dtype="float32")
+    mesh=parallel.make_mesh(axes), rules=parallel.rules_of({"vocab": vocab}), dtype="float32"
+  )
 
   def loss(lookup):
     return lambda table: (lookup(table) * weights).sum()
 
   found = jax.jit(lambda t: layers.lookup(config, t, tokens))
   np.testing.assert_array_equal(found(table), table[tokens])
-  np.testing.assert_allclose(jax.jit(jax.grad(loss(found)))(table),
-                             jax.grad(loss(lambda t: t[tokens]))(table), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    jax.jit(jax.grad(loss(found)))(table),
+    jax.grad(loss(lambda t: t[tokens]))(table),
+    rtol=1e-5,
+    atol=1e-5,
+  )
 
 
 @CASES
@@ -45,7 +56,8 @@ def test_log_probabilities_entropy_and_divergence_are_exact(axes, vocab):
   """In values and gradients, of hidden states and of the weights."""
   tied = axes == {"fsdp": 8}
   config = models.from_hf(CONFIGS["Qwen2.5-VL-7B"]).replace(
-      vocab_size=V, hidden_size=D, tied=tied, suppressed_tokens=(3, 41), dtype="float32")
+    vocab_size=V, hidden_size=D, tied=tied, suppressed_tokens=(3, 41), dtype="float32"
+  )
   rng = np.random.default_rng(1)
 
   def weights():
@@ -63,6 +75,7 @@ def test_log_probabilities_entropy_and_divergence_are_exact(axes, vocab):
       stats = scoring.token_stats(model, params, hidden, tokens, temperature=0.7, chunk=2)
       kl = scoring.full_kl(model, params, hidden, other, seen, 0.7, 3)
       return stats.logp, stats.entropy, kl
+
     return of
 
   def loss(model):
@@ -80,8 +93,10 @@ def test_rules_can_be_others():
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
 
   def specs(**sharding):
-    tree = {"embed": {"embedding": jax.ShapeDtypeStruct((48, 8), jnp.float32)},
-            "q": {"kernel": jax.ShapeDtypeStruct((3, 8, 6), jnp.float32)}}
+    tree = {
+      "embed": {"embedding": jax.ShapeDtypeStruct((48, 8), jnp.float32)},
+      "q": {"kernel": jax.ShapeDtypeStruct((3, 8, 6), jnp.float32)},
+    }
     places = parallel.param_shardings(mesh, tree, parallel.rules_of(sharding))
     return places["embed"]["embedding"].spec, places["q"]["kernel"].spec
 
@@ -91,14 +106,23 @@ def test_rules_can_be_others():
   assert specs(hidden=()) == (Spec(("fsdp", "tensor"), None), Spec(None, "fsdp", None))
 
 
-@pytest.mark.parametrize(("sharding", "complaint"), [
-    ({"vocabulary": ("tensor",)},
-     "config.sharding.vocabulary: no such axis of parameters; they are hidden, vocab, width"),
-    ({"vocab": ("data",)},
-     "config.sharding.vocab=('data',): expected a tuple of some of slice, fsdp, tensor"),
-    ({"vocab": "tensor"},
-     "config.sharding.vocab='tensor': expected a tuple of some of slice, fsdp, tensor"),
-])
+@pytest.mark.parametrize(
+  ("sharding", "complaint"),
+  [
+    (
+      {"vocabulary": ("tensor",)},
+      "config.sharding.vocabulary: no such axis of parameters; they are hidden, vocab, width",
+    ),
+    (
+      {"vocab": ("data",)},
+      "config.sharding.vocab=('data',): expected a tuple of some of slice, fsdp, tensor",
+    ),
+    (
+      {"vocab": "tensor"},
+      "config.sharding.vocab='tensor': expected a tuple of some of slice, fsdp, tensor",
+    ),
+  ],
+)
 def test_rules_that_say_nothing_are_errors(sharding, complaint):
   with pytest.raises(ValueError) as error:
     parallel.rules_of(sharding)
@@ -111,6 +135,9 @@ def test_layouts_of_rollouts_are_of_the_same_devices():
   assert dict(other.shape) == {"slice": 2, "fsdp": 1, "tensor": 4}
   assert list(other.devices.flat) == list(mesh.devices.flat)
   for tensor in (1, 3, 8, -2):
-    with pytest.raises(ValueError, match=rf"^config.rollout.tensor={tensor}: expected a multiple "
-                       "of config.mesh.tensor=2 that divides the 4 devices of a slice, or 0"):
+    with pytest.raises(
+      ValueError,
+      match=rf"^config.rollout.tensor={tensor}: expected a multiple "
+      "of config.mesh.tensor=2 that divides the 4 devices of a slice, or 0",
+    ):
       parallel.with_tensor(mesh, tensor)

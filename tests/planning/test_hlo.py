@@ -40,11 +40,13 @@ def test_a_product_of_matrices():
 
 
 def test_batches_and_several_axes_that_are_summed_over():
-  found = cost(lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), shape(3, 8, 5, 16),
-               shape(3, 7, 5, 16))
+  found = cost(
+    lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), shape(3, 8, 5, 16), shape(3, 7, 5, 16)
+  )
   assert found.flops == 2 * 3 * 5 * 8 * 7 * 16
   assert cost(lambda a, b: jnp.tensordot(a, b, 2), shape(6, 4, 5), shape(4, 5, 9)).flops == (
-      product(6, 20, 9))
+    product(6, 20, 9)
+  )
 
 
 def test_a_loop_counts_as_often_as_it_runs():
@@ -61,7 +63,8 @@ def test_a_loop_counts_as_often_as_it_runs():
 def test_loops_within_loops_and_loops_that_do_not_begin_at_zero():
   def f(x, w):
     return jax.lax.fori_loop(
-        3, 10, lambda i, x: jax.lax.fori_loop(0, 4, lambda j, x: jnp.sin(x @ w), x), x)
+      3, 10, lambda i, x: jax.lax.fori_loop(0, 4, lambda j, x: jnp.sin(x @ w), x), x
+    )
 
   found = cost(f, shape(16, 16), shape(16, 16))
   assert found.flops == 7 * 4 * product(16, 16, 16) and not found.unknown
@@ -70,7 +73,8 @@ def test_loops_within_loops_and_loops_that_do_not_begin_at_zero():
 def test_a_loop_that_may_end_early_counts_to_its_end():
   def f(x, w):
     return jax.lax.while_loop(
-        lambda s: (s[1] < 6) & (s[0].sum() < 100), lambda s: (s[0] @ w, s[1] + 1), (x, 0))[0]
+      lambda s: (s[1] < 6) & (s[0].sum() < 100), lambda s: (s[0] @ w, s[1] + 1), (x, 0)
+    )[0]
 
   assert cost(f, shape(8, 8), shape(8, 8)).flops == 6 * product(8, 8, 8)
 
@@ -123,8 +127,7 @@ def test_a_loop_that_has_been_unrolled_and_whose_limit_is_in_its_state():
 
 
 def branches(n, x, w):
-  return jax.lax.switch(
-      n, [lambda x: x, lambda x: x @ w, lambda x: jnp.sin(x @ w) @ w], x)
+  return jax.lax.switch(n, [lambda x: x, lambda x: x @ w, lambda x: jnp.sin(x @ w) @ w], x)
 
 
 def test_the_dearest_branch_counts_or_each_as_often_as_told():
@@ -134,23 +137,39 @@ def test_the_dearest_branch_counts_or_each_as_often_as_told():
   assert cost(branches, *args, shares=name).flops == 0.75 * product(8, 8, 8)
   # Shares of other conditions change nothing.
   assert cost(branches, *args, shares={"cond": (1, 0), "x": (1, 0, 0)}).flops == (
-      2 * product(8, 8, 8))
+    2 * product(8, 8, 8)
+  )
 
 
-@pytest.mark.parametrize("window", [
-    dict(window_strides=(1,), padding=[(0, 0)]), dict(window_strides=(2,), padding=[(1, 2)]),
+@pytest.mark.parametrize(
+  "window",
+  [
+    dict(window_strides=(1,), padding=[(0, 0)]),
+    dict(window_strides=(2,), padding=[(1, 2)]),
     dict(window_strides=(1,), padding=[(3, 3)], lhs_dilation=(2,)),
     dict(window_strides=(7,), padding=[(0, 0)], lhs_dilation=(8,)),
-    dict(window_strides=(1,), padding=[(2, 1)], rhs_dilation=(3,))])
+    dict(window_strides=(1,), padding=[(2, 1)], rhs_dilation=(3,)),
+  ],
+)
 def test_of_a_convolution_only_pairs_that_meet(window):
   b, size, width, out, kernel = 2, 9, 3, 5, 3
-  text = jax.jit(functools.partial(
-      jax.lax.conv_general_dilated, dimension_numbers=("NHC", "HIO", "NHC"), **window)).lower(
-          shape(b, size, width), shape(kernel, width, out)).compiler_ir("hlo").as_hlo_text()
+  text = (
+    jax.jit(
+      functools.partial(
+        jax.lax.conv_general_dilated, dimension_numbers=("NHC", "HIO", "NHC"), **window
+      )
+    )
+    .lower(shape(b, size, width), shape(kernel, width, out))
+    .compiler_ir("hlo")
+    .as_hlo_text()
+  )
   # With ones everywhere every sum is the number of pairs.
   ones = jax.lax.conv_general_dilated(
-      np.ones((1, size, 1), np.float32), np.ones((kernel, 1, 1), np.float32),
-      dimension_numbers=("NHC", "HIO", "NHC"), **window)
+    np.ones((1, size, 1), np.float32),
+    np.ones((kernel, 1, 1), np.float32),
+    dimension_numbers=("NHC", "HIO", "NHC"),
+    **window,
+  )
   assert hlo.analyse(text).flops == 2 * b * width * out * int(ones.sum())
 
 
@@ -159,13 +178,15 @@ def test_of_a_convolution_only_pairs_that_meet(window):
 
 def sharded(function, inputs, output, *args):
   where = [NamedSharding(mesh(), spec) for spec in inputs]
-  return cost(function, *args, in_shardings=tuple(where),
-              out_shardings=NamedSharding(mesh(), output))
+  return cost(
+    function, *args, in_shardings=tuple(where), out_shardings=NamedSharding(mesh(), output)
+  )
 
 
 def local(function, spec, out, *args):
-  return cost(jax.shard_map(function, mesh=mesh(), in_specs=spec, out_specs=out, check_vma=False),
-              *args)
+  return cost(
+    jax.shard_map(function, mesh=mesh(), in_specs=spec, out_specs=out, check_vma=False), *args
+  )
 
 
 def test_what_a_device_sends():
@@ -198,8 +219,9 @@ def test_a_collective_in_a_loop():
 
 def test_a_product_that_is_split_over_devices():
   """Rows over a, what is summed over b: an eighth of the work each, and a sum of the parts."""
-  found = sharded(lambda x, w: x @ w, (Spec("a", "b"), Spec("b")), Spec("a"), shape(32, 64),
-                  shape(64, 128))
+  found = sharded(
+    lambda x, w: x @ w, (Spec("a", "b"), Spec("b")), Spec("a"), shape(32, 64), shape(64, 128)
+  )
   assert found.flops == product(32, 64, 128) / 8
   assert found.collectives == {"all-reduce": 2 * 1 / 2 * 8 * 128 * 4}
 
@@ -247,7 +269,9 @@ ENTRY %main (a: bf16[8,128], b: f32[6,8,128], i: s32[], c: f32[6,8,128]) -> f32[
 def test_scattered_sums_kernels_slices_and_memory_on_the_chip():
   found = hlo.analyse(TEXT)
   assert found.collectives == {
-      "reduce-scatter": 3 / 4 * 8 * 128 * 2, "collective-permute": 8 * 128 * 2}
+    "reduce-scatter": 3 / 4 * 8 * 128 * 2,
+    "collective-permute": 8 * 128 * 2,
+  }
   assert found.kernels == {"kernel": 1}
   # A batch of products, as an axis along which every window meets one number.
   assert found.flops == 8 * product(64, 128, 32)
@@ -258,9 +282,17 @@ def test_scattered_sums_kernels_slices_and_memory_on_the_chip():
   assert found.bytes == (a + 2 * 128 * 2) + kernel + slices + 2 * a + scores
 
 
-@pytest.mark.parametrize(("groups", "size"), [
-    ("{{0,1},{2,3}}", 2), ("[2,4]<=[8]", 4), ("[1,8]<=[2,4]T(1,0)", 8), ("{}", 4),
-    ("mesh['x'=2,'y'=4] {'y'}", 4), ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y'}", 8)])
+@pytest.mark.parametrize(
+  ("groups", "size"),
+  [
+    ("{{0,1},{2,3}}", 2),
+    ("[2,4]<=[8]", 4),
+    ("[1,8]<=[2,4]T(1,0)", 8),
+    ("{}", 4),
+    ("mesh['x'=2,'y'=4] {'y'}", 4),
+    ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y'}", 8),
+  ],
+)
 def test_groups_of_devices(groups, size):
   text = f"""HloModule m, num_partitions=4
 

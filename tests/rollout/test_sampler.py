@@ -31,7 +31,8 @@ def test_greedy_is_the_teacher_forced_argmax(setup):
   logits = model.apply(variables, hidden, method="response_logits")
   mask = np.asarray(rollout.mask)
   np.testing.assert_array_equal(
-      np.asarray(rollout.tokens)[mask], np.asarray(logits.argmax(-1))[mask])
+    np.asarray(rollout.tokens)[mask], np.asarray(logits.argmax(-1))[mask]
+  )
   np.testing.assert_array_equal(rollout.tokens[:, 0], rollout.tokens[:, 1])
 
 
@@ -54,15 +55,16 @@ def test_nothing_after_the_end_and_no_vision_tokens(setup):
   head = np.array(params["head"])
   head[:, list(model.config.suppressed_tokens)] += 10 * head.mean(axis=1, keepdims=True)
   rollout = jv.generate(
-      model, {**params, "head": head}, prompt, jv.Sampling(16, 40, temperature=3.0),
-      jax.random.key(0))
+    model, {**params, "head": head}, prompt, jv.Sampling(16, 40, temperature=3.0), jax.random.key(0)
+  )
   tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
   assert not np.isin(tokens, model.config.suppressed_tokens).any()
   assert set(model.config.suppressed_tokens) == set(processor.image_token_ids_never_sampled)
   stops = np.isin(tokens, model.config.stop_tokens) & mask
   assert stops.any()
-  for row, keep, stop in zip(tokens.reshape(-1, 40), mask.reshape(-1, 40), stops.reshape(-1, 40),
-                             strict=True):
+  for row, keep, stop in zip(
+    tokens.reshape(-1, 40), mask.reshape(-1, 40), stops.reshape(-1, 40), strict=True
+  ):
     end = int(stop.argmax()) + 1 if stop.any() else 40
     assert keep[:end].all() and not keep[end:].any()
     assert (row[end:] == model.config.pad_token).all()
@@ -147,9 +149,17 @@ def test_drawing_what_alone_has_weight(where):
   assert (np.asarray(draw(keys, weights)) == where).all()
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("num_samples", 0), ("max_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5),
-    ("top_k", -1)])
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("num_samples", 0),
+    ("max_tokens", 0),
+    ("temperature", -1.0),
+    ("top_p", 0.0),
+    ("top_p", 1.5),
+    ("top_k", -1),
+  ],
+)
 def test_bad_settings_are_named(field, value):
   with pytest.raises(ValueError, match=f"sampling.{field}={value}"):
     jv.Sampling(**{field: value})
@@ -174,8 +184,11 @@ def test_scheduling_changes_nothing(family, tmp_path):
     lengths = plain.mask.sum(-1)
     assert len(np.unique(lengths)) > 1 or temperature == 0
     # One layer is taken at a time, or three and what is left, or all.
-    for options in (dict(chunk=3), dict(chunk=7, groups=2, layers=3),
-                    dict(chunk=4, groups=3, layers=model.config.num_layers)):
+    for options in (
+      dict(chunk=3),
+      dict(chunk=7, groups=2, layers=3),
+      dict(chunk=4, groups=3, layers=model.config.num_layers),
+    ):
       ended = {}
       draw = one_device_sampler(model, params, sampling, **options)
 
@@ -203,7 +216,8 @@ def test_two_devices_decode_as_one_and_compile_once(setup):
   shardings = parallel.param_shardings(mesh, params)
   params, prompt = jax.device_put(params, shardings), parallel.put_batch(mesh, prompt)
   drawn = Sampler(model, mesh, greedy, shardings, chunk=3, groups=2)(
-      params, prompt, jax.random.key(0))
+    params, prompt, jax.random.key(0)
+  )
   np.testing.assert_array_equal(drawn.tokens, plain.tokens)
 
   draw = Sampler(model, mesh, jv.Sampling(2, 20, temperature=3.0), shardings, chunk=3, groups=2)
@@ -233,8 +247,10 @@ def test_a_layout_of_its_own_draws_the_same(setup):
     np.testing.assert_array_equal(drawn.tokens, plain.tokens)
     np.testing.assert_allclose(drawn.logp, plain.logp, atol=1e-4)
     placed, light = draw.reshard(params, parallel.put_batch(mesh, given))
-    parts = {x.size // x.addressable_shards[0].data.size
-             for x in (placed["decoder"]["layers"]["mlp"]["up"]["kernel"], placed["head"])}
+    parts = {
+      x.size // x.addressable_shards[0].data.size
+      for x in (placed["decoder"]["layers"]["mlp"]["up"]["kernel"], placed["head"])
+    }
     assert parts == {tensor}
     assert light.patches.shape[1] == (given.patches.shape[1] if given is prompt else 0)
 
@@ -246,8 +262,7 @@ def test_limits(setup):
   plain = draw(params, prompt, jax.random.key(0))
   limits = np.array([[1, 9], [4, 5], [20, 8]])
   limited = draw(params, prompt, jax.random.key(0), limits)
-  np.testing.assert_array_equal(
-      limited.mask.sum(-1), np.minimum(plain.mask.sum(-1), limits))
+  np.testing.assert_array_equal(limited.mask.sum(-1), np.minimum(plain.mask.sum(-1), limits))
   np.testing.assert_array_equal(limited.tokens[limited.mask], plain.tokens[limited.mask])
 
 

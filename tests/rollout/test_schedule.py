@@ -39,8 +39,7 @@ def run(lengths, groups, most, log=None):
       assert len(set(place[r, mine])) == len(mine)
       np.testing.assert_array_equal(cell[r, place[r, mine]], mine)
       # Each stands on its own prompt.
-      np.testing.assert_array_equal(
-          prefix[r, place[r, mine] // group], held[r, mine] // group)
+      np.testing.assert_array_equal(prefix[r, place[r, mine] // group], held[r, mine] // group)
     paid += parts * schedule.layout.cells
     if log is not None:
       log.append(schedule.layout)
@@ -54,8 +53,9 @@ def run(lengths, groups, most, log=None):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9),
-       st.integers(0, 2**31))
+@given(
+  st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**31)
+)
 def test_every_sample_is_decoded_once_beside_its_own_prompt(parts, prompts, group, groups, seed):
   lengths = np.random.default_rng(seed).integers(1, 7, (parts, prompts, group))
   groups = min(groups, prompts)
@@ -64,8 +64,7 @@ def test_every_sample_is_decoded_once_beside_its_own_prompt(parts, prompts, grou
 
 def test_a_ladder_halves_the_cells():
   assert ladder(Layout(40, 5)) == [Layout(40, 5), Layout(20, 5), Layout(10, 5), Layout(5, 5)]
-  assert ladder(Layout(12, 12), fewest=3) == [
-      Layout(12, 12), Layout(6, 6), Layout(3, 3)]
+  assert ladder(Layout(12, 12), fewest=3) == [Layout(12, 12), Layout(6, 6), Layout(3, 3)]
   assert ladder(Layout(8, 4)) == [Layout(8, 4)]
 
 

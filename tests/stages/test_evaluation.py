@@ -44,8 +44,11 @@ def finished(tmp_path_factory, seen):
 
 
 def evaluations(workdir):
-  return [{k: v for k, v in r.items() if k.startswith("eval/")} for r in metrics.read(workdir)
-          if "eval/accuracy" in r]
+  return [
+    {k: v for k, v in r.items() if k.startswith("eval/")}
+    for r in metrics.read(workdir)
+    if "eval/accuracy" in r
+  ]
 
 
 def test_accuracy_is_the_mean_over_questions_and_samples(finished, seen):
@@ -58,7 +61,8 @@ def test_accuracy_is_the_mean_over_questions_and_samples(finished, seen):
     skills = np.array([e.meta["skill"] for e in result.examples])
     for skill in set(skills):
       assert logged[f"eval/accuracy/{skill}"] == pytest.approx(
-          np.mean([t for t, s in zip(texts, skills, strict=True) if s == skill]))
+        np.mean([t for t, s in zip(texts, skills, strict=True) if s == skill])
+      )
 
 
 def test_samples_differ_between_answers_batches_and_steps(finished, seen):
@@ -80,12 +84,19 @@ def test_greedy_evaluation_is_one_answer_at_temperature_0():
   assert evaluate.sampling(tiny_run.get_config().stages[1]) == Sampling(1, 8, 0.0)
 
 
-@pytest.mark.parametrize(("samples", "temperature", "message"), [
-    (4, 0.0, "eval.samples=4: expected 1 with eval.temperature=0.0, which gives the same answer "
-             "every time"),
+@pytest.mark.parametrize(
+  ("samples", "temperature", "message"),
+  [
+    (
+      4,
+      0.0,
+      "eval.samples=4: expected 1 with eval.temperature=0.0, which gives the same answer "
+      "every time",
+    ),
     (0, 1.0, "eval.samples=0: expected at least 1"),
     (1, -1.0, "eval.temperature=-1.0: expected 0 (greedy) or more"),
-])
+  ],
+)
 def test_settings_that_make_no_sense_are_one_line(samples, temperature, message):
   stage = tiny_run.get_config().stages[1]
   stage.eval.samples, stage.eval.temperature = samples, temperature

@@ -28,5 +28,7 @@ def test_a_run(family, tmp_path, one_device):
     assert record["objective/sampler_logp_difference_max"] < 1e-3
   again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
   assert type(again) is type(start)
-  assert any((a != b).any() for a, b in zip(
-      start.state_dict().values(), again.state_dict().values(), strict=True))
+  assert any(
+    (a != b).any()
+    for a, b in zip(start.state_dict().values(), again.state_dict().values(), strict=True)
+  )

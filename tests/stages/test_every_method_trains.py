@@ -123,8 +123,11 @@ def test_what_changes_from_update_to_update_is_resumed(tmp_path, one_device):
     assert [r[key] for r in again] == [r[key] for r in once]
   assert [r["objective/anneal"] for r in once] == pytest.approx([1, 0.8, 0.6])
   # 8 responses in 20: at most 0.2 · 8 / 20 a step.
-  factors = np.divide(*(np.array([r["objective/kl_coef"] for r in once])[s] for s in (
-      slice(1, None), slice(None, -1))))
+  factors = np.divide(
+    *(
+      np.array([r["objective/kl_coef"] for r in once])[s] for s in (slice(1, None), slice(None, -1))
+    )
+  )
   assert np.all(np.abs(factors - 1) <= 0.08 + 1e-6) and np.any(np.abs(factors - 1) > 0.01)
 
 
@@ -143,7 +146,8 @@ def test_a_view_of_images_without_images(name, tmp_path, one_device):
   config = get_config(name=name)
   config.stages[0].data.options = {"live": True, "tasks": ("arithmetic",)}
   assert refusal(config, tmp_path).startswith(
-      f"config.stages[0]: objective.name='{name}': needs the view 'masked'")
+    f"config.stages[0]: objective.name='{name}': needs the view 'masked'"
+  )
   path = tmp_path / "text.jsonl"
   path.write_text('{"id": "1", "question": "1+1?", "answer": "2"}\n')
   config.stages[0].data.name, config.stages[0].data.options = str(path), {}
@@ -170,7 +174,8 @@ def test_a_filter_by_an_unknown_verifier(tmp_path, one_device):
 
 def test_a_coefficient_out_of_range(tmp_path, one_device):
   assert "config.objective.kl_coef=-1: expected a number >= 0" in refusal(
-      get_config(name="grpo", kl_coef=-1), tmp_path)
+    get_config(name="grpo", kl_coef=-1), tmp_path
+  )
 
 
 def test_a_stage_knows_the_longest_response():

@@ -35,13 +35,19 @@ def setup(tmp_path_factory):
   examples = [boards[i] for i in range(2)]
   scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
   model, params, processor = models.load_pretrained(
-      path, prompt_buckets=(64,), patch_buckets=(36,), lora=ADAPTERS)
+    path, prompt_buckets=(64,), patch_buckets=(36,), lora=ADAPTERS
+  )
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda x: jax.numpy.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype), params)
+    lambda x: jax.numpy.asarray(np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype), params
+  )
   tokens = rng.integers(1, 99, (2, 1, 4)).astype(np.int32)
-  experience = Experience(mask=np.ones(tokens.shape, bool), rewards=None, old=None,
-                          advantages=np.ones(tokens.shape, np.float32))
+  experience = Experience(
+    mask=np.ones(tokens.shape, bool),
+    rewards=None,
+    old=None,
+    advantages=np.ones(tokens.shape, np.float32),
+  )
   batch = processor.collate([processor.encode(e) for e in examples]), tokens, experience
   return model, params, batch
 
@@ -50,8 +56,9 @@ def update(setup, trainable: tuple[str, ...]):
   """Both parts of the parameters before, and the state after one step of SGD with momentum."""
   model, params, batch = setup
   mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
-  programs = Programs(model, mesh, objectives.create("sft"), optax.sgd(0.1, momentum=0.9), params,
-                      trainable=trainable)
+  programs = Programs(
+    model, mesh, objectives.create("sft"), optax.sgd(0.1, momentum=0.9), params, trainable=trainable
+  )
   trained, frozen = lora.split(params, trainable)
   state = programs.init_state(jax.tree.map(jax.numpy.copy, trained))
   state, metrics = programs.update(state, frozen, *batch, jax.random.key(0), None)
@@ -126,7 +133,8 @@ def test_there_is_no_second_copy_of_the_weights(finished):
   workdir, alive, _ = finished
   config = models.from_directory(workdir / "scratch")
   frozen = collections.Counter(
-      x.shape for x in jax.tree.leaves(models.abstract_params(config)) if x.ndim > 1)
+    x.shape for x in jax.tree.leaves(models.abstract_params(config)) if x.ndim > 1
+  )
   assert list(alive) == [1, 2, 3, 4, 5, 6]
   for step, counts in alive.items():
     assert {shape: counts[shape] for shape in frozen} == frozen, step
@@ -154,8 +162,7 @@ def test_what_a_run_with_adapters_writes(finished, tmp_path):
   start, merged = tensors(workdir / "scratch"), tensors(workdir / "model")
   adapters = lora.load_adapter(workdir / "adapter", config, models.abstract_params(config))
   params = weights.load_params(workdir / "scratch", base, models.abstract_params(base))
-  weights.save_params(
-      tmp_path, base, lora.merged(lora.merge(params, adapters), config))
+  weights.save_params(tmp_path, base, lora.merged(lora.merge(params, adapters), config))
   by_hand = tensors(tmp_path)
   assert merged.keys() == start.keys() == by_hand.keys()
   changed = set()
@@ -163,8 +170,11 @@ def test_what_a_run_with_adapters_writes(finished, tmp_path):
     np.testing.assert_array_equal(tensor, by_hand[name], err_msg=name)
     if not np.array_equal(tensor, start[name]):
       changed.add(name)
-  adapted = sum(len(e.names()) for e in names.entries(base)
-                if e.path[-1] == "kernel" and matches(ADAPTERS.targets, e.path[:-1]))
+  adapted = sum(
+    len(e.names())
+    for e in names.entries(base)
+    if e.path[-1] == "kernel" and matches(ADAPTERS.targets, e.path[:-1])
+  )
   assert len(changed) == adapted
   settings = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
   assert settings["base_model_name_or_path"] == str(workdir / "scratch")
@@ -214,24 +224,43 @@ def test_a_run_continues_from_an_adapter_directory(finished, tmp_path, one_devic
 # -- Mistakes, before anything is built -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fields", "message"), [
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
     ({"lora.rank": -1}, "config.model.lora.rank=-1: expected at least 0 (no adapters)"),
     ({"lora.alpha": 0.0}, "config.model.lora.alpha=0.0: expected a number above 0"),
-    ({"trainable": ("lora",)}, "config.model.trainable=('lora',): 'lora' matches adapters alone; "
-     "expected config.model.lora.rank above 0, got 0"),
-    ({"trainable": ("visoin",)},
-     "config.model.trainable=('visoin',): 'visoin' matches no parameter; did you mean 'vision'?"),
-    ({"trainable": (1,)},
-     "config.model.trainable=(1,): expected a tuple of patterns, e.g. ('decoder',)"),
-    ({"lora.rank": 4, "lora.targets": ()},
-     "config.model.lora.targets=(): expected at least one pattern"),
-    ({"lora.rank": 4, "lora.targets": ("q_proj",)}, "config.model.lora.targets=('q_proj',): "
-     "'q_proj' matches no linear layer; did you mean 'q'?"),
-    ({"lora.path": "adapter"},
-     "config.model.lora.rank=0: expected the rank of config.model.lora.path='adapter'"),
-    ({"lora.rank": 4, "lora.path": "nowhere"}, "config.model.lora.path='nowhere': "
-     "nowhere/adapter_config.json: no such file; expected a PEFT adapter directory"),
-])
+    (
+      {"trainable": ("lora",)},
+      "config.model.trainable=('lora',): 'lora' matches adapters alone; "
+      "expected config.model.lora.rank above 0, got 0",
+    ),
+    (
+      {"trainable": ("visoin",)},
+      "config.model.trainable=('visoin',): 'visoin' matches no parameter; did you mean 'vision'?",
+    ),
+    (
+      {"trainable": (1,)},
+      "config.model.trainable=(1,): expected a tuple of patterns, e.g. ('decoder',)",
+    ),
+    (
+      {"lora.rank": 4, "lora.targets": ()},
+      "config.model.lora.targets=(): expected at least one pattern",
+    ),
+    (
+      {"lora.rank": 4, "lora.targets": ("q_proj",)},
+      "config.model.lora.targets=('q_proj',): 'q_proj' matches no linear layer; did you mean 'q'?",
+    ),
+    (
+      {"lora.path": "adapter"},
+      "config.model.lora.rank=0: expected the rank of config.model.lora.path='adapter'",
+    ),
+    (
+      {"lora.rank": 4, "lora.path": "nowhere"},
+      "config.model.lora.path='nowhere': "
+      "nowhere/adapter_config.json: no such file; expected a PEFT adapter directory",
+    ),
+  ],
+)
 def test_a_mistake_is_one_line(fields, message):
   config = tiny_run.get_config()
   for name, value in fields.items():

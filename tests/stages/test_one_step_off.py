@@ -31,8 +31,9 @@ def get_config(pipeline="one_step_off"):
 
 def prompts_of(workdir: pathlib.Path) -> dict[int, list[str]]:
   """Ids of the examples of every step."""
-  return {step: [record["id"] for record in records]
-          for step, records in read_rollouts(workdir).items()}
+  return {
+    step: [record["id"] for record in records] for step, records in read_rollouts(workdir).items()
+  }
 
 
 def records_of(workdir):

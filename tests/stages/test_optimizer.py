@@ -16,6 +16,7 @@ from jaxrl_vlm.stages.programs import Programs
 
 def after(optimizer: optax.GradientTransformation, gradients: np.ndarray):
   """Parameters and state after some steps."""
+
   @jax.jit
   def run(gradients):
     def step(carry, gradient):
@@ -39,7 +40,7 @@ def test_small_changes_of_moments_in_bfloat16_add_up():
   ratio = np.asarray(narrow.inner.nu, "f4") / np.asarray(wide.nu)
   # A step changes it by about a thousandth, which is rounded to 0 or to a last digit of 2^-8 to
   # 2^-7: with a variance of 0.001 · 0.0055, of which the last 500 count.
-  assert abs(ratio.mean() - 1) < 0.003 and ratio.std() < 1.2 * (500 * 0.001 * 0.0055)**0.5
+  assert abs(ratio.mean() - 1) < 0.003 and ratio.std() < 1.2 * (500 * 0.001 * 0.0055) ** 0.5
 
   def nearest(nu, gradient):
     return (0.999 * nu.astype("f4") + 0.001 * gradient**2).astype(jnp.bfloat16), None
@@ -62,8 +63,9 @@ def test_training_with_moments_in_bfloat16_is_nearly_the_same():
 def test_unknown_moments_are_named():
   settings = ConfigDict(base.optimizer())
   settings.moments = "float16"
-  with pytest.raises(ValueError, match="config.optimizer.moments='float16': expected one of "
-                                       "float32, bfloat16, host"):
+  with pytest.raises(
+    ValueError, match="config.optimizer.moments='float16': expected one of float32, bfloat16, host"
+  ):
     make_optimizer(settings, 1)
 
 
@@ -71,7 +73,15 @@ def test_moments_on_the_host_take_none_of_the_device():
   """They need no memory of devices, and are where they are meant to be (see test_programs)."""
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
   config = models.from_hf(CONFIGS["Qwen2.5-VL-3B"])
-  held = [Programs(models.VLM(config), mesh, objectives.create("grpo", kl_coef=0.0),
-                   make_optimizer(base.optimizer(), 1), models.abstract_params(config),
-                   state_on_host=on_host).held for on_host in (False, True)]
+  held = [
+    Programs(
+      models.VLM(config),
+      mesh,
+      objectives.create("grpo", kl_coef=0.0),
+      make_optimizer(base.optimizer(), 1),
+      models.abstract_params(config),
+      state_on_host=on_host,
+    ).held
+    for on_host in (False, True)
+  ]
   assert held[1] < 0.34 * held[0]

@@ -23,6 +23,7 @@ def events(tmp_path_factory):
       result = call(*args, **kwargs)
       found.extend([after] * bool(after))
       return result
+
     return noting
 
   build = Programs.__init__

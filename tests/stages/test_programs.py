@@ -27,12 +27,12 @@ def setup(tmp_path_factory):
   boards = digit_boards.LiveBoards("train", P, tasks=("read", "count"), style="direct")
   examples = [boards[i] for i in range(P)]
   scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
-  model, params, processor = models.load_pretrained(
-      path, prompt_buckets=(64,), patch_buckets=(36,))
+  model, params, processor = models.load_pretrained(path, prompt_buckets=(64,), patch_buckets=(36,))
   # Away from the initialisation, where biases are 0 and answers hardly depend on the image.
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-      lambda x: jnp.asarray(1.5 * np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype), params)
+    lambda x: jnp.asarray(1.5 * np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype), params
+  )
   prompt = processor.collate([processor.encode(e) for e in examples])
   allowed = np.setdiff1d(np.arange(model.config.vocab_size), model.config.suppressed_tokens)
   tokens = rng.choice(allowed, (P, G, T)).astype(np.int32)
@@ -43,8 +43,9 @@ def setup(tmp_path_factory):
 def keep_gradient() -> optax.GradientTransformation:
   """Changes nothing; its state is the last gradient."""
   return optax.GradientTransformation(
-      lambda params: jax.tree.map(jnp.zeros_like, params),
-      lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates))
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,9 @@ def make(setup):
   @functools.cache
   def make(objective, learning_rate: float | None = None, **kwargs) -> Programs:
     optimizer = optax.sgd(learning_rate, momentum=0.9) if learning_rate else keep_gradient()
-    return Programs(model, mesh, objective, optimizer, params, temperature=TEMPERATURE,
-                    black=black, **kwargs)
+    return Programs(
+      model, mesh, objective, optimizer, params, temperature=TEMPERATURE, black=black, **kwargs
+    )
 
   return make
 
@@ -71,12 +73,18 @@ def experience(setup, make) -> Experience:
   clean = np.asarray(stats.logp)
 
   def near(spread):
-    return TokenStats(np.where(mask, clean + spread * rng.normal(size=mask.shape), 0).astype("f4"),
-                      np.asarray(stats.entropy))
+    return TokenStats(
+      np.where(mask, clean + spread * rng.normal(size=mask.shape), 0).astype("f4"),
+      np.asarray(stats.entropy),
+    )
 
   return Experience(
-      mask=mask, advantages=rng.normal(size=mask.shape).astype("f4"), old=near(0.4),
-      rewards=np.zeros((P, G), "f4"), views={"ref": near(0.5), "masked": near(0.8)})
+    mask=mask,
+    advantages=rng.normal(size=mask.shape).astype("f4"),
+    old=near(0.4),
+    rewards=np.zeros((P, G), "f4"),
+    views={"ref": near(0.5), "masked": near(0.8)},
+  )
 
 
 def fresh(programs: Programs, params) -> TrainState:
@@ -108,10 +116,11 @@ def slow_logp(model, params, prompt, tokens):
   room = [(0, 0), (0, T)]
   line = np.asarray(prompt.next_position)[:, None] + np.arange(T)
   whole = prompt.replace(
-      tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(tokens.reshape(-1, T)),
-      length=lengths + T,
-      positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
-      feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1))
+    tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(tokens.reshape(-1, T)),
+    length=lengths + T,
+    positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
+    feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1),
+  )
   logits = model.apply({"params": params}, whole)[rows, at - 1] / TEMPERATURE
   logits = logits.at[..., list(model.config.suppressed_tokens)].set(-jnp.inf)
   logp = jax.nn.log_softmax(logits)
@@ -148,7 +157,7 @@ def vppo(logp, e, _):
   for p, g in np.ndindex(P, G):
     row = depends[p, g][e.mask[p, g]]
     mean[p, g] = row.mean()
-    keep[p, g, np.argsort(-row)[:int(np.ceil(0.4 * len(row)))]] = 1
+    keep[p, g, np.argsort(-row)[: int(np.ceil(0.4 * len(row)))]] = 1
   share = (mean - mean.min()) / (mean.max() - mean.min())
   factor = 0.9 + share * 0.1 / share.mean()
   advantages = e.advantages * factor[..., None]
@@ -156,11 +165,14 @@ def vppo(logp, e, _):
   return jnp.where(e.mask, token, 0).sum() / e.mask.sum()
 
 
-@pytest.mark.parametrize(("formula", "settings"), [
-    (grpo, {}), (papo, {"masked_gradient": True, "mask_per": "sample"}), (vppo, {})],
-    ids=["grpo", "papo_masked_gradient", "vppo"])
+@pytest.mark.parametrize(
+  ("formula", "settings"),
+  [(grpo, {}), (papo, {"masked_gradient": True, "mask_per": "sample"}), (vppo, {})],
+  ids=["grpo", "papo_masked_gradient", "vppo"],
+)
 def test_gradient_is_that_of_separate_sequences_and_the_formula(
-    setup, make, experience, formula, settings):
+  setup, make, experience, formula, settings
+):
   model, params, prompt, tokens, mask, black = setup
   objective = objectives.create(formula.__name__, **settings)
   program = make(objective)
@@ -187,30 +199,44 @@ def test_gradient_is_that_of_separate_sequences_and_the_formula(
 # -- Views ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "per", "settings"), [
+@pytest.mark.parametrize(
+  ("kind", "per", "settings"),
+  [
     ("patches", "sample", {"mask_patch": 3, "mask_rate": 0.6}),
     ("patches", "prompt", {"mask_patch": 3, "mask_rate": 0.6}),
-    ("noise", "sample", {"mask_noise": 90.0}), ("noise", "prompt", {"mask_noise": 90.0}),
-    ("blank", "sample", {}), ("solid", "sample", {"mask_level": 70}),
-    ("blur", "sample", {"mask_blur": 4.0})])
+    ("noise", "sample", {"mask_noise": 90.0}),
+    ("noise", "prompt", {"mask_noise": 90.0}),
+    ("blank", "sample", {}),
+    ("solid", "sample", {"mask_level": 70}),
+    ("blur", "sample", {"mask_blur": 4.0}),
+  ],
+)
 def test_masked_view_scores_the_image_that_the_objective_asks_for(setup, kind, per, settings):
   model, params, prompt, tokens, mask, black = setup
   white = black + 3.0  # any patch that is brighter than black
   objective = objectives.create("papo", mask_kind=kind, mask_per=per, **settings)
   mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
-  program = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
-                     black=black, white=white)
+  program = Programs(
+    model,
+    mesh,
+    objective,
+    keep_gradient(),
+    params,
+    temperature=TEMPERATURE,
+    black=black,
+    white=white,
+  )
   key, shape = jax.random.key(9), (3, 2, 8, 8)
   stats = program.score_masked(params, prompt, tokens, mask, key)
 
   alone = views.repeat_prompts(prompt, G)
   drawn_on = alone if per == "sample" else prompt
   other = {
-      "patches": lambda: views.black_patches(key, drawn_on, 0.6, black, block=3, merge_size=2),
-      "blank": lambda: views.solid(drawn_on, 0, black, white),
-      "solid": lambda: views.solid(drawn_on, 70, black, white),
-      "noise": lambda: views.noise(key, drawn_on, 90.0, black, white, shape),
-      "blur": lambda: views.blur(drawn_on, 4.0, shape, 2),
+    "patches": lambda: views.black_patches(key, drawn_on, 0.6, black, block=3, merge_size=2),
+    "blank": lambda: views.solid(drawn_on, 0, black, white),
+    "solid": lambda: views.solid(drawn_on, 70, black, white),
+    "noise": lambda: views.noise(key, drawn_on, 90.0, black, white, shape),
+    "blur": lambda: views.blur(drawn_on, 4.0, shape, 2),
   }[kind]()
   other = other if per == "sample" else views.repeat_prompts(other, G)
   slow = jax.jit(lambda patches: slow_logp(model, params, alone.replace(patches=patches), tokens))
@@ -249,17 +275,27 @@ def test_kl_of_the_masked_view_is_that_of_full_distributions(setup, make):
   np.testing.assert_allclose(stats.logp, np.where(mask, picked, 0), atol=2e-4)
 
 
-@pytest.mark.parametrize("settings", [
-    {"mask_kind": "patches", "mask_patch": 3}, {"mask_kind": "noise"}, {"mask_kind": "blur"}],
-    ids=["patches", "noise", "blur"])
+@pytest.mark.parametrize(
+  "settings",
+  [{"mask_kind": "patches", "mask_patch": 3}, {"mask_kind": "noise"}, {"mask_kind": "blur"}],
+  ids=["patches", "noise", "blur"],
+)
 def test_masked_views_are_the_same_on_four_devices(setup, settings):
   model, params, prompt, tokens, mask, black = setup
   objective = objectives.create("vppo", dependency="full", **settings)
 
   def score(devices):
     mesh = parallel.make_mesh({"fsdp": devices, "tensor": 1}, devices=jax.devices()[:devices])
-    program = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
-                       black=black, white=black + 3.0)
+    program = Programs(
+      model,
+      mesh,
+      objective,
+      keep_gradient(),
+      params,
+      temperature=TEMPERATURE,
+      black=black,
+      white=black + 3.0,
+    )
     args = params, prompt, tokens, mask, jax.random.key(4)
     stats = program.score_masked(*args)
     return stats.logp, stats.kl
@@ -273,8 +309,14 @@ def test_noise_without_a_white_patch_is_refused(setup):
   model, params, *_, black = setup
   mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match="white=None: expected a patch .*mask_kind='noise'"):
-    Programs(model, mesh, objectives.create("papo", mask_kind="noise"), keep_gradient(), params,
-             black=black)
+    Programs(
+      model,
+      mesh,
+      objectives.create("papo", mask_kind="noise"),
+      keep_gradient(),
+      params,
+      black=black,
+    )
 
 
 # -- Splits ---------------------------------------------------------------------------------------
@@ -295,9 +337,16 @@ def assert_equal_updates(part, whole) -> None:
 MASKED = {"masked_gradient": True, "mask_rate": 0.5}
 
 
-@pytest.mark.parametrize(("name", "settings", "splits"), [
-    ("grpo", {}, (2, 4)), ("papo", MASKED, (4,)), ("papo", {**MASKED, "mask_per": "sample"}, (2,)),
-    ("vppo", {}, (4,))], ids=["grpo", "papo", "papo_per_sample", "vppo"])
+@pytest.mark.parametrize(
+  ("name", "settings", "splits"),
+  [
+    ("grpo", {}, (2, 4)),
+    ("papo", MASKED, (4,)),
+    ("papo", {**MASKED, "mask_per": "sample"}, (2,)),
+    ("vppo", {}, (4,)),
+  ],
+  ids=["grpo", "papo", "papo_per_sample", "vppo"],
+)
 def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, settings, splits):
   objective = objectives.create(name, **settings)
   _, params, prompt, tokens, *_ = setup
@@ -305,7 +354,8 @@ def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, 
   def update(**kwargs):
     program = make(objective, **kwargs)
     return program.update(
-        fresh(program, params), {}, prompt, tokens, experience, jax.random.key(0), None)
+      fresh(program, params), {}, prompt, tokens, experience, jax.random.key(0), None
+    )
 
   whole = update()
   for microbatches in splits:
@@ -319,8 +369,11 @@ def test_images_of_the_host_go_with_their_prompts(setup, make, experience, per):
   _, params, prompt, tokens, _, black = setup
   key = jax.random.key(3)
   rows = views.repeat_prompts(prompt, G) if per == "sample" else prompt
-  host = jax.device_get(views.black_patches(
-      jax.random.split(key, (P, G) if per == "sample" else P).reshape(-1), rows, 0.5, black))
+  host = jax.device_get(
+    views.black_patches(
+      jax.random.split(key, (P, G) if per == "sample" else P).reshape(-1), rows, 0.5, black
+    )
+  )
 
   def update(source, **kwargs):
     program = make(objective, **kwargs)
@@ -339,11 +392,23 @@ def test_moments_on_the_host_change_nothing(setup, experience):
 
   def update(on_host):
     program = Programs(
-        model, mesh, objectives.create("grpo"), optax.adam(1e-2), params, minibatches=2,
-        state_on_host=on_host)
+      model,
+      mesh,
+      objectives.create("grpo"),
+      optax.adam(1e-2),
+      params,
+      minibatches=2,
+      state_on_host=on_host,
+    )
     state, _ = program.update(
-        program.init_state(jax.tree.map(jnp.copy, params)), {}, prompt, tokens, experience,
-        jax.random.key(0), None)
+      program.init_state(jax.tree.map(jnp.copy, params)),
+      {},
+      prompt,
+      tokens,
+      experience,
+      jax.random.key(0),
+      None,
+    )
     return state
 
   plain, away = update(False), update(True)
@@ -353,27 +418,34 @@ def test_moments_on_the_host_change_nothing(setup, experience):
   assert_close_trees(jax.device_get(away), jax.device_get(plain), share=1e-5)
 
 
-@pytest.mark.parametrize(("name", "settings", "host"), [
+@pytest.mark.parametrize(
+  ("name", "settings", "host"),
+  [
     ("vppo", {}, False),  # its shaping depends on the minibatch
     ("papo", {**MASKED, "anneal_updates": 3}, True),
-    ("grpo", {"kl_target": 0.01, "kl_horizon": 10}, False)], ids=["vppo", "papo", "grpo"])
-def test_minibatches_are_updates_one_after_another(
-    setup, make, experience, name, settings, host):
+    ("grpo", {"kl_target": 0.01, "kl_horizon": 10}, False),
+  ],
+  ids=["vppo", "papo", "grpo"],
+)
+def test_minibatches_are_updates_one_after_another(setup, make, experience, name, settings, host):
   """What changes from update to update, the objective's scalars too, goes through the scan."""
   _, params, prompt, tokens, _, black = setup
   objective = objectives.create(name, **settings)
-  source = (jax.device_get(views.black_patches(jax.random.key(4), prompt, 0.5, black))
-            if host else jax.random.key(0))
+  source = (
+    jax.device_get(views.black_patches(jax.random.key(4), prompt, 0.5, black))
+    if host
+    else jax.random.key(0)
+  )
   both = make(objective, 0.05, minibatches=2)
-  state, metrics = both.update(
-      fresh(both, params), {}, prompt, tokens, experience, source, None)
+  state, metrics = both.update(fresh(both, params), {}, prompt, tokens, experience, source, None)
 
   single = make(objective, 0.05)
   by_hand, history, states = fresh(single, params), [], []
   for part in (0, 1):
     *batch, images = jax.tree.map(
-        lambda a, part=part: np.asarray(a)[part::2],
-        (prompt, tokens, experience, source if host else ()))
+      lambda a, part=part: np.asarray(a)[part::2],
+      (prompt, tokens, experience, source if host else ()),
+    )
     by_hand, one = single.update(by_hand, {}, *batch, images if host else source, None)
     history.append(jax.device_get(one))
     states.append(jax.device_get(by_hand.objective))
@@ -421,8 +493,9 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
   assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
   for bad, count in ((first, 1), (second, 2)):
     assert bad.bad_steps == count
-    jax.tree.map(np.testing.assert_array_equal, (bad.params, bad.opt_state),
-                 (start.params, start.opt_state))
+    jax.tree.map(
+      np.testing.assert_array_equal, (bad.params, bad.opt_state), (start.params, start.opt_state)
+    )
   after, metrics = step(second)
   assert after.bad_steps == 0 and np.isfinite(metrics["loss"])
   assert not np.array_equal(after.params["head"], start.params["head"])
@@ -436,25 +509,33 @@ def test_a_frozen_tower_sees_each_prompt_once(setup, make, experience):
   seen = programs.see(params, prompt)
   blind = seen.replace(patches=jnp.full_like(seen.patches, jnp.nan))
   plain = programs.score(params, prompt, tokens, mask)
-  np.testing.assert_allclose(programs.score(params, blind, tokens, mask).logp, plain.logp,
-                             atol=1e-5)
+  np.testing.assert_allclose(
+    programs.score(params, blind, tokens, mask).logp, plain.logp, atol=1e-5
+  )
   drawn = programs.rollout(params, blind, jax.random.key(0))
   np.testing.assert_array_equal(
-      drawn.tokens, programs.rollout(params, prompt, jax.random.key(0)).tokens)
-  (_, wanted), (_, found) = (programs.update(
-      fresh(programs, trained), frozen, given, tokens, experience, jax.random.key(0), None)
-      for given in (prompt, blind))
+    drawn.tokens, programs.rollout(params, prompt, jax.random.key(0)).tokens
+  )
+  (_, wanted), (_, found) = (
+    programs.update(
+      fresh(programs, trained), frozen, given, tokens, experience, jax.random.key(0), None
+    )
+    for given in (prompt, blind)
+  )
   np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-5)
 
 
 # -- Packed ----------------------------------------------------------------------------------------
 
-PACKED = (("grpo", {}, {}), ("gspo", {}, dict(microbatches=2)),
-          ("vppo", {}, dict(minibatches=2)),
-          ("vppo", {}, dict(microbatches=2, minibatches=2)),
-          ("papo", dict(masked_gradient=True, mask_rate=0.8), dict(microbatches=2)),
-          ("kl_cov", dict(cov_share=0.3), {}),
-          ("papo", dict(masked_gradient=True, perception_kl="full", kl="full"), {}))
+PACKED = (
+  ("grpo", {}, {}),
+  ("gspo", {}, dict(microbatches=2)),
+  ("vppo", {}, dict(minibatches=2)),
+  ("vppo", {}, dict(microbatches=2, minibatches=2)),
+  ("papo", dict(masked_gradient=True, mask_rate=0.8), dict(microbatches=2)),
+  ("kl_cov", dict(cov_share=0.3), {}),
+  ("papo", dict(masked_gradient=True, perception_kl="full", kl="full"), {}),
+)
 
 
 def four_times(setup, experience):
@@ -464,7 +545,8 @@ def four_times(setup, experience):
   lengths = np.random.default_rng(5).integers(0, mask.shape[-1] + 1, (P, G, 1))
   mask = mask & (np.arange(mask.shape[-1]) < lengths)
   longer = jax.tree.map(
-      lambda a: np.concatenate([np.asarray(a)] * 4, axis=-1) if np.ndim(a) == 3 else a, experience)
+    lambda a: np.concatenate([np.asarray(a)] * 4, axis=-1) if np.ndim(a) == 3 else a, experience
+  )
   return tokens, mask, longer.replace(mask=mask)
 
 
@@ -486,8 +568,10 @@ def test_packing_changes_nothing(name, fields, split, setup, make, experience):
     np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
     np.testing.assert_allclose(packed.entropy, plain.entropy, rtol=1e-5, atol=5e-5)
   reference = params if "ref" in objective.grad_views else None
-  outs = [program.update(fresh(program, params), {}, prompt, tokens, longer, key, reference, p)
-          for p in (None, packing)]
+  outs = [
+    program.update(fresh(program, params), {}, prompt, tokens, longer, key, reference, p)
+    for p in (None, packing)
+  ]
   (plain, metrics), (packed, others) = outs
   assert_close_trees(packed.opt_state, plain.opt_state, share=2e-4)
   for metric, value in metrics.items():
@@ -514,8 +598,16 @@ def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
   tokens, mask, longer = four_times(setup, experience)
   objective, key = objectives.create("vppo"), jax.random.key(4)
   mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, devices=jax.devices()[:2])
-  both = Programs(model, mesh, objective, keep_gradient(), params, temperature=TEMPERATURE,
-                  black=black, part_tokens=32)
+  both = Programs(
+    model,
+    mesh,
+    objective,
+    keep_gradient(),
+    params,
+    temperature=TEMPERATURE,
+    black=black,
+    part_tokens=32,
+  )
   packing = both.pack(mask)
   assert packing.index.shape[2] == 2 and max(packing.used) > 1
   assert not np.array_equal(packing.order, np.arange(P))
@@ -524,8 +616,7 @@ def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per", ["prompt", "sample"])
-def test_dealt_to_devices_and_microbatches_prompts_stay_themselves(
-    setup, make, experience, per):
+def test_dealt_to_devices_and_microbatches_prompts_stay_themselves(setup, make, experience, per):
   """With images of the host, two minibatches of two microbatches each, on two devices."""
   model, params, prompt, *_, black = setup
   tokens, mask, longer = four_times(setup, experience)
@@ -542,10 +633,26 @@ def test_dealt_to_devices_and_microbatches_prompts_stay_themselves(
   source = rows.replace(patches=rows.patches + rng.normal(size=rows.patches.shape).astype("f4"))
   objective = objectives.create("papo", mask_per=per, mask_on="original", **MASKED)
   mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, devices=jax.devices()[:2])
-  both = Programs(model, mesh, objective, optax.sgd(0.01, momentum=0.9), params,
-                  temperature=TEMPERATURE, black=black, part_tokens=32, microbatches=2,
-                  minibatches=2)
+  both = Programs(
+    model,
+    mesh,
+    objective,
+    optax.sgd(0.01, momentum=0.9),
+    params,
+    temperature=TEMPERATURE,
+    black=black,
+    part_tokens=32,
+    microbatches=2,
+    minibatches=2,
+  )
   packing = both.pack(mask)
   assert not np.array_equal(packing.order, np.arange(2 * P))
-  assert_same_steps(both, make(objective, 0.01, minibatches=2), params, (prompt, tokens, longer),
-                    source, packing, 5e-4)
+  assert_same_steps(
+    both,
+    make(objective, 0.01, minibatches=2),
+    params,
+    (prompt, tokens, longer),
+    source,
+    packing,
+    5e-4,
+  )

@@ -58,10 +58,11 @@ def workdir(finished, tmp_path):
 def command(config, workdir, monkeypatch, capsys, *flags: str) -> tuple[int, str]:
   """Exit code and stderr of `python -m jaxrl_vlm.train`, run in this process."""
   path = workdir.parent / "config.py"
-  path.write_text("from jaxrl_vlm import config\n\ndef get_config():\n"
-                  f"  return config.from_json({config_lib.to_json(config)!r})\n")
-  monkeypatch.setattr(
-      sys, "argv", ["train", f"--config={path}", f"--workdir={workdir}", *flags])
+  path.write_text(
+    "from jaxrl_vlm import config\n\ndef get_config():\n"
+    f"  return config.from_json({config_lib.to_json(config)!r})\n"
+  )
+  monkeypatch.setattr(sys, "argv", ["train", f"--config={path}", f"--workdir={workdir}", *flags])
   capsys.readouterr()
   code = 0
   try:
@@ -103,10 +104,19 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
   def run(signal_at: str = "") -> subprocess.CompletedProcess:
     """The same command each time; SIGNAL_AT_STEP makes the process signal itself."""
     return subprocess.run(
-        [sys.executable, "-m", "jaxrl_vlm.train", f"--config={tmp_path / 'config.py'}",
-         f"--workdir={workdir}"],
-        env={**os.environ, "SIGNAL_AT_STEP": signal_at}, cwd=tiny_run.ROOT, text=True,
-        capture_output=True, timeout=500)
+      [
+        sys.executable,
+        "-m",
+        "jaxrl_vlm.train",
+        f"--config={tmp_path / 'config.py'}",
+        f"--workdir={workdir}",
+      ],
+      env={**os.environ, "SIGNAL_AT_STEP": signal_at},
+      cwd=tiny_run.ROOT,
+      text=True,
+      capture_output=True,
+      timeout=500,
+    )
 
   # In the supervised stage; the metrics of step 1 are written while step 2 runs.
   stopped = run("SIGTERM:1")
@@ -132,8 +142,10 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
-  return [{key: value for key, value in record.items() if not key.startswith("time/")}
-          for record in metrics.read(workdir)]
+  return [
+    {key: value for key, value in record.items() if not key.startswith("time/")}
+    for record in metrics.read(workdir)
+  ]
 
 
 def asked_at(step: int, look: int, workdir, monkeypatch) -> None:
@@ -152,13 +164,17 @@ def asked_at(step: int, look: int, workdir, monkeypatch) -> None:
   assert looks[step] == look and not (workdir / "model").exists()
 
 
-@pytest.mark.parametrize(("step", "look", "done"), [
+@pytest.mark.parametrize(
+  ("step", "look", "done"),
+  [
     pytest.param(7, 2, 6, id="in the first rollout"),
     pytest.param(8, 2, 7, id="in a rollout"),
     pytest.param(8, 3, 7, id="before the update"),
-])
+  ],
+)
 def test_asked_within_a_step_it_stops_there(
-    step, look, done, workdir, finished, one_device, monkeypatch, capsys):
+  step, look, done, workdir, finished, one_device, monkeypatch, capsys
+):
   shutil.rmtree(workdir / "checkpoints" / "8")  # continues from step 6
   asked_at(step, look, workdir, monkeypatch)
   out = capsys.readouterr().out
@@ -170,11 +186,15 @@ def test_asked_within_a_step_it_stops_there(
 
 
 def test_evaluations_that_were_stopped_are_done_once(
-    tmp_path, finished, one_device, monkeypatch, capsys):
+  tmp_path, finished, one_device, monkeypatch, capsys
+):
   workdir = tmp_path / "run"
   for step, look, done in (
-      (3, 2, 3), (4, 2, 3),  # in the evaluation that begins the second stage, and just behind it
-      (8, 4, 8), (8, 1, 8)):  # in the last one, twice
+    (3, 2, 3),
+    (4, 2, 3),  # in the evaluation that begins the second stage, and just behind it
+    (8, 4, 8),
+    (8, 1, 8),
+  ):  # in the last one, twice
     asked_at(step, look, workdir, monkeypatch)
     assert f"stopped after step {done}; " in capsys.readouterr().out
   train.train(tiny_run.get_config(), workdir)
@@ -210,16 +230,18 @@ def test_a_finished_run_only_shows_its_result_again(workdir, finished, one_devic
 
 def cut_largest(step: pathlib.Path) -> None:
   largest = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [
+@pytest.mark.parametrize(
+  "damage",
+  [
     pytest.param(cut_largest, id="data cut short"),
     pytest.param(lambda step: shutil.rmtree(step / "meta"), id="meta missing"),
     pytest.param(lambda step: (shutil.rmtree(step), step.mkdir()), id="empty"),
-])
-def test_a_step_that_lost_files_is_passed_over(
-    damage, workdir, finished, one_device, capsys):
+  ],
+)
+def test_a_step_that_lost_files_is_passed_over(damage, workdir, finished, one_device, capsys):
   checkpoints = workdir / "checkpoints"
   assert sorted(p.name for p in checkpoints.iterdir()) == ["4", "6", "8"]
   damage(checkpoints / "8")
@@ -230,8 +252,9 @@ def test_a_step_that_lost_files_is_passed_over(
   assert trained_steps(workdir) == list(range(1, 9))
   warnings = [w for w in capsys.readouterr().err.splitlines() if w.startswith("warning: ")]
   assert warnings == [
-      "warning: the checkpoint of step 8 cannot be read and is now "
-      f"{checkpoints / 'unreadable-8'}; continuing from step 6"]
+    "warning: the checkpoint of step 8 cannot be read and is now "
+    f"{checkpoints / 'unreadable-8'}; continuing from step 6"
+  ]
   assert (checkpoints / "8").is_dir() and (checkpoints / "unreadable-8").is_dir()
 
 
@@ -269,7 +292,8 @@ def restored(path: pathlib.Path):
   again = checkpoint.Checkpoints(path, keep=2)
   meta = again.latest_meta()
   target = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jnp.zeros(()).sharding), STATE)
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jnp.zeros(()).sharding), STATE
+  )
   state = again.restore(target)
   again.close()
   return meta, state
@@ -281,8 +305,9 @@ def test_a_disk_without_room_is_one_line_and_older_checkpoints_stay(checkpoints,
   with pytest.raises(UserError) as error:
     checkpoints.save(2, STATE, {"step": 2})
   assert str(error.value) == (
-      f"{checkpoints.path}: disk full: a checkpoint needs 1 MiB, 1 MiB are free; make room and "
-      "start the same command again (last complete checkpoint: step 1)")
+    f"{checkpoints.path}: disk full: a checkpoint needs 1 MiB, 1 MiB are free; make room and "
+    "start the same command again (last complete checkpoint: step 1)"
+  )
   checkpoints.close()
   meta, state = restored(checkpoints.path)
   assert meta == {"step": 1}
@@ -291,8 +316,10 @@ def test_a_disk_without_room_is_one_line_and_older_checkpoints_stay(checkpoints,
 
 def test_a_write_that_fails_in_the_background_is_reported(checkpoints):
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  noise = {"w": jnp.asarray(np.random.default_rng(0).normal(size=300_000), jnp.float32),
-           "count": jnp.int32(4)}  # random: it does not compress below the limit
+  noise = {
+    "w": jnp.asarray(np.random.default_rng(0).normal(size=300_000), jnp.float32),
+    "count": jnp.int32(4),
+  }  # random: it does not compress below the limit
   resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files cannot grow beyond
   try:
     with pytest.raises(UserError, match=r"saving a checkpoint failed: .*; earlier checkpoints"):
@@ -360,16 +387,18 @@ def test_a_nan_loss_skips_its_step_and_the_run_goes_on(tmp_path, one_device, mon
 
 
 def test_too_many_nan_in_a_row_stop_the_run_with_the_last_good_checkpoint(
-    tmp_path, one_device, monkeypatch, capsys):
+  tmp_path, one_device, monkeypatch, capsys
+):
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
     poison(patch, {3, 4, 5})
     code, err = command(supervised(5), workdir, patch, capsys)
   assert code == 2
   assert err == (
-      "step 4: the loss or gradient was NaN or infinite 2 times in a row (config.max_bad_steps=2); "
-      f"the last good checkpoint is kept in {workdir / 'checkpoints'}; try a lower "
-      "config.stages[0].optimizer.learning_rate in another --workdir\n")
+    "step 4: the loss or gradient was NaN or infinite 2 times in a row (config.max_bad_steps=2); "
+    f"the last good checkpoint is kept in {workdir / 'checkpoints'}; try a lower "
+    "config.stages[0].optimizer.learning_rate in another --workdir\n"
+  )
   good, kept = saved_state(workdir, 2), saved_state(workdir, 3)
   assert_equal_trees(good["params"], kept["params"])
   assert not (workdir / "checkpoints" / "4").exists() and not (workdir / "model").exists()
@@ -390,8 +419,17 @@ def write_jsonl(folder: pathlib.Path, count: int = 16) -> pathlib.Path:
   for i in range(count):
     example = boards[i]
     (folder / f"{i}.png").write_bytes(example.images[0])
-    lines.append(json.dumps({"id": f"board-{i}", "question": example.question, "image": f"{i}.png",
-                             "answer": example.answer, "target": example.target}))
+    lines.append(
+      json.dumps(
+        {
+          "id": f"board-{i}",
+          "question": example.question,
+          "image": f"{i}.png",
+          "answer": example.answer,
+          "target": example.target,
+        }
+      )
+    )
   (folder / "train.jsonl").write_text("\n".join(lines))
   return folder / "train.jsonl"
 
@@ -416,14 +454,15 @@ def on_jsonl(kind: int, path: pathlib.Path, finished: pathlib.Path):
 
 
 def test_a_broken_image_is_named_and_mending_it_continues_the_run(
-    finished, tmp_path, one_device, monkeypatch, capsys):
+  finished, tmp_path, one_device, monkeypatch, capsys
+):
   path = write_jsonl(tmp_path / "data")
   config = on_jsonl(0, path, finished)
   config.checkpoint.every = 50  # the steps that are done are saved all the same
   number = third_batch(path, config)
   image = path.parent / f"{number}.png"
   whole = image.read_bytes()
-  image.write_bytes(whole[:len(whole) // 2])
+  image.write_bytes(whole[: len(whole) // 2])
   workdir = tmp_path / "run"
   code, err = command(config, workdir, monkeypatch, capsys)
   assert code == 2 and len(err.splitlines()) == 1, err
@@ -439,7 +478,8 @@ def test_a_broken_image_is_named_and_mending_it_continues_the_run(
 
 
 def test_a_prompt_longer_than_the_buckets_is_named(
-    finished, tmp_path, one_device, monkeypatch, capsys):
+  finished, tmp_path, one_device, monkeypatch, capsys
+):
   path = write_jsonl(tmp_path / "data")
   config = on_jsonl(1, path, finished)
   number = third_batch(path, config)
@@ -456,7 +496,8 @@ def test_a_prompt_longer_than_the_buckets_is_named(
 
 
 def test_an_example_without_an_answer_is_named_before_anything_runs(
-    finished, tmp_path, one_device, monkeypatch, capsys):
+  finished, tmp_path, one_device, monkeypatch, capsys
+):
   path = write_jsonl(tmp_path / "data")
   lines = [json.loads(line) for line in path.read_text().splitlines()]
   lines[6]["answer"] = " "
@@ -474,14 +515,16 @@ def test_another_configs_workdir_is_left_alone(workdir, one_device, monkeypatch,
   code, err = command(config, workdir, monkeypatch, capsys)
   assert code == 2
   assert err == (
-      f"--workdir={workdir}: holds a run with another config "
-      "(config.stages[1].objective.name: 'papo' -> 'grpo'); choose another --workdir for a new "
-      "run, or set these fields back to resume that one\n")
+    f"--workdir={workdir}: holds a run with another config "
+    "(config.stages[1].objective.name: 'papo' -> 'grpo'); choose another --workdir for a new "
+    "run, or set these fields back to resume that one\n"
+  )
   assert files(workdir) == before
 
 
 def test_more_steps_between_checkpoints_is_still_the_same_run(
-    workdir, finished, one_device, monkeypatch, capsys):
+  workdir, finished, one_device, monkeypatch, capsys
+):
   config = tiny_run.get_config()
   config.checkpoint.every = 100
   code, err = command(config, workdir, monkeypatch, capsys)
@@ -489,16 +532,25 @@ def test_more_steps_between_checkpoints_is_still_the_same_run(
   assert_same_model(workdir, finished)
 
 
-@pytest.mark.parametrize(("flag", "line"), [
-    ("--config.stages[0].prompts_per_step=6",
-     "config.stages[0].prompts_per_step=6: expected a multiple of minibatches x microbatches x "
-     "mesh.slice x mesh.fsdp = 4"),
-    ("--config.stages[1].eval.batch=6",
-     "config.stages[1].eval.batch=6: expected a multiple of mesh.slice x mesh.fsdp = 4"),
-    ("--config.mesh.tensor=3",
-     "config.mesh={'fsdp': 4, 'slice': 1, 'tensor': 3}: the axes must multiply to 8 devices, "
-     "got 12"),
-])
+@pytest.mark.parametrize(
+  ("flag", "line"),
+  [
+    (
+      "--config.stages[0].prompts_per_step=6",
+      "config.stages[0].prompts_per_step=6: expected a multiple of minibatches x microbatches x "
+      "mesh.slice x mesh.fsdp = 4",
+    ),
+    (
+      "--config.stages[1].eval.batch=6",
+      "config.stages[1].eval.batch=6: expected a multiple of mesh.slice x mesh.fsdp = 4",
+    ),
+    (
+      "--config.mesh.tensor=3",
+      "config.mesh={'fsdp': 4, 'slice': 1, 'tensor': 3}: the axes must multiply to 8 devices, "
+      "got 12",
+    ),
+  ],
+)
 def test_sizes_that_do_not_fit_the_mesh_are_one_line(flag, line, tmp_path, monkeypatch, capsys):
   config = tiny_run.get_config()
   config.mesh.fsdp, config.mesh.tensor = 4, 2

@@ -44,7 +44,8 @@ def test_the_step_that_spends_the_budget_is_the_last(finished):
   spent = [r["train/generated_tokens"] for r in steps]
   # A step's tokens: mean length times 4 x 2 responses.
   np.testing.assert_allclose(
-      np.diff([0, *spent]), [8 * r["train/response_length"] for r in steps], rtol=1e-6)
+    np.diff([0, *spent]), [8 * r["train/response_length"] for r in steps], rtol=1e-6
+  )
   assert spent[-2] < BUDGET <= spent[-1] and len(spent) < 7
   last = steps[-1]["step"]
   # It is evaluated and saved as a stage's last step is, and the next stage goes on from it.
@@ -110,6 +111,8 @@ def test_what_a_step_sampled_before_it_failed_does_not_count(tmp_path, one_devic
       train.train(config, tmp_path / "again")
   assert len(records_of(tmp_path / "again", "rl")) == 1
   train.train(config, tmp_path / "again")
-  counts = [[r["train/generated_tokens"] for r in records_of(tmp_path / name, "rl")]
-            for name in ("once", "again")]
+  counts = [
+    [r["train/generated_tokens"] for r in records_of(tmp_path / name, "rl")]
+    for name in ("once", "again")
+  ]
   assert counts[0] == counts[1] and len(counts[0]) == 2

@@ -63,8 +63,15 @@ class Setup:
     return jax.tree.map(move, self.params)
 
   def programs(self, objective: objectives.Objective) -> Programs:
-    return Programs(self.model, self.mesh, objective, optax.sgd(RATE), self.params,
-                    temperature=TEMPERATURE, black=self.black)
+    return Programs(
+      self.model,
+      self.mesh,
+      objective,
+      optax.sgd(RATE),
+      self.params,
+      temperature=TEMPERATURE,
+      black=self.black,
+    )
 
   def update(self, objective: objectives.Objective, mask) -> tuple[Params, dict[str, Any]]:
     """What one real update changes, divided by its step size; and its metrics."""
@@ -76,12 +83,17 @@ class Setup:
       seen["masked"] = programs.score_masked(self.old, *batch, KEY)
     advantages = objective.advantages(self.rewards, mask)
     experience = Experience(
-        mask=mask, advantages=jnp.broadcast_to(advantages, mask.shape), rewards=self.rewards,
-        old=programs.score(self.old, *batch), views=seen)
+      mask=mask,
+      advantages=jnp.broadcast_to(advantages, mask.shape),
+      rewards=self.rewards,
+      old=programs.score(self.old, *batch),
+      views=seen,
+    )
     state = programs.init_state(jax.tree.map(jnp.copy, self.params))
     reference = self.ref if "ref" in objective.grad_views else None
     state, metrics = programs.update(
-        state, {}, self.prompt, self.tokens, experience, KEY, reference)
+      state, {}, self.prompt, self.tokens, experience, KEY, reference
+    )
     assert metrics["bad_steps"] == 0
     return jax.tree.map(lambda old, new: (old - new) / RATE, self.params, state.params), metrics
 
@@ -89,8 +101,13 @@ class Setup:
     """A row for every sample, its image with the squares black that the key draws."""
     prompt = views.repeat_prompts(self.prompt, G) if per == "sample" else self.prompt
     dark = views.black_patches(
-        KEY, prompt, rate, self.black, block=block,
-        merge_size=self.model.config.vision.spatial_merge_size)
+      KEY,
+      prompt,
+      rate,
+      self.black,
+      block=block,
+      merge_size=self.model.config.vision.spatial_merge_size,
+    )
     return dark if per == "sample" else views.repeat_prompts(dark, G)
 
   def log_probs(self, params: Params, prompt: Prompt) -> jax.Array:
@@ -104,16 +121,16 @@ class Setup:
     line = prompt.next_position[:, None] + np.arange(T)
     room = [(0, 0), (0, T)]
     whole = dataclasses.replace(
-        prompt,
-        tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(responses),
-        length=prompt.length + T,
-        positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
-        feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1))
+      prompt,
+      tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(responses),
+      length=prompt.length + T,
+      positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
+      feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1),
+    )
 
     def one(sequence_and_place):
       sequence, place = sequence_and_place
-      logits: Any = self.model.apply(
-          {"params": params}, jax.tree.map(lambda a: a[None], sequence))
+      logits: Any = self.model.apply({"params": params}, jax.tree.map(lambda a: a[None], sequence))
       return jax.nn.log_softmax(logits[0, place - 1][:, self.allowed] / TEMPERATURE, axis=-1)
 
     everything = jax.lax.map(one, (whole, at))
@@ -192,8 +209,9 @@ def papo(s: Setup, mask, clean, full=False):
 def vppo(s: Setup, mask, clean):
   """arXiv 2510.09285, eq. 4 to 8: dependency, filter and shaping from the sampling policy."""
   seen, unseen = (
-      np.asarray(jax.jit(s.log_probs)(s.old, view), np.float64)
-      for view in (clean, s.darkened("sample", 0.5, 1)))
+    np.asarray(jax.jit(s.log_probs)(s.old, view), np.float64)
+    for view in (clean, s.darkened("sample", 0.5, 1))
+  )
   depends = (np.exp(seen) * (seen - unseen)).sum(axis=-1)
   keep, means = np.zeros(mask.shape, bool), np.full(mask.shape[:2], np.nan)
   for p, g in np.ndindex(*mask.shape[:2]):
@@ -218,28 +236,56 @@ def vppo(s: Setup, mask, clean):
   return loss
 
 
-PAPO = {"masked_gradient": True, "kl": "k3", "kl_coef": 0.05, "perception_kl": "k3",
-        "perception_coef": 0.2, "entropy_penalty": 0.05, "masked_entropy_penalty": 0.03,
-        "mask_kind": "patches", "mask_on": "processed", "mask_per": "prompt", "mask_rate": 0.6,
-        "mask_patch": 2}
-FORMULAS: dict[str, tuple[Callable, dict[str, Any]]] = {
-    "grpo": (grpo, {"kl": "k3", "kl_coef": 0.05}),
-    "papo": (papo, PAPO),
-    "papo_full": (functools.partial(papo, full=True),
-                  PAPO | {"perception_kl": "full", "kl": "full"}),
-    "vppo": (vppo, {
-        "dependency": "full", "tokens": "dependency", "keep_share": 0.4, "shaping": "minibatch",
-        "shaping_min": 0.9, "entropy_penalty": 0.06, "kl_coef": 0.0, "filter_groups": False,
-        "mask_kind": "patches", "mask_on": "processed", "mask_per": "sample", "mask_rate": 0.5,
-        "mask_patch": 1}),
+PAPO = {
+  "masked_gradient": True,
+  "kl": "k3",
+  "kl_coef": 0.05,
+  "perception_kl": "k3",
+  "perception_coef": 0.2,
+  "entropy_penalty": 0.05,
+  "masked_entropy_penalty": 0.03,
+  "mask_kind": "patches",
+  "mask_on": "processed",
+  "mask_per": "prompt",
+  "mask_rate": 0.6,
+  "mask_patch": 2,
 }
-CASES = [("grpo", "qwen2_5_vl"), ("papo", "qwen2_5_vl"), ("papo_full", "qwen2_5_vl"),
-         ("vppo", "qwen2_5_vl"), ("grpo", "qwen3_vl")]
+FORMULAS: dict[str, tuple[Callable, dict[str, Any]]] = {
+  "grpo": (grpo, {"kl": "k3", "kl_coef": 0.05}),
+  "papo": (papo, PAPO),
+  "papo_full": (functools.partial(papo, full=True), PAPO | {"perception_kl": "full", "kl": "full"}),
+  "vppo": (
+    vppo,
+    {
+      "dependency": "full",
+      "tokens": "dependency",
+      "keep_share": 0.4,
+      "shaping": "minibatch",
+      "shaping_min": 0.9,
+      "entropy_penalty": 0.06,
+      "kl_coef": 0.0,
+      "filter_groups": False,
+      "mask_kind": "patches",
+      "mask_on": "processed",
+      "mask_per": "sample",
+      "mask_rate": 0.5,
+      "mask_patch": 1,
+    },
+  ),
+}
+CASES = [
+  ("grpo", "qwen2_5_vl"),
+  ("papo", "qwen2_5_vl"),
+  ("papo_full", "qwen2_5_vl"),
+  ("vppo", "qwen2_5_vl"),
+  ("grpo", "qwen3_vl"),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "setup"), CASES, indirect=["setup"], ids=[f"{a}-{b}" for a, b in CASES])
+  ("name", "setup"), CASES, indirect=["setup"], ids=[f"{a}-{b}" for a, b in CASES]
+)
 def test_every_parameter_has_the_gradient_of_the_formula(name, setup):
   formula, settings = FORMULAS[name]
   mask = setup.mask.copy()
@@ -257,6 +303,7 @@ def test_every_parameter_has_the_gradient_of_the_formula(name, setup):
     assert largest > 1e-6, path
     # float32 through all layers; sums are taken in another order, which costs some 3e-6.
     np.testing.assert_allclose(
-        ours, expected, rtol=0, atol=1e-4 * largest, err_msg=jax.tree_util.keystr(path))
+      ours, expected, rtol=0, atol=1e-4 * largest, err_msg=jax.tree_util.keystr(path)
+    )
 
   jax.tree.map_with_path(compare, ours, expected)

@@ -7,8 +7,11 @@ from ml_collections import config_dict as config_dict
 
 class ConfigDict:
   def __init__(
-    self, initial_dictionary: Mapping[str, Any] | ConfigDict | None = ..., *,
-    allow_dotted_keys: bool = ..., **kwargs: Any
+    self,
+    initial_dictionary: Mapping[str, Any] | ConfigDict | None = ...,
+    *,
+    allow_dotted_keys: bool = ...,
+    **kwargs: Any,
   ) -> None: ...
   def __getattr__(self, name: str) -> Any: ...
   def __setattr__(self, name: str, value: Any) -> None: ...
