@@ -20,6 +20,8 @@ class Example:
       None means the stage's own.
     meta: JSON-like facts about the sample: `skill` groups accuracies; anything else is for
       verifiers and reports (cells, boxes, choices ...).
+    origin: Where the example was read, for error messages, such as "data/train.jsonl:17"; empty if
+      unknown. Comparisons ignore it.
   """
 
   id: str
@@ -29,6 +31,12 @@ class Example:
   target: str | None = None
   rewards: Mapping[str, float] | None = None
   meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  origin: str = dataclasses.field(default="", compare=False)
+
+  @property
+  def name(self) -> str:
+    """What error messages call the example: where it was read, if that is known, and its id."""
+    return f"{self.origin}: example {self.id!r}" if self.origin else f"example {self.id!r}"
 
   def replace(self, **changes) -> "Example":
     return dataclasses.replace(self, **changes)

@@ -34,6 +34,7 @@ LAYERS = (
 NEIGHBOURS = {
   ("evaluate", "rollout"),
   ("models", "data"),
+  ("data", "rewards"),
   ("flops", "models"),
   ("memory", "models"),
   ("memory", "packing"),

@@ -1,6 +1,8 @@
-"""Where examples come from, and how images and text become a model's input.
+"""Reads examples, and turns their images and text into model input.
 
-Nothing here imports jax when it is imported: data workers do. Import the modules themselves:
-digit_boards, sources, pipeline (examples), processor (model input) and its parts: files, families,
-chat, images, video, layout.
+Import the modules themselves. `digit_boards`, `sources` and `pipeline` provide examples.
+`processor` turns them into model input with the help of `files`, `families`, `chat`, `images`,
+`video` and `layout`. `corrupt` makes copies of examples with corrupted images.
+
+Importing these modules does not import jax, because data worker processes import them.
 """

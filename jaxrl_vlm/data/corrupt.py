@@ -90,7 +90,7 @@ def corrupt_images(
     raise ValueError(f"kind={kind!r}: no such corruption of images; {hint(kind, KINDS)}")
   images = []
   for i, encoded in enumerate(example.images):
-    image = decode_image(encoded, f"example {example.id!r}, image {i}")
+    image = decode_image(encoded, f"{example.name}, image {i}")
     # With its length, because (1, 2) and (1, 2, 0) would be the same numbers.
     rng = np.random.default_rng(np.random.SeedSequence([len(seed), *seed], spawn_key=(i,)))
     if kind == "patches":

@@ -1,4 +1,8 @@
-"""The files of a Hugging Face directory that are not the model's: read, changed, written again."""
+"""Reads, changes and writes the processor files of a Hugging Face directory.
+
+These are the files of the tokenizer, the chat template, and the image and video processors, and
+`generation_config.json`. Weights and `config.json` belong to the model.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from jaxrl_vlm.hf_config import parse_json
 
 _PREPROCESSOR = "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
-_PROCESSOR = "processor_config.json"  # transformers 5 may keep the contents of both others in it
+_PROCESSOR = "processor_config.json"  # in transformers 5 it may contain both of the files above
 _TEMPLATE = "chat_template.json"
 _NAMES = (
   "tokenizer.json",
@@ -31,52 +35,69 @@ _NAMES = (
 
 
 class ProcessorFiles:
-  """What tokenizer, chat template and image processors are made of, and generation_config.json.
+  """The processor files of a Hugging Face directory, as bytes.
 
   Attributes:
-    contents: from the name of each file that there is to its bytes.
+    contents: Maps the name of each file that exists to its bytes.
   """
 
   def __init__(self, path: str | pathlib.Path):
-    """Reads them; FileNotFoundError without any for images."""
+    """Reads the files of a directory.
+
+    Args:
+      path: The directory.
+
+    Raises:
+      FileNotFoundError: No file contains image settings.
+    """
     path = pathlib.Path(path)
-    self.contents = {n: (path / n).read_bytes() for n in _NAMES if (path / n).exists()}
+    self.contents = {name: (path / name).read_bytes() for name in _NAMES if (path / name).exists()}
     if self._image_processor()[1] is None:
       raise FileNotFoundError(f"{path / _PREPROCESSOR}: no such file")
 
   def write(self, path: str | pathlib.Path) -> None:
-    """Writes them, all that was not changed byte for byte."""
+    """Writes the files to a directory. Files that were not changed are the same bytes."""
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
     for name, content in self.contents.items():
       (path / name).write_bytes(content)
 
   def json(self, name: str) -> dict[str, Any]:
-    """A file's contents; empty if there is none."""
+    """Returns the contents of a JSON file, or an empty dict if the file does not exist.
+
+    Raises:
+      ValueError: The file is not a JSON object.
+    """
     return parse_json(name, self.contents.get(name, b"{}"))
 
   @property
   def processor(self) -> dict[str, Any]:
+    """Contents of `processor_config.json`."""
     return self.json(_PROCESSOR)
 
   @property
   def chat_template(self) -> str | None:
-    """The processor's own, which transformers prefers to that of tokenizer_config.json.
+    """Chat template of `chat_template.json`.
 
-    None if it has none, or has it in chat_template.jinja, which the tokenizer reads itself.
+    As in transformers, it takes precedence over the template in `tokenizer_config.json`. The value
+    is None if there is no such template, or if `chat_template.jinja` exists, which the tokenizer
+    reads itself.
     """
     if "chat_template.jinja" in self.contents:
       return None
     return self.json(_TEMPLATE).get("chat_template")
 
   def image_processor(self) -> tuple[str, Mapping[str, Any]]:
-    """Where the settings for images are, and they."""
+    """Returns where the image settings were found, for error messages, and the settings."""
     name, settings = self._image_processor()
     assert settings is not None
     return name, settings
 
   def video_processor(self) -> tuple[str, Mapping[str, Any]]:
-    """Where the settings for videos are, and they; as in transformers, maybe those for images."""
+    """Returns where the video settings were found, for error messages, and the settings.
+
+    As in transformers, videos use the image settings if there are no video settings.
+    """
     nested = self.processor.get("video_processor")
     if nested is not None:
       return f"{_PROCESSOR}: video_processor", nested
@@ -84,7 +105,12 @@ class ProcessorFiles:
     return name, self.json(name)
 
   def override_bounds(self, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Changes the area of images, wherever it stands; None keeps it."""
+    """Changes the bounds of the area of images, in pixels, in the file that contains them.
+
+    Args:
+      min_pixels: Smallest area. None keeps the file's value.
+      max_pixels: Largest area. None keeps the file's value.
+    """
     name, settings = self.image_processor()
     settings = dict(settings)
     for field, edge, value in (
@@ -96,9 +122,11 @@ class ProcessorFiles:
         if edge in (settings.get("size") or {}):
           settings["size"] = settings["size"] | {edge: value}
     if (min_pixels, max_pixels) != (None, None):
-      whole = settings if name == _PREPROCESSOR else self.processor | {"image_processor": settings}
+      content = settings
+      if name != _PREPROCESSOR:
+        content = self.processor | {"image_processor": settings}
       name = name.partition(":")[0]
-      self.contents[name] = (json.dumps(whole, indent=2) + "\n").encode()
+      self.contents[name] = (json.dumps(content, indent=2) + "\n").encode()
 
   def _image_processor(self) -> tuple[str, Mapping[str, Any] | None]:
     nested = self.processor.get("image_processor")

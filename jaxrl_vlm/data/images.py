@@ -1,42 +1,79 @@
-"""Encoded images to the patches that a vision tower reads.
+"""Turns encoded images into the patches that a vision tower takes as input.
 
-numpy and Pillow only. Equal, value for value, to `Qwen2VLImageProcessorPil` and
-`Gemma3ImageProcessorPil` of transformers, but for the order of Gemma's patches: always those of one
-visual token are adjacent.
+This module needs only numpy and Pillow. Its results equal those of `Qwen2VLImageProcessorPil` and
+`Gemma3ImageProcessorPil` in transformers value for value, with two exceptions. The patches of one
+visual token are always adjacent, so Gemma's patches come in another order. Grey images of 16 or 32
+bits per pixel are scaled to 8 bits, while transformers clips them (see `decode_image`).
 """
 
+import codecs
 import dataclasses
 import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from PIL import Image, ImageOps
 
-Grid = tuple[int, int, int]  # frames (after temporal merging), rows of patches, columns of patches
+from jaxrl_vlm.errors import one_line
+
+# Frames (after temporal merging), rows of patches, columns of patches.
+Grid = tuple[int, int, int]
 ImageLike = bytes | Image.Image | np.ndarray
 
 MAX_ASPECT_RATIO = 200
-# Pillow only warns above this many pixels; a training job should not spend gigabytes on one file.
+# Pillow only warns above this many pixels. Here larger images are an error, so that one file cannot
+# take gigabytes of a training job's memory.
 MAX_DECODED_PIXELS = 89_478_485
+
+_TIFF_BITS_PER_SAMPLE = 258
+_TIFF_PHOTOMETRIC = 262
+_TIFF_WHITE_IS_ZERO = 0
+
+# How files begin, to describe in an error message what a file that does not decode looks like.
+_IMAGE_FORMATS: dict[str, Callable[[bytes], bool]] = {
+  "PNG": lambda data: data.startswith(b"\x89PNG"),
+  "JPEG": lambda data: data.startswith(b"\xff\xd8\xff"),
+  "GIF": lambda data: data.startswith((b"GIF87a", b"GIF89a")),
+  "WebP": lambda data: data.startswith(b"RIFF") and data[8:12] in (b"WEBP", b""),
+  "BMP": lambda data: data.startswith(b"BM") and data[6:10] == b"\0\0\0\0",
+  "TIFF": lambda data: data.startswith((b"II*\0", b"MM\0*")),
+  "AVIF": lambda data: data[4:12] in (b"ftypavif", b"ftypavis"),
+  "JPEG 2000": lambda data: data.startswith((b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ")),
+}
+_OTHER_FORMATS: dict[str, Callable[[bytes], bool]] = {
+  "a HEIC image": lambda data: data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"),
+  "an MP4 or QuickTime video": lambda data: data[4:8] in (b"ftyp", b"moov", b"mdat"),
+  "a Matroska or WebM video": lambda data: data.startswith(b"\x1a\x45\xdf\xa3"),
+  "an AVI video": lambda data: data.startswith(b"RIFF") and data[8:12] == b"AVI ",
+  "an MPEG video": lambda data: data.startswith((b"\0\0\1\xba", b"\0\0\1\xb3")),
+  "a Flash video": lambda data: data.startswith(b"FLV"),
+  "an Ogg file": lambda data: data.startswith(b"OggS"),
+  "a PDF document": lambda data: data.startswith(b"%PDF-"),
+  "a ZIP archive": lambda data: data.startswith(b"PK\3\4"),
+  "a gzip archive": lambda data: data.startswith(b"\x1f\x8b"),
+  "a NumPy array": lambda data: data.startswith(b"\x93NUMPY"),
+}
 
 
 class ImageError(ValueError):
-  """An image that cannot be used; the message names it."""
+  """Raised for an image that cannot be used. The message names the image."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchSettings:
-  """How pixels become patches, whatever their size is.
+  """Settings for cutting pixels into patches. Subclasses add how images are resized.
 
   Attributes:
-    patch_size: side of a patch in pixels (p).
-    temporal_patch_size: frames in one patch (t); a still image is repeated that often.
-    merge_size: merge_size² neighbouring patches become one visual token.
-    image_mean: of each channel, after rescaling.
-    image_std: of each channel, after rescaling.
-    rescale_factor: multiplies the 0..255 values before normalisation.
+    patch_size: Side of a patch in pixels (p).
+    temporal_patch_size: Number of frames in one patch (t). A still image is repeated t times.
+    merge_size: Square root of the number of patches in one visual token. A square of
+      merge_size x merge_size patches becomes one token.
+    image_mean: Mean of each channel, subtracted after rescaling.
+    image_std: Standard deviation of each channel, by which pixels are divided after rescaling.
+    rescale_factor: Factor that multiplies the values 0..255 before normalisation.
   """
 
   RESAMPLE: ClassVar[Image.Resampling]
@@ -49,10 +86,15 @@ class PatchSettings:
   rescale_factor: float = 1 / 255
 
   def updated(self, config: Mapping[str, Any], file: str) -> Self:
-    """With what `config`, the contents of `file`, says about the fields; null says nothing.
+    """Returns a copy with the values that `config` gives to the fields of this class.
+
+    Args:
+      config: Contents of `file`. Fields that are absent or null keep their current value.
+      file: Name of the file, used in error messages.
 
     Raises:
-      ValueError: `config` asks for a step that is always or never taken here.
+      ValueError: `config` turns off a step that is always taken, or asks for another resampling
+        filter.
     """
     for field in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
       if config.get(field) is False:
@@ -72,39 +114,53 @@ class PatchSettings:
 
   @property
   def patch_dim(self) -> int:
-    """C·t·p·p, the length of one flattened patch."""
+    """Length of one flattened patch, C·t·p·p."""
     return 3 * self.temporal_patch_size * self.patch_size**2
 
   @property
   def token_side(self) -> int:
-    """Side in pixels of the square behind one visual token."""
+    """Side in pixels of the square that one visual token stands for."""
     return self.patch_size * self.merge_size
 
   @property
   def max_patches(self) -> int:
-    """Patches of the largest image. (Extremely narrow ones may have more, see `smart_resize`.)"""
+    """Number of patches of the largest image. Extremely narrow images may exceed it.
+
+    `smart_resize` describes this exception.
+    """
     raise NotImplementedError
 
   def bound(self, patches: int) -> tuple[str, str]:
-    """For an error: the setting that allows too large images, and how to get it to `patches`."""
+    """Returns text for the error that images may have more than `patches` patches.
+
+    Args:
+      patches: Largest number of patches that an image should have.
+
+    Returns:
+      The setting that allows larger images, with its value, and what the user can do about it.
+    """
     raise NotImplementedError
 
   def size(self, height: int, width: int) -> tuple[int, int]:
-    """The (height, width) to resize an image to; ValueError if it is too narrow."""
+    """Returns the (height, width) in pixels that an image of the given size is resized to.
+
+    Raises:
+      ValueError: The image is too narrow.
+    """
     raise NotImplementedError
 
   def views(self, image: Image.Image) -> list[Image.Image]:
-    """The pictures that stand for one image, itself first."""
+    """Returns the pictures that the model receives for one image: the image, then its crops."""
     return [image]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings(PatchSettings):
-  """Images keep their aspect ratio, within bounds of their area: Qwen.
+  """Settings of Qwen models, which keep the aspect ratio of an image and bound its area.
 
   Attributes:
-    min_pixels: images are enlarged to at least this area.
-    max_pixels: images are shrunk to at most this area.
+    min_pixels: Smallest area in pixels. Smaller images are enlarged.
+    max_pixels: Largest area in pixels. Larger images are shrunk.
   """
 
   RESAMPLE = Image.Resampling.BICUBIC
@@ -114,12 +170,18 @@ class ImageSettings(PatchSettings):
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any], file: str = "preprocessor_config.json") -> Self:
-    """From the contents of a `preprocessor_config.json`, with `size` or `min/max_pixels`."""
+    """Creates settings from the contents of a `preprocessor_config.json`.
+
+    Args:
+      config: Contents of the file. The bounds may be given as `size` (`shortest_edge` and
+        `longest_edge`) or as `min_pixels` and `max_pixels`.
+      file: Name of the file, used in error messages.
+    """
     return cls().updated(config, file)
 
   def updated(self, config: Mapping[str, Any], file: str) -> Self:
     size = config.get("size") or {}
-    # As in transformers, min_pixels and max_pixels win over `size`.
+    # As in transformers, min_pixels and max_pixels take precedence over `size`.
     edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
     return super().updated(edges | {k: v for k, v in config.items() if v is not None}, file)
 
@@ -134,8 +196,8 @@ class ImageSettings(PatchSettings):
     return max(1, self.max_pixels // self.token_side**2) * self.merge_size**2
 
   def bound(self, patches: int) -> tuple[str, str]:
-    most = patches // self.merge_size**2 * self.token_side**2
-    remedy = f"set config.model.max_pixels to at most {most}, or add a bucket"
+    largest_area = patches // self.merge_size**2 * self.token_side**2
+    remedy = f"set config.model.max_pixels to at most {largest_area}, or add a bucket"
     return f"max_pixels={self.max_pixels}", remedy
 
   def size(self, height: int, width: int) -> tuple[int, int]:
@@ -144,15 +206,18 @@ class ImageSettings(PatchSettings):
 
 @dataclasses.dataclass(frozen=True)
 class FixedImageSettings(PatchSettings):
-  """Every image is squeezed to one size; long ones may come with crops of themselves: Gemma 3.
+  """Settings of Gemma 3, which resizes every image to one size without keeping its aspect ratio.
 
   Attributes:
-    height, width: of every image.
-    do_pan_and_scan: add crops of images far from square. In transformers the file cannot ask for
-      them, only the caller of Gemma3Processor; here the file does.
-    pan_and_scan_min_ratio_to_activate: longer over shorter side, from which on crops are made.
-    pan_and_scan_min_crop_size: no crops are made when one would have a shorter side, in pixels.
-    pan_and_scan_max_num_crops: of one image.
+    height: Height in pixels that every image is resized to.
+    width: Width in pixels that every image is resized to.
+    do_pan_and_scan: Whether elongated images are accompanied by crops of themselves. In
+      transformers only the caller of Gemma3Processor can enable this; here the file can.
+    pan_and_scan_min_ratio_to_activate: Smallest ratio of the longer to the shorter side at which
+      crops are made.
+    pan_and_scan_min_crop_size: Smallest side of a crop in pixels. If the crops of an image would
+      have a shorter side, the image gets no crops.
+    pan_and_scan_max_num_crops: Largest number of crops of one image.
   """
 
   RESAMPLE = Image.Resampling.BILINEAR
@@ -172,8 +237,8 @@ class FixedImageSettings(PatchSettings):
     for field in ("min_pixels", "max_pixels"):
       if config.get(field) is not None:
         raise ValueError(
-          f"{file}: {field}={config[field]}: expected none, every image becomes "
-          f"{self.width}x{self.height}"
+          f"{file}: {field}={config[field]}: expected no such field, because every image is "
+          f"resized to {self.width}x{self.height}"
         )
     size = {k: v for k, v in (config.get("size") or {}).items() if k in ("height", "width")}
     return super().updated({**config, **size}, file)
@@ -196,9 +261,10 @@ class FixedImageSettings(PatchSettings):
     return [image, *self.crops(image)] if self.do_pan_and_scan else [image]
 
   def crops(self, image: Image.Image) -> list[Image.Image]:
-    """Equal crops along the longer side; none of an image that is nearly square or small.
+    """Returns crops of equal length along the longer side of an image.
 
-    Equals `pan_and_scan` of Gemma3ImageProcessorPil in transformers.
+    An image that is nearly square or small has no crops. The result equals `pan_and_scan` of
+    Gemma3ImageProcessorPil in transformers.
     """
     longer, shorter = max(image.size), min(image.size)
     ratio = longer / shorter
@@ -217,20 +283,37 @@ class FixedImageSettings(PatchSettings):
 
 
 def decode_image(image: ImageLike, name: str = "image") -> Image.Image:
-  """An encoded file, Pillow image or u8[H, W(, 1|3|4)] array -> RGB Pillow image.
+  """Decodes an image to an 8-bit RGB Pillow image.
 
-  Transparency is composited onto white. The EXIF orientation of an encoded file is applied, as
-  transformers' `load_image` does; an image that is already decoded stays as it is.
+  Transparent pixels are composited onto white. The EXIF orientation of an encoded file is applied,
+  as transformers' `load_image` does. The orientation of a Pillow image or an array is not changed.
+
+  Grey images of 16 or 32 bits per pixel (Pillow's modes I;16, I and F) are scaled to 8 bits by
+  these rules:
+
+  - Integers with a maximum of at most 255 are 8-bit levels and stay as they are.
+  - Larger integers are 16-bit levels and are multiplied by 255 / 65535. A TIFF file that declares
+    n bits per pixel, 8 < n < 16, is scaled by 255 / (2ⁿ - 1) instead.
+  - Floats with a maximum of at most 1 are multiplied by 255. Larger floats are 8-bit levels.
+  - Results are rounded to the nearest level. Values below 0, integers above the range, floats
+    above 255, NaN and infinity are errors.
+
+  Args:
+    image: Bytes of an encoded file, a Pillow image, or a u8[H, W], u8[H, W, 1], u8[H, W, 3] or
+      u8[H, W, 4] array.
+    name: What error messages call the image.
 
   Raises:
-    ImageError: it does not decode, is truncated, empty or larger than MAX_DECODED_PIXELS.
+    ImageError: The image does not decode, is truncated, is empty, has more than MAX_DECODED_PIXELS
+      pixels, or has grey values outside the ranges above. If bytes are not an image, the message
+      says what they look like instead.
   """
   if isinstance(image, np.ndarray):
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
       raise ImageError(f"{name}: expected u8[H, W, 3], got {image.dtype}{list(image.shape)}")
     if image.ndim == 3 and image.shape[2] == 1:
       image = image[..., 0]
-  # Pillow's decoders raise almost anything on broken files: OSError, SyntaxError, struct.error ...
+  # On damaged files, Pillow's decoders raise many types: OSError, SyntaxError, struct.error ...
   try:
     if isinstance(image, Image.Image):
       decoded = image
@@ -242,30 +325,120 @@ def decode_image(image: ImageLike, name: str = "image") -> Image.Image:
       raise TypeError(f"expected bytes, a Pillow image or an array, got {type(image).__name__}")
     width, height = decoded.size
     if not width or not height:
-      raise ValueError(f"size {width}x{height}")
+      raise ImageError(f"size {width}x{height}: expected at least one pixel")
     if width * height > MAX_DECODED_PIXELS:
-      raise ValueError(f"size {width}x{height} is more than {MAX_DECODED_PIXELS} pixels")
+      raise ImageError(f"size {width}x{height} is more than {MAX_DECODED_PIXELS} pixels")
     if not isinstance(image, (Image.Image, np.ndarray)):
       ImageOps.exif_transpose(decoded, in_place=True)
+    if decoded.mode in ("I", "F") or decoded.mode.startswith("I;16"):
+      return _to_8_bits(decoded).convert("RGB")
     if "A" in decoded.getbands() or decoded.info.get("transparency") is not None:
       decoded = decoded.convert("RGBA")
       white = Image.new("RGBA", decoded.size, (255, 255, 255, 255))
       decoded = Image.alpha_composite(white, decoded)
     return decoded.convert("RGB")
+  except (ImageError, Image.DecompressionBombError) as error:
+    raise ImageError(f"{name}: {error}") from error
   except Exception as error:
-    raise ImageError(f"{name}: {error or type(error).__name__}") from error
+    problem = one_line(str(error)) or type(error).__name__
+    if isinstance(image, bytes):
+      problem = _describe_undecodable(image, problem)
+    raise ImageError(f"{name}: {problem}") from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+  """Scales a grey image of 16 or 32 bits per pixel as `decode_image` documents."""
+  values = np.asarray(image)
+  tiff_tags = getattr(image, "tag_v2", {})
+  is_float = values.dtype.kind == "f"
+  if is_float and not np.isfinite(values).all():
+    raise ImageError("a grey image of floats: expected finite values, got NaN or infinity")
+  low, high = values.min().item(), values.max().item()
+  if is_float:
+    scale, largest, expected = 255.0 if high <= 1 else 1.0, 255, "0 to 1, or from 0 to 255"
+  else:
+    bits = tiff_tags.get(_TIFF_BITS_PER_SAMPLE, (16,))[0]
+    largest = 2**bits - 1 if 8 < bits < 16 else 65535
+    scale, expected = 1.0 if high <= 255 else 255 / largest, f"0 to {largest}"
+  if low < 0 or high > largest:
+    raise ImageError(
+      f"grey values from {low:g} to {high:g}: expected "
+      f"{'floats' if is_float else 'integers'} from {expected}"
+    )
+  levels = np.rint(values.astype(np.float32) * np.float32(scale)).astype(np.uint8)
+  if tiff_tags.get(_TIFF_PHOTOMETRIC) == _TIFF_WHITE_IS_ZERO:
+    levels = 255 - levels
+  transparent = image.info.get("transparency")
+  if transparent is not None:
+    levels[values == transparent] = 255
+  return Image.fromarray(levels)
+
+
+def _describe_undecodable(data: bytes, problem: str) -> str:
+  """Returns text that says what bytes that Pillow cannot decode look like.
+
+  Args:
+    data: The bytes.
+    problem: Message of Pillow's exception.
+  """
+  if not data:
+    return "not an image: the file is empty (0 bytes)"
+  for kind, is_kind in _IMAGE_FORMATS.items():
+    if is_kind(data):
+      # Pillow's message would print the address of a buffer.
+      detail = "" if "cannot identify image file" in problem else f": {problem}"
+      return f"a truncated or damaged {kind} file of {len(data)} bytes{detail}"
+  for description, is_kind in _OTHER_FORMATS.items():
+    if is_kind(data):
+      readable = " that Pillow can read" if description.endswith("image") else ""
+      return f"not an image{readable}: {description}"
+  text = data[:1000].decode("utf-8", "ignore").lstrip("\ufeff \t\r\n")
+  shown = repr(text[:40])
+  if text.startswith("version https://git-lfs"):
+    return "not an image: a Git LFS pointer; run 'git lfs pull' to fetch the file it stands for"
+  if text.startswith("<"):
+    kind = re.search(r"<(svg|!doctype html|html|head|body)\b", text, re.IGNORECASE)
+    if kind is None or kind[1].lower() == "svg":
+      kind = "XML" if kind is None else "an SVG image"
+      return f"not an image that Pillow can read: {kind} that begins with {shown}"
+    return f"not an image: an HTML page that begins with {shown}"
+  if text.startswith(("{", "[")):
+    return f"not an image: JSON that begins with {shown}"
+  if text.startswith(("data:image/", "iVBORw0KGgo", "/9j/")):
+    return f"not an image: base64 text that begins with {shown}; decode it first"
+  if _is_text(data):
+    return f"not an image: text that begins with {shown}"
+  return f"not an image that Pillow can read: {len(data)} bytes that begin with {data[:8].hex(' ')}"
+
+
+def _is_text(data: bytes) -> bool:
+  try:
+    # The last character of the excerpt may be cut off.
+    text = codecs.getincrementaldecoder("utf-8")().decode(data[:1000])
+  except UnicodeDecodeError:
+    return False
+  return all(c.isprintable() or c.isspace() for c in text)
 
 
 def smart_resize(
   height: int, width: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-  """The (height, width) to resize to: multiples of `factor`, area within bounds, aspect kept.
+  """Returns the (height, width) in pixels that an image is resized to.
 
-  Equals `smart_resize` of transformers (models/qwen2_vl). As there, an image narrower than
-  `factor` at its new area may exceed `max_pixels`, because no side becomes shorter than `factor`.
+  Both sides are multiples of `factor`, the area lies within the bounds, and the aspect ratio is
+  kept as far as that allows. The result equals `smart_resize` of transformers (models/qwen2_vl).
+  As in transformers, an image that would be narrower than `factor` at its new area may exceed
+  `max_pixels`, because no side becomes shorter than `factor`.
+
+  Args:
+    height: Height of the image in pixels.
+    width: Width of the image in pixels.
+    factor: Number of pixels that both sides become a multiple of.
+    min_pixels: Smallest area in pixels.
+    max_pixels: Largest area in pixels.
 
   Raises:
-    ValueError: one side is more than 200 times the other.
+    ValueError: One side is more than 200 times as long as the other.
   """
   ratio = max(height, width) / min(height, width)
   if ratio > MAX_ASPECT_RATIO:
@@ -284,9 +457,16 @@ def smart_resize(
 
 
 def patchify(pixels: np.ndarray, settings: PatchSettings) -> np.ndarray:
-  """pixels: u8[t·T, H, W, 3] -> f32[T·rows·cols, 3·t·p·p], normalised.
+  """Cuts frames into normalised patches.
 
-  The merge_size² patches of one visual token are adjacent; tokens follow in reading order.
+  The merge_size² patches of one visual token are adjacent. The tokens follow in reading order.
+
+  Args:
+    pixels: u8[t·T, H, W, 3]. H and W are multiples of `settings.token_side`.
+    settings: Settings with the patch size p and t frames per patch.
+
+  Returns:
+    f32[T·rows·cols, 3·t·p·p].
   """
   p, t, m = settings.patch_size, settings.temporal_patch_size, settings.merge_size
   frames, height, width, channels = pixels.shape
@@ -294,8 +474,8 @@ def patchify(pixels: np.ndarray, settings: PatchSettings) -> np.ndarray:
     frames // t, t, height // p // m, m, p, width // p // m, m, p, channels
   ).transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [T, rows/m, cols/m, m, m, C, t, p, p]
   pixels = pixels.reshape(-1, channels, t * p * p)
-  # Only 256 values exist, so the arithmetic of transformers (rescaling in float64, normalising in
-  # float32) is done once on a table.
+  # A pixel has only 256 possible values, so the arithmetic of transformers (rescaling in float64,
+  # normalisation in float32) runs once on a table.
   values = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
   patches = np.empty(pixels.shape, np.float32)
   for c in range(channels):
@@ -307,10 +487,18 @@ def patchify(pixels: np.ndarray, settings: PatchSettings) -> np.ndarray:
 def preprocess_image(
   image: ImageLike, settings: PatchSettings, name: str = "image"
 ) -> tuple[np.ndarray, Grid]:
-  """One still image -> patches f32[N, C·t·p·p] and its grid (1, rows, cols), N = rows·cols.
+  """Decodes, resizes and cuts one still image into patches.
+
+  Args:
+    image: As in `decode_image`.
+    settings: How the image is resized and cut.
+    name: What error messages call the image. Messages start with it.
+
+  Returns:
+    The patches f32[N, C·t·p·p] and their grid (1, rows, cols), N = rows·cols.
 
   Raises:
-    ImageError: see `decode_image`; or an aspect ratio above 200. The message starts with `name`.
+    ImageError: The image does not decode (see `decode_image`), or its aspect ratio is above 200.
   """
   rgb = decode_image(image, name)
   try:

@@ -1,4 +1,4 @@
-"""From a source to an endless, resumable stream of batches of examples."""
+"""Iterates over a source in batches of examples. The iterator can be saved and resumed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,14 @@ from jaxrl_vlm.example import Example
 
 
 class BatchIterator:
-  """Iterates over lists of examples; made by `make_iterator`.
+  """Iterates over batches, which are lists of examples. Use `make_iterator` to create one.
 
-  The state is the number of batches given so far: what comes next depends on it and on the
-  arguments of `make_iterator` alone, not on the number of workers, nor on who reads which rows.
+  The state of the iterator is the number of batches that it has returned. The next batch depends
+  only on this number and on the arguments of `make_iterator`. It does not depend on the number of
+  workers, or on which rows of a batch a process reads.
 
   Attributes:
-    given: that number, which is also that of the next batch.
+    given: Number of batches that the iterator has returned. It is also the index of the next batch.
   """
 
   def __init__(
@@ -46,11 +47,11 @@ class BatchIterator:
   def _start(self) -> Any:
     import grain
 
-    # A little ahead of the consumer: elements are whole batches of encoded images, and
-    # preparation shares the cores with a model that may run on them too.
-    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    # The buffer is small, because its elements are batches of encoded images. The threads are few,
+    # because a model that runs on the CPU uses the same cores.
+    read_options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     batches = self._batches[self.given :].map(_Read(self._source, self._rows))
-    stream = batches.to_iter_dataset(ahead)
+    stream = batches.to_iter_dataset(read_options)
     if self._workers:
       stream = stream.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
@@ -58,15 +59,15 @@ class BatchIterator:
     return iter(stream)
 
   def get_state(self) -> dict[str, Any]:
-    """Where the iterator stands, JSON-like."""
+    """Returns the state of the iterator as a dict of JSON values."""
     return {"batches": self.given, **self._identity}
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes to where `state` was taken.
+    """Moves the iterator to the position at which `get_state` returned `state`.
 
     Raises:
-      UserError: the state is of another dataset or of other settings: it would skip or repeat
-        examples.
+      UserError: The state belongs to another dataset or other settings, so that the iterator would
+        skip or repeat examples.
     """
     for field, value in self._identity.items():
       if state.get(field) != value:
@@ -75,11 +76,16 @@ class BatchIterator:
     self.given = int(state["batches"])
 
   def example(self, batch: int, row: int) -> Example:
-    """One of those that a batch has, whoever reads it."""
+    """Returns one example of a batch, which may be in a row that another process reads.
+
+    Args:
+      batch: Index of the batch.
+      row: Index of the example in the batch.
+    """
     return self._source[int(self._batches[batch][row])]
 
   def close(self) -> None:
-    """Ends the worker processes."""
+    """Stops the worker processes."""
     if self._iterator is not None and hasattr(self._iterator, "close"):
       self._iterator.close()
     self._iterator = None
@@ -96,32 +102,36 @@ def make_iterator(
   rows: Sequence[int] | None = None,
   drop_remainder: bool = True,
 ) -> BatchIterator:
-  """Batches of a source's examples in an order that is a function of the arguments.
+  """Creates an iterator over batches of a source. The arguments determine the order of examples.
 
   Args:
-    source: random access to examples.
-    batch_size: examples in a batch, of all hosts together.
-    seed: of the shuffles.
-    shuffle: each epoch in an order of its own; otherwise as in the source.
-    repeat: epoch after epoch, without end; a batch may span two epochs, so nothing is dropped.
-    workers: processes that read; 0 reads in threads of this one.
-    rows: those of a batch that this host reads, 0 .. batch_size - 1; None is all.
-    drop_remainder: without repeat, leaves out a last batch that is not full.
+    source: A random-access sequence of examples.
+    batch_size: Number of examples in a batch, over all hosts.
+    seed: Seed of the shuffles.
+    shuffle: Whether to shuffle every epoch, each in another order. Otherwise examples come in the
+      order of the source.
+    repeat: Whether to repeat the source without end. A batch may span two epochs, so no example is
+      dropped.
+    workers: Number of processes that read. 0 reads in threads of the current process.
+    rows: Indices in a batch, 0 .. batch_size - 1, of the examples that this host reads. None reads
+      all of them.
+    drop_remainder: Whether to drop a last batch that is not full. It has no effect with `repeat`.
 
   Raises:
-    UserError: there are too few examples for a single batch.
+    UserError: The source has too few examples for a single batch.
   """
-  import grain  # it imports parts of jax
+  import grain  # imports parts of jax
 
   size = len(source)
   if batch_size < 1:
     raise ValueError(f"batch_size={batch_size}: expected at least 1")
   if not size or (drop_remainder and not repeat and size < batch_size):
     raise UserError(f"the dataset has {size} examples: too few for a batch of {batch_size}")
-  numbers: Any = range(size)
-  dataset: Any = grain.MapDataset.source(numbers)
+  indices: Any = range(size)
+  dataset: Any = grain.MapDataset.source(indices)
   if shuffle:
-    # Epoch e is shuffled with seed + e: neighbouring seeds must not be each other's epochs.
+    # grain shuffles epoch e with seed + e. The seed is hashed because otherwise epoch 1 of a run
+    # would have the order of epoch 0 of the run with the next seed.
     dataset = dataset.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
   if repeat:
     dataset = dataset.repeat()
@@ -136,16 +146,16 @@ def make_iterator(
   return BatchIterator(source, batches, rows, identity, workers)
 
 
-def _as_list(numbers: Sequence[int]) -> list[int]:
-  return list(numbers)
+def _as_list(indices: Sequence[int]) -> list[int]:
+  return list(indices)
 
 
 class _Read:
-  """The examples of a batch, from their numbers. Goes to worker processes."""
+  """Reads the examples of a batch from their indices. Sent to worker processes."""
 
   def __init__(self, source: Source, rows: Sequence[int] | None):
     self._source, self._rows = source, rows
 
-  def __call__(self, numbers: list[int]) -> list[Example]:
-    rows = range(len(numbers)) if self._rows is None else self._rows
-    return [self._source[int(numbers[row])] for row in rows if row < len(numbers)]
+  def __call__(self, indices: list[int]) -> list[Example]:
+    rows = range(len(indices)) if self._rows is None else self._rows
+    return [self._source[int(indices[row])] for row in rows if row < len(indices)]

@@ -225,7 +225,7 @@ class Processor:
     Raises: as `__call__`; also ValueError when the question has `<image>` marks and their number
       is not the number of images.
     """
-    name = f"example {example.id!r}"
+    name = example.name
     pieces = example.question.split(IMAGE_MARK)
     if len(pieces) == 1:
       pieces = [""] * len(example.images) + pieces
@@ -257,7 +257,7 @@ class Processor:
     family, settings = self.family, self.image_settings
     if self.video_settings is None and (videos or has_video(messages)):
       raise ValueError(f"{name}: a video, but {family.config['model_type']} takes only images")
-    chat = self._chat.render(messages)
+    chat = self._chat.render(messages, name)
     pieces = chat.pieces
     for mark, given, what in (
       (family.IMAGE_MARK, images, "images"),

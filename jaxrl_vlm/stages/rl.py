@@ -199,7 +199,7 @@ def check_objective(stage: ConfigDict) -> None:
   spec = source_spec(stage, "train")
   if spec["name"] == "digit_boards":  # nothing is written for a look
     spec["options"] = {**spec["options"], "live": True}
-  source = sources.open_source(spec, "train")
+  source = sources.open_source(spec, "train", verifiers=tuple(stage.rewards.to_dict()))
   some = np.linspace(0, len(source) - 1, 64).astype(int)
   if not any(source[int(i)].images for i in sorted(set(some))):
     raise ValueError(

@@ -145,7 +145,8 @@ class Run:
 
   def _open(self, stage: ConfigDict, split: str) -> sources.Source:
     need = "target" if stage.kind == "sft" and split == "train" else "answer"
-    return sources.open_source(source_spec(stage, split), split, need=need)
+    verifiers = tuple(stage.rewards.to_dict())
+    return sources.open_source(source_spec(stage, split), split, need=need, verifiers=verifiers)
 
   @property
   def system(self) -> str | None:

@@ -1,13 +1,14 @@
-"""Writes video_reference.json and .npz: what the video processors of transformers do.
+"""Writes video_reference.json and video_reference.npz, results of transformers' video processors.
 
-They need torchvision, which the project does not; so this runs in an environment of its own, once
-for a version of transformers, and the tests compare with what it wrote:
+The video processors need torchvision, which the project does not install. Therefore this script
+runs in an environment of its own, once per version of transformers, and the tests compare with the
+files that it wrote:
 
     python3 -m venv /tmp/video && /tmp/video/bin/pip install torch==2.13.0 transformers==5.23 pillow
     /tmp/video/bin/pip install --no-deps torchvision==0.28.0
     PYTHONPATH=. /tmp/video/bin/python tests/data/make_video_reference.py
 
-The cases are here too, for the tests to use.
+The tests import the cases from this module.
 """
 
 import itertools
@@ -17,9 +18,9 @@ import tempfile
 
 import numpy as np
 
-HERE = pathlib.Path(__file__).parent
+FOLDER = pathlib.Path(__file__).parent
 
-# Settings of sampling; None says nothing.
+# Settings for the choice of frames.
 SAMPLING = {
   "qwen2": [
     {"fps": 1},
@@ -70,7 +71,7 @@ SIZING = {
 COUNTS = (1, 2, 3, 8, 61, 768)
 SIZES = ((1, 1), (20, 300), (9, 2000), (28, 28), (100, 37), (240, 426), (1080, 1920), (2160, 3840))
 
-# Frames, height, width, frames per second; the settings leave few pixels.
+# Frames, height, width and frames per second. The settings below keep the number of pixels small.
 CLIPS = {
   "qwen2_vl": [(4, 20, 30, 2), (5, 48, 17, 3), (1, 16, 16, 1), (6, 9, 70, 7.5)],
   "qwen2_5_vl": [(4, 20, 30, 2), (5, 48, 17, 3), (3, 33, 32, 0.7), (9, 16, 40, 24)],
@@ -78,7 +79,7 @@ CLIPS = {
 }
 SMALL = {"patch_size": 4, "min_pixels": 8 * 8, "max_pixels": 24 * 8 * 8}
 SMALL_TOTAL = SMALL | {"min_pixels": 4 * 8 * 8, "max_pixels": 60 * 8 * 8}
-# By the letters of a message: Image, Video, text.
+# One letter per part of a message: I is an image, V a video, t a text.
 CHATS = ["V", "tV", "VtV", "IV", "VItV", "tIVtIt"]
 IMAGE_SIZES = ((30, 21), (16, 64), (9, 9))
 
@@ -88,7 +89,10 @@ def directory_options(family):
 
 
 def make_clip(family, index):
-  """u8[T, H, W, 3] and its rate: noise, which resizing changes most, over a moving gradient."""
+  """Returns a clip u8[T, H, W, 3] and its frames per second.
+
+  The upper half is a moving gradient and the lower half is noise, which resizing changes most.
+  """
   frames, height, width, fps = CLIPS[family][index]
   rng = np.random.default_rng(index)
   t, y, x = np.indices((frames, height, width))
@@ -98,7 +102,7 @@ def make_clip(family, index):
 
 
 def make_chat(family, letters):
-  """Messages, images u8[H, W, 3], and videos (as make_clip) of one chat."""
+  """Returns the messages, images u8[H, W, 3] and videos (as from make_clip) of one chat."""
   rng = np.random.default_rng(7)
   content, images, videos = [], [], []
   for letter in letters:
@@ -115,7 +119,10 @@ def make_chat(family, letters):
 
 
 def tolerate_missing_operators():
-  """torchvision without the compiled operators that fit torch, of which nothing here needs any."""
+  """Allows importing a torchvision whose compiled operators do not fit the installed torch.
+
+  This script uses none of these operators.
+  """
   import torch
 
   register = torch.library.register_fake
@@ -129,7 +136,7 @@ def tolerate_missing_operators():
 
 
 def attempt(function, *args, **options):
-  """What it returns, or None if it raises."""
+  """Returns the result of the function, or None if it raises an expected error."""
   try:
     return function(*args, **options)
   except (ValueError, ZeroDivisionError, RuntimeError, TypeError):
@@ -198,7 +205,7 @@ def main():
     ]
     for kind, cases in SIZING.items()
   }
-  # Of the long ones, ends and a sum are enough.
+  # Long lists of frame indices are shortened.
   for cases in out["frames"].values():
     for case in cases:
       case[:] = [shortened(indices) for indices in case]
@@ -221,23 +228,23 @@ def main():
     for index in range(len(CLIPS[family])):
       frames, fps = make_clip(family, index)
       metadata = {"total_num_frames": len(frames), "fps": fps}
-      found = attempt(
+      outputs = attempt(
         video, [torch.from_numpy(frames)], video_metadata=[metadata], return_tensors="np"
       )
-      if found is None:
+      if outputs is None:
         continue
-      values = found["pixel_values_videos"].reshape(-1, 3, 2 * SMALL["patch_size"] ** 2)
+      values = outputs["pixel_values_videos"].reshape(-1, 3, 2 * SMALL["patch_size"] ** 2)
       levels = (values * std + mean) * 255
       assert np.abs(levels - levels.round()).max() < 1e-2
       pixels[f"{family}_{index}"] = levels.round().astype(np.uint8).reshape(len(values), -1)
-      pixels[f"{family}_{index}_grid"] = found["video_grid_thw"][0]
+      pixels[f"{family}_{index}_grid"] = outputs["video_grid_thw"][0]
     out["chats"][family] = []
     for letters in CHATS:
       messages, images, videos = make_chat(family, letters)
       text = processor.tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
       )
-      found = processor(
+      outputs = processor(
         text=[text],
         images=images or None,
         videos=[torch.from_numpy(frames) for frames, _ in videos] or None,
@@ -247,14 +254,14 @@ def main():
       )
       names = ("input_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
       out["chats"][family].append(
-        {name: torch.as_tensor(found[name]).tolist() for name in names if name in found}
+        {name: torch.as_tensor(outputs[name]).tolist() for name in names if name in outputs}
       )
-  (HERE / "video_reference.json").write_text(json.dumps(out, separators=(",", ":")) + "\n")
-  np.savez_compressed(HERE / "video_reference.npz", **pixels)
+  (FOLDER / "video_reference.json").write_text(json.dumps(out, separators=(",", ":")) + "\n")
+  np.savez_compressed(FOLDER / "video_reference.npz", **pixels)
 
 
 def shortened(indices):
-  """Frame indices, or if there are many: their number, ends and weighted sum."""
+  """Returns frame indices, or their count, first and last values and weighted sum if many."""
   if indices is None or len(indices) <= 16:
     return indices
   weighted = sum(i * index for i, index in enumerate(indices, 1))

@@ -1,4 +1,4 @@
-"""The classes of transformers that the data side is compared with, made from a directory."""
+"""Functions of transformers that the tests of the data modules compare with."""
 
 import functools
 import itertools
@@ -21,7 +21,10 @@ VIDEOS = pathlib.Path(__file__).with_name("video_reference.json")
 
 
 def hf_processor(family, path, **image_options):
-  """Its own processor class. Qwen's without videos, for which torchvision is needed."""
+  """Returns the processor class of a family in transformers, loaded from a directory.
+
+  Qwen's processors are made without a video processor, which needs torchvision.
+  """
   tokenizer = transformers.AutoTokenizer.from_pretrained(path)
   if family == "gemma3":
     images = Gemma3ImageProcessorPil.from_pretrained(path, **image_options)
@@ -42,7 +45,7 @@ def hf_processor(family, path, **image_options):
 
 @functools.cache
 def rope_model(family, image_token_id, video_token_id, tokens_per_second=4):
-  """A Qwen model without weights: its index functions read nothing but the config."""
+  """Returns a Qwen model without weights. Its index functions use only the config."""
   text = {
     "vocab_size": 512,
     "bos_token_id": 0,
@@ -78,12 +81,20 @@ def rope_index(
   seconds=(),
   tokens_per_second=4,
 ):
-  """positions i64[L, 3] and the id after the last, as the family's model computes them.
+  """Computes position ids with the family's model.
 
   Args:
-    tokens: i[L], expanded.
-    image_grids, video_grids: (frames, rows, columns) of each, in their order.
-    seconds: of one temporal patch of each video, which only qwen2_5_vl reads.
+    family: A key of NAMES.
+    tokens: i[L]; token ids, with one id per visual token.
+    image_token_id: Id of an image token.
+    video_token_id: Id of a video token.
+    image_grids: (frames, rows, columns) of each image, in order.
+    video_grids: (frames, rows, columns) of each video, in order.
+    seconds: Duration of one temporal patch of each video in seconds. Only qwen2_5_vl uses it.
+    tokens_per_second: Setting of the vision config. Only qwen2_5_vl uses it.
+
+  Returns:
+    The positions i64[L, 3], and the position id after the last one.
   """
   model = rope_model(family, image_token_id, video_token_id, tokens_per_second)
   types = (tokens == image_token_id).astype("int32") + 2 * (tokens == video_token_id)
@@ -101,7 +112,7 @@ def rope_index(
 
 
 def partition(labels):
-  """Groups of equal labels as sets of indices, whatever the labels are called."""
+  """Returns the sets of indices that have equal labels, independent of the labels' values."""
   groups = {}
   for index, label in enumerate(labels.tolist()):
     groups.setdefault(label, set()).add(index)
@@ -109,7 +120,10 @@ def partition(labels):
 
 
 def hf_windows(thw, window_size):
-  """As sets of indices of patches of 14 pixels, 2 by 2 of them a visual token."""
+  """Returns the attention windows of transformers as sets of patch indices.
+
+  Patches have 14 pixels per side, and a visual token has 2 x 2 patches.
+  """
   index, cumulative = vision_utils.get_vision_window_index(thw, 2, window_size, 14)
   order = (index[:, None] * 4 + torch.arange(4)).flatten().tolist()
   return {frozenset(order[a:b]) for a, b in itertools.pairwise(cumulative.tolist())}

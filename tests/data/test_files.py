@@ -1,4 +1,4 @@
-"""What is saved loads as what was read, in both libraries."""
+"""Tests that a saved processor loads with the same results, in this library and in transformers."""
 
 import json
 import shutil
@@ -12,11 +12,11 @@ from jaxrl_vlm.data.processor import Processor
 from tests.data.reference import hf_processor
 from tests.tiny_processor import FAMILIES, make_processor_dir
 
-WORD = "Think step by step. "  # tells one template from another
+WORD = "Think step by step. "  # text that only the template of chat_template.json writes
 
 
 def make_dir(path, family, layout):
-  """The layouts that published checkpoints have: which file holds what."""
+  """Makes a processor directory in one of the file layouts of published checkpoints."""
   make_processor_dir(path, family=family)
   if layout == "as made":
     return path
@@ -58,7 +58,7 @@ def encoded(processor):
 def hf_encoded(path, family, messages, image):
   processor = hf_processor(family, path)
   template = processor.tokenizer.chat_template
-  # The processor's own template, in a file of its own, is heard first.
+  # chat_template.json takes precedence over tokenizer_config.json.
   if (path / "chat_template.json").exists():
     template = json.loads((path / "chat_template.json").read_text())["chat_template"]
   text = processor.tokenizer.apply_chat_template(
@@ -85,7 +85,7 @@ def test_saved_processor_loads_in_both_libraries(tmp_path, family, layout):
   np.testing.assert_array_equal(expected.tokens, hf["input_ids"][0])
   assert (WORD in processor.decode(expected.tokens)) == (layout == "two templates")
 
-  shutil.rmtree(path)  # it need not be there any more
+  shutil.rmtree(path)  # saving does not need the directory
   saved = tmp_path / "saved"
   processor.save_pretrained(saved)
   model_files = {"config.json"}
@@ -135,7 +135,7 @@ def test_overridden_bounds_are_saved(tmp_path, family, layout):
       assert file.read_bytes() == before[file.name]
 
 
-def test_the_whole_processor_of_transformers_is_the_same(tmp_path):
+def test_saved_directory_gives_the_same_transformers_processor(tmp_path):
   path = make_processor_dir(tmp_path / "read", family="gemma3")
   Processor.from_pretrained(path).save_pretrained(tmp_path / "saved")
   (tmp_path / "saved" / "config.json").write_bytes((path / "config.json").read_bytes())
@@ -145,9 +145,9 @@ def test_the_whole_processor_of_transformers_is_the_same(tmp_path):
   assert saved.tokenizer.get_vocab() == read.tokenizer.get_vocab()
 
 
-def test_where_settings_of_videos_are(tmp_path):
+def test_video_settings_come_from_the_most_specific_file(tmp_path):
   path = make_processor_dir(tmp_path, family="qwen2_vl", max_pixels=5 * 28 * 28)
-  # As in transformers, what images have is for videos too where these have nothing of their own.
+  # As in transformers, videos use the image settings if there are no video settings.
   assert Processor.from_pretrained(path).video_settings.images.max_pixels == 5 * 28 * 28
   video = {"size": {"shortest_edge": 4, "longest_edge": 7}, "fps": 3, "do_sample_frames": True}
   (path / "video_preprocessor_config.json").write_text(json.dumps(video))
@@ -164,14 +164,14 @@ def test_where_settings_of_videos_are(tmp_path):
 @pytest.mark.parametrize(
   "content, message", [("{", "not JSON: "), ("[]", "expected a JSON object")]
 )
-def test_broken_files_are_named(tmp_path, name, content, message):
+def test_error_for_malformed_file_names_it(tmp_path, name, content, message):
   make_processor_dir(tmp_path)
   (tmp_path / name).write_text(content)
   with pytest.raises(ValueError, match=f"^{name}: {message}"):
     Processor.from_pretrained(tmp_path)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_error_for_missing_file_names_it(tmp_path):
   with pytest.raises(FileNotFoundError, match="/config.json: no such file"):
     Processor.from_pretrained(tmp_path)
   make_processor_dir(tmp_path)

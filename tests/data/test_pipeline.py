@@ -1,11 +1,13 @@
-"""Sources say what is wrong with a dataset; the pipeline repeats itself and resumes exactly."""
+"""Tests that iteration is reproducible and resumable, and that sources report bad data."""
 
 import io
 import json
+import pathlib
 import pickle
 import re
 import subprocess
 import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,13 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jaxrl_vlm.data import digit_boards, pipeline, sources
+from jaxrl_vlm.data import digit_boards, images, pipeline, sources
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.example import Example
 
 
 class Numbers:
-  """Examples 0 .. n-1."""
+  """A source of examples with the ids 0 .. size - 1."""
 
   def __init__(self, size):
     self.size = size
@@ -50,7 +52,7 @@ def png(value=0):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_epochs_are_permutations_and_differ():
+def test_every_epoch_is_another_permutation():
   stream = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=0), 10)), [])
   epochs = [stream[10 * e : 10 * e + 10] for e in range(4)]
   assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -58,11 +60,11 @@ def test_epochs_are_permutations_and_differ():
   again = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=0), 10)), [])
   assert again == stream
   other = sum(ids(take(pipeline.make_iterator(Numbers(10), batch_size=4, seed=1), 10)), [])
-  # Neither the same stream nor the same one an epoch later.
+  # The other seed's first epoch is none of the first seed's epochs.
   assert other[:10] not in epochs
 
 
-def test_without_shuffle_and_repeat_it_is_the_source():
+def test_batches_without_shuffle_and_repeat_follow_the_source():
   arguments: dict[str, Any] = {"batch_size": 4, "seed": 0, "shuffle": False, "repeat": False}
   assert ids(pipeline.make_iterator(Numbers(10), **arguments)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
   assert ids(pipeline.make_iterator(Numbers(10), drop_remainder=False, **arguments)) == [
@@ -72,7 +74,7 @@ def test_without_shuffle_and_repeat_it_is_the_source():
   ]
 
 
-def test_resumed_is_uninterrupted():
+def test_resumed_iterator_continues_the_same_stream():
   arguments: dict[str, Any] = {"batch_size": 4, "seed": 7}
   whole = ids(take(pipeline.make_iterator(Numbers(11), **arguments), 12))
   for stop in (0, 1, 5):
@@ -80,7 +82,7 @@ def test_resumed_is_uninterrupted():
     assert ids(take(iterator, stop)) == whole[:stop]
     state = json.loads(json.dumps(iterator.get_state()))
     resumed = pipeline.make_iterator(Numbers(11), **arguments)
-    take(resumed, 3)  # a used iterator goes there too
+    take(resumed, 3)  # an iterator that was already used can be moved too
     resumed.set_state(state)
     assert ids(take(resumed, 12 - stop)) == whole[stop:]
 
@@ -93,14 +95,14 @@ def test_resumed_is_uninterrupted():
     ({"shuffle": False}, "shuffle was True, now False"),
   ],
 )
-def test_a_state_of_other_settings_is_refused(change, message):
+def test_state_of_other_settings_is_refused(change, message):
   arguments: dict[str, Any] = {"batch_size": 4, "seed": 0}
   state = pipeline.make_iterator(Numbers(11), **arguments).get_state()
   with pytest.raises(UserError, match=re.escape(message)):
     pipeline.make_iterator(Numbers(11), **arguments | change).set_state(state)
 
 
-def test_hosts_read_their_rows_of_one_order_however_many_they_are():
+def test_order_does_not_depend_on_the_number_of_hosts():
   arguments: dict[str, Any] = {"batch_size": 6, "seed": 0}
   whole = take(pipeline.make_iterator(Numbers(20), **arguments), 7)
   for count in (1, 2, 3, 6):
@@ -108,7 +110,7 @@ def test_hosts_read_their_rows_of_one_order_however_many_they_are():
       pipeline.make_iterator(Numbers(20), rows=range(i, 6, count), **arguments)
       for i in range(count)
     ]
-    # The state is that of all: a run goes on with another number of hosts.
+    # All hosts have the same state, so a run can resume with another number of hosts.
     for i, host in enumerate(hosts):
       host.set_state(
         {
@@ -125,7 +127,7 @@ def test_hosts_read_their_rows_of_one_order_however_many_they_are():
       assert host.given == 7
 
 
-def test_any_example_of_a_batch_is_found_by_its_number():
+def test_example_returns_any_row_of_any_batch():
   for shuffle in (True, False):
     iterator = pipeline.make_iterator(Numbers(11), batch_size=4, seed=3, shuffle=shuffle, rows=[1])
     whole = take(pipeline.make_iterator(Numbers(11), batch_size=4, seed=3, shuffle=shuffle), 9)
@@ -133,15 +135,15 @@ def test_any_example_of_a_batch_is_found_by_its_number():
       assert iterator.example(batch, row) == whole[batch][row]
 
 
-def test_too_few_examples_for_a_batch():
+def test_too_few_examples_for_a_batch_are_refused():
   with pytest.raises(UserError, match="3 examples: too few for a batch of 4"):
     pipeline.make_iterator(Numbers(3), batch_size=4, seed=0, repeat=False)
   # With repeat, a batch may hold an example twice.
   assert len(next(pipeline.make_iterator(Numbers(3), batch_size=4, seed=0))) == 4
 
 
-def test_worker_processes_give_the_same_batches(tmp_path):
-  """Real sources are sent to workers: digits drawn there, files opened there."""
+def test_worker_processes_return_the_same_batches(tmp_path):
+  """The source is pickled, and the workers open its files."""
   code = f"""
 import sys
 from typing import Any
@@ -179,7 +181,7 @@ def write_jsonl(directory, *lines):
   return str(path)
 
 
-def test_json_lines(tmp_path):
+def test_json_lines_are_read(tmp_path):
   (tmp_path / "images").mkdir()
   (tmp_path / "images" / "a.png").write_bytes(png(1))
   (tmp_path / "b.png").write_bytes(png(2))
@@ -247,18 +249,99 @@ def test_json_lines(tmp_path):
       "data.jsonl:2: field 'images': ../b.png is outside",
     ),
     (
+      {"question": "a", "answer": "b", "rewards": {"exakt": 1.0}},
+      "data.jsonl:2: field 'rewards': 'exakt': no such verifier; did you mean 'exact'?",
+    ),
+    (
+      {"question": "a", "answer": "b", "rewards": {}},
+      "data.jsonl:2: field 'rewards': expected {\"name\": weight, ...}, got {}",
+    ),
+    (
+      {"question": "a", "answer": "b", "rewards": {"exact": 1.0, "no_such_module:grade": 0.5}},
+      "data.jsonl:2: field 'rewards': 'no_such_module:grade' is neither built in nor among the "
+      "stage's own rewards",
+    ),
+    (
+      {"question": "a", "answer": "b", "rewards": {"exact": "1"}},
+      "data.jsonl:2: field 'rewards': 'exact': expected a finite number, the weight; got \"1\"",
+    ),
+    (
+      {"question": "a", "answer": "b", "rewards": {"exact": float("nan")}},
+      "data.jsonl:2: field 'rewards': 'exact': expected a finite number, the weight; got NaN",
+    ),
+    (
+      {"question": "a", "answer": "b", "rewards": {"exact": 10**400}},
+      "data.jsonl:2: field 'rewards': 'exact': expected a finite number, the weight; got 1000",
+    ),
+    (
+      {"question": "<image> a", "answer": "b"},
+      "data.jsonl:2: field 'question': 1 <image> marks, but the example has 0 images",
+    ),
+    (
+      {"question": "<image> a <image>", "answer": "b", "image": "c.png"},
+      "data.jsonl:2: field 'question': 2 <image> marks, but the example has 1 images",
+    ),
+    (
+      {"question": "<image> a", "answer": "b", "images": ["c.png", "c.png"]},
+      "data.jsonl:2: field 'question': 1 <image> marks, but the example has 2 images",
+    ),
+    (
+      {"question": "a \ud800 b", "answer": "1"},
+      "data.jsonl:2: field 'question': character 2 is the lone surrogate '\\ud800'; expected valid",
+    ),
+    (
+      {"question": "a", "answer": "\udfff"},
+      "data.jsonl:2: field 'answer': character 0 is the lone surrogate '\\udfff'",
+    ),
+    (
+      {"question": "a", "answer": "1", "target": "\ud800"},
+      "data.jsonl:2: field 'target': character 0 is the lone surrogate",
+    ),
+    (
+      {"question": "a", "answer": "1", "id": "\ud800"},
+      "data.jsonl:2: field 'id': character 0 is the lone surrogate",
+    ),
+    (
+      {"question": "a", "answer": "1", "meta": {"skill": ["b", "\ud800"]}},
+      "data.jsonl:2: field 'meta': character 0 is the lone surrogate",
+    ),
+    (
+      {"question": "a", "answer": "1", "image": "\ud800.png"},
+      "data.jsonl:2: field 'image': character 0 is the lone surrogate",
+    ),
+    (
+      {"question": "a", "answer": float("nan")},
+      "data.jsonl:2: field 'answer': expected text or a finite number, got NaN",
+    ),
+    (
+      {"question": "a", "answer": float("-inf")},
+      "data.jsonl:2: field 'answer': expected text or a finite number, got -Infinity",
+    ),
+    (
+      {"question": "a", "answer": True},
+      "data.jsonl:2: field 'answer': expected text, got true",
+    ),
+    (
+      {"question": "a", "answer": "b", "image": "a\0.png"},
+      "data.jsonl:2: field 'image': \"a\\u0000.png\": embedded null byte",
+    ),
+    pytest.param(
+      "[" * 100_000, "data.jsonl:2: not JSON: maximum recursion depth exceeded", id="deep nesting"
+    ),
+    (
       {"question": "a", "answer": "b", "rewards": "math"},
       'data.jsonl:2: field \'rewards\': expected {"name": weight, ...}, got "math"',
     ),
     (
       {"question": "a", "answer": "b", "id": "x"},
-      "data.jsonl:2: field 'id': 'x' is also that of line 1",
+      "data.jsonl:2: field 'id': 'x' is also the id of line 1",
     ),
   ],
 )
-def test_json_lines_say_what_is_wrong_and_where(tmp_path, line, message):
+def test_error_for_json_lines_names_file_line_and_field(tmp_path, line, message):
   (tmp_path / "b.png").write_bytes(png())
   (tmp_path / "inside").mkdir()
+  (tmp_path / "inside" / "c.png").write_bytes(png())
   path = write_jsonl(tmp_path / "inside", {"question": "a", "answer": "b", "id": "x"}, line)
   with pytest.raises(UserError) as error:
     sources.open_source({"name": path}, "train")
@@ -266,7 +349,53 @@ def test_json_lines_say_what_is_wrong_and_where(tmp_path, line, message):
   assert "\n" not in str(error.value)
 
 
-def test_images_outside_the_directory_need_permission(tmp_path):
+@pytest.mark.parametrize(
+  "number",
+  [
+    "0.00001",
+    "1e20",
+    "1E-7",
+    "1.50",
+    "-0",
+    "7",
+    "12345678901234567890123",
+    "0.1234567890123456789",
+  ],
+)
+def test_answer_that_is_a_number_keeps_its_digits(tmp_path, number):
+  line = f'{{"question": {number}, "answer": {number}, "id": {number}, "meta": {{"x": {number}}}}}'
+  example = sources.open_source({"name": write_jsonl(tmp_path, line)}, "train")[0]
+  assert (example.question, example.answer, example.id) == (number, number, number)
+  assert example.meta == {"x": json.loads(number)}
+  assert type(example.meta["x"]) is type(json.loads(number))
+
+
+def test_examples_may_name_the_functions_that_the_stage_names(tmp_path):
+  weights = {"exact": 0.5, "my_rewards.py:near": 0.5}
+  path = write_jsonl(tmp_path, {"question": "a", "answer": "b", "target": "b", "rewards": weights})
+  with pytest.raises(UserError, match="data.jsonl:1: field 'rewards': 'my_rewards.py:near' is"):
+    sources.open_source({"name": path}, "train")
+  for verifiers in ({"my_rewards.py:near": 1.0}, ["format", "my_rewards.py:near"]):
+    source = sources.open_source({"name": path}, "train", verifiers=verifiers)
+    assert pickle.loads(pickle.dumps(source))[0].rewards == weights
+  absolute = {f"{pathlib.Path('my_rewards.py').resolve()}:near": 1.0}
+  path = write_jsonl(tmp_path, {"question": "a", "answer": "b", "target": "b", "rewards": absolute})
+  sources.open_source({"name": path}, "train", verifiers=["my_rewards.py:near"])
+  # A supervised stage grades no training examples.
+  sources.open_source({"name": path}, "train", need="target")
+
+
+def test_error_for_image_that_disappeared_names_file_and_line(tmp_path):
+  (tmp_path / "a.png").write_bytes(png())
+  path = write_jsonl(tmp_path, {"question": "a", "answer": "b", "id": "x", "image": "a.png"})
+  source = sources.open_source({"name": path}, "train")
+  assert source[0].name == f"{path}:1: example 'x'"
+  (tmp_path / "a.png").unlink()
+  with pytest.raises(UserError, match=r"data.jsonl:1: "):
+    source[0]
+
+
+def test_images_outside_the_directory_are_refused_unless_allowed(tmp_path):
   (tmp_path / "b.png").write_bytes(png())
   (tmp_path / "inside").mkdir()
   (tmp_path / "inside" / "link.png").symlink_to(tmp_path / "b.png")
@@ -278,7 +407,7 @@ def test_images_outside_the_directory_need_permission(tmp_path):
     assert source[0].images == (png(),)
 
 
-def test_supervised_data_need_a_target_instead_of_an_answer(tmp_path):
+def test_supervised_data_needs_a_target_instead_of_an_answer(tmp_path):
   path = write_jsonl(tmp_path, {"question": "a", "target": "b"})
   with pytest.raises(UserError, match="field 'answer' is missing"):
     sources.open_source({"name": path}, "train")
@@ -293,6 +422,26 @@ def test_supervised_data_need_a_target_instead_of_an_answer(tmp_path):
   [
     ({"name": ""}, "data.name=''"),
     ({"name": "nowhere.jsonl"}, "nowhere.jsonl: No such file or directory"),
+    *(
+      (
+        {"name": name},
+        f"data.name={name!r}: expected 'digit_boards', the path of a JSON-lines file (*.jsonl), or "
+        "the name of a TFDS dataset such as 'name', 'name/config' or 'name:1.0.0'; convert",
+      )
+      for name in ("train.parquet", "data/a.csv", "a.tsv", "a.json", "/b/a.arrow", "a.jsonl.gz")
+    ),
+    *(
+      (
+        {"name": name},
+        f"data.name={name!r}: expected 'digit_boards', the path of a JSON-lines file",
+      )
+      for name in ("/data/train", "./train", "data/{split}", "my data")
+    ),
+    (
+      {"name": "no_such_folder/train"},
+      "data.name='no_such_folder/train': neither a .jsonl file nor a TFDS dataset; expected "
+      "'digit_boards', the path of a JSON-lines file (*.jsonl), or the name of a TFDS dataset",
+    ),
     (
       {"name": "digit_bords"},
       "data.name='digit_bords': neither a .jsonl file nor a TFDS dataset; "
@@ -312,12 +461,13 @@ def test_supervised_data_need_a_target_instead_of_an_answer(tmp_path):
     ),
   ],
 )
-def test_a_wrong_spec_is_named(tmp_path, spec, message):
-  with pytest.raises(UserError, match=re.escape(message)):
+def test_error_for_bad_spec_names_the_field(tmp_path, spec, message):
+  with pytest.raises(UserError, match=re.escape(message)) as error:
     sources.open_source(spec | {"dir": str(tmp_path)}, "train")
+  assert "\n" not in str(error.value)
 
 
-def test_digit_boards_from_disk_and_live(tmp_path):
+def test_stored_and_live_digit_boards_are_equal(tmp_path):
   options = {"train": 4, "test": 3, "style": "board", "tasks": {"count": 1.0, "where": 2.0}}
   spec = ConfigDict({"name": "digit_boards", "options": options, "dir": str(tmp_path)})
   stored = sources.open_source(spec, "test")
@@ -332,7 +482,7 @@ def test_digit_boards_from_disk_and_live(tmp_path):
     )
 
 
-def test_any_tfds_dataset_with_names_of_its_own(tmp_path):
+def test_tfds_dataset_with_other_feature_names_is_read(tmp_path):
   import tensorflow_datasets as tfds
 
   class Quiz(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -376,6 +526,79 @@ def test_any_tfds_dataset_with_names_of_its_own(tmp_path):
     sources.TfdsSource("quiz", make, "train", fields={"answer": "label"})
   with pytest.raises(UserError, match="fields.answer='lable': no such feature of quiz; did you"):
     sources.TfdsSource("quiz", make, "train", fields=fields | {"answer": "lable"})
+
+
+class Records:
+  """A TFDS builder that is already prepared, with records in memory."""
+
+  def __init__(self, features, records):
+    self.info = types.SimpleNamespace(features=features, splits={"train": None})
+    self.records = records
+
+  def as_data_source(self, split, decoders=None):
+    return self.records
+
+
+def tfds_source(record, **options):
+  features = {name: types.SimpleNamespace() for name in record}
+  return sources.TfdsSource("quiz", lambda: Records(features, [record]), "train", **options)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"question": "<image> a"}, "field 'question': 1 <image> marks, but the example has 0 images"),
+    ({"question": b"a \xff"}, "field 'question': 'utf-8' codec can't decode byte 0xff"),
+    ({"question": "\ud800"}, "field 'question': character 0 is the lone surrogate"),
+    ({"question": " "}, "question is empty"),
+    ({"answer": np.float32(np.nan)}, "field 'answer': expected text or a finite number, got nan"),
+    ({"answer": np.array([1, 2])}, "field 'answer': expected text or a number, got [1 2]"),
+    ({"rewards": '{"exakt": 1}'}, "field 'rewards': 'exakt': no such verifier; did you mean 'exa"),
+    ({"rewards": "{}"}, "field 'rewards': expected {\"name\": weight, ...}, got {}"),
+    ({"rewards": {"os:abort": np.float32(1)}}, "field 'rewards': 'os:abort' is neither built in"),
+    ({"rewards": "{"}, "field 'rewards': Expecting property name"),
+    ({"meta": "[1]"}, "field 'meta': expected an object {...}, got [1]"),
+    ({"images": [np.zeros((2, 2, 3), np.int64)]}, "field 'images': expected an image, u8[H, W, 3]"),
+  ],
+)
+def test_error_for_tfds_record_names_split_index_and_field(change, message):
+  source = tfds_source({"question": "a", "answer": "b"} | change)
+  with pytest.raises(UserError) as error:
+    source[0]
+  assert str(error.value).startswith(f"quiz/train example 0: {message}")
+  assert "\n" not in str(error.value)
+
+
+def test_tfds_values_become_text_and_encoded_images():
+  grey = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (4, 1))[..., None]
+  record = {
+    "id": b"first",
+    "question": "What is it?",
+    "answer": np.float32(0.1),
+    "rewards": {"exact": np.float32(0.5)},
+    "meta": "",
+    "images": [
+      grey,
+      grey.repeat(3, -1),
+      (grey / 65535).astype(np.float32),
+      np.zeros((4, 16, 3), np.uint8),
+    ],
+  }
+  example = tfds_source(record)[0]
+  assert (example.answer, example.rewards, example.meta) == ("0.1", {"exact": 0.5}, {})
+  assert example.name == "quiz/train/0: example 'first'"
+  *ramps, black = (np.asarray(images.decode_image(image)) for image in example.images)
+  for ramp in ramps:
+    np.testing.assert_allclose(ramp[..., 0], grey[..., 0] / 257, atol=1)
+  assert not black.any()
+
+
+def test_tfds_example_without_class_label_is_refused():
+  features = {"question": types.SimpleNamespace(), "answer": types.SimpleNamespace(names=["cat"])}
+  builder = Records(features, [{"question": "a", "answer": np.int64(-1)}])
+  source = sources.TfdsSource("quiz", lambda: builder, "train")
+  with pytest.raises(UserError, match="field 'answer': expected a class label, got -1"):
+    source[0]
 
 
 def test_importing_data_modules_imports_no_jax():
