@@ -257,9 +257,9 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
     decode, decoding = loop.programs.rollout._decode, []
 
     def decoded(*args):
-      flight, out = decode(*args)
+      state, out = decode(*args)
       decoding[:] = out
-      return flight, out
+      return state, out
 
     loop.programs.rollout._decode = decoded
     loop.programs.pack = trace.watch("pack", loop.programs.pack)

@@ -1,69 +1,75 @@
-"""Model FLOPs by formula: what the mathematics asks for, from the config alone.
+"""Model FLOPs: the floating-point operations of the model's matrix products, from the config alone.
 
-A product of matrices [m, k] and [k, n] is 2·m·k·n, a multiplication and an addition each; norms,
-rotations, softmax and activations are not counted, nor what is computed in vain (padding, masked
-scores, layers that the backward pass computes again). A query is counted over the keys that it
-sees: half of them in a causal stream. Of a mixture of experts each token's own count. Adapters
-are not counted, nor that tokens of one image may see each other in both directions.
+A product of matrices [m, k] and [k, n] counts as 2·m·k·n FLOPs, one multiplication and one addition
+per term. A query counts with the keys that it attends to, which are half of all keys in a causal
+stream. A token of a mixture of experts counts with the experts that it passes through.
+
+Not counted are:
+- norms, rotary embeddings, softmax and activation functions;
+- padding, masked attention scores, and what the backward pass recomputes;
+- LoRA adapters;
+- bidirectional attention among the tokens of one image, which count as causal.
 """
 
 from collections.abc import Sequence
 
 from jaxrl_vlm.models.config import ModelConfig
 
-Frame = tuple[int, int]  # rows and columns of patches, of an image or of a frame of a video
+Frame = tuple[int, int]  # rows and columns of patches of an image or a video frame
 
 
 def vision(config: ModelConfig, frame: Frame) -> float:
-  """The vision tower over one frame, DeepStack's mergers included."""
+  """Returns the FLOPs of the vision tower for one frame, including the DeepStack mergers."""
   v = config.vision
   rows, columns = frame
   patches, width = rows * columns, v.hidden_size
   every = range(v.depth)
   full = len(every if v.full_attention_layers is None else v.full_attention_layers)
-  seen = full * patches**2
+  keys = full * patches**2  # attended to by all queries of all layers together
   if full < v.depth:
     side = round(v.window_patches**0.5)
-    seen += (v.depth - full) * _squares(rows, side) * _squares(columns, side)
+    keys += (v.depth - full) * _squares(rows, side) * _squares(columns, side)
   layer = 4 * width**2 + (3 if v.gated_mlp else 2) * width * v.intermediate_size
   tokens, merged = patches // v.spatial_merge_size**2, width * v.spatial_merge_size**2
   merger = merged**2 + merged * v.out_hidden_size
   last = merger if v.merger == "mlp" else width * v.out_hidden_size
   return 2.0 * (
     patches * (v.patch_dim * width + v.depth * layer)
-    + 2 * width * seen
+    + 2 * width * keys
     + tokens * (last + len(v.deepstack_layers) * merger)
   )
 
 
 def _squares(length: int, side: int) -> int:
-  """Σ n² over the pieces of at most `side` into which a length is cut."""
-  whole, rest = divmod(length, side)
-  return whole * side**2 + rest**2
+  """Σ n² over the lengths n of the windows: `length` split into windows of at most `side`."""
+  full, rest = divmod(length, side)
+  return full * side**2 + rest**2
 
 
 def seen(tokens: int, before: int = 0, window: int = 0) -> int:
-  """Keys that the queries of a causal stream see, all together: Σ_i min(before + i, window).
+  """Returns the number of keys that all queries of a causal stream attend to.
+
+  The result is Σ_i min(before + i, window) over the queries i = 1 ... `tokens`.
 
   Args:
-    tokens: of the stream, i = 1 ... tokens.
-    before: keys that all of them see besides.
-    window: how far back they see, itself included; 0 is everything.
+    tokens: number of tokens of the stream.
+    before: number of keys before the stream, to which every query attends.
+    window: size of the sliding window, including the query itself; 0 for full attention.
   """
   rising = tokens
-  if window:  # the first queries see all there is, the others as much as the window holds
+  if window:  # the first queries attend to all earlier keys, the others to a full window
     rising = min(tokens, max(0, window - before))
   return rising * before + rising * (rising + 1) // 2 + (tokens - rising) * window
 
 
 def decoder(config: ModelConfig, tokens: float, keys: float, near: float | None = None) -> float:
-  """All layers over some tokens.
+  """Returns the FLOPs of all decoder layers for some tokens.
 
   Args:
-    config: of the model.
-    tokens: that pass through.
-    keys: that they see in a layer, all together (`seen`).
-    near: in a sliding layer; None: as many.
+    config: config of the model.
+    tokens: number of tokens.
+    keys: number of keys that all of them together attend to in one layer (`seen`).
+    near: the same number in a sliding layer. None: as `keys`.
   """
   width, head = config.hidden_size, config.head_dim
   if config.moe is None:
@@ -78,28 +84,36 @@ def decoder(config: ModelConfig, tokens: float, keys: float, near: float | None 
 
 
 def unembedding(config: ModelConfig, tokens: float) -> float:
-  """Logits of some tokens."""
+  """Returns the FLOPs of the logits of some tokens."""
   return 2.0 * tokens * config.hidden_size * config.vocab_size
 
 
 def stream(config: ModelConfig, tokens: int, before: int = 0) -> float:
-  """All layers over a causal stream of tokens that see `before` keys besides."""
+  """Returns the FLOPs of all decoder layers for a causal stream with `before` keys before it."""
   return decoder(config, tokens, seen(tokens, before), seen(tokens, before, config.sliding_window))
 
 
 def prefill(config: ModelConfig, length: int, frames: Sequence[Frame] = ()) -> float:
-  """Reads a prompt of so many tokens and the images in it; no logits.
+  """Returns the FLOPs of prefilling one prompt, without logits.
 
-  `frames`: () also if the prompt has its visual tokens already (`VLM.see`).
+  Args:
+    config: config of the model.
+    length: number of tokens of the prompt.
+    frames: sizes of its images. () if the visual tokens are already computed (`VLM.see`).
   """
   return stream(config, length) + sum(vision(config, frame) for frame in frames)
 
 
 def responses(config: ModelConfig, lengths: Sequence[int], length: int) -> float:
-  """Responses of so many tokens over one prompt of `length` that has been read, with logits.
+  """Returns the FLOPs of generating or scoring responses after a prefilled prompt, with logits.
 
-  As much to score them as to draw them. The prompt's last token opens every response, so that
-  they see length - 1 keys of it.
+  Generating and scoring have the same FLOPs. The last token of the prompt is the first input of
+  every response, so the responses attend to length - 1 keys of the prompt.
+
+  Args:
+    config: config of the model.
+    lengths: number of tokens of each response.
+    length: number of tokens of the prompt.
   """
   return unembedding(config, sum(lengths)) + sum(
     stream(config, int(tokens), length - 1) for tokens in lengths
@@ -113,9 +127,14 @@ def forward(
   frames: Sequence[Frame] = (),
   shared: bool = True,
 ) -> float:
-  """Reads a prompt and scores responses to it: a prompt for all, or one for each if not `shared`.
+  """Returns the FLOPs of prefilling a prompt and scoring responses to it.
 
-  The prompt's last token is in the responses' streams.
+  Args:
+    config: config of the model.
+    length: number of tokens of the prompt. The last one counts with each response.
+    lengths: number of tokens of each response.
+    frames: sizes of the images of the prompt.
+    shared: whether the prompt is prefilled once for all responses, or else once for each.
   """
   return (1 if shared else len(lengths)) * prefill(config, length - 1, frames) + responses(
     config, lengths, length
@@ -130,7 +149,11 @@ def forward_backward(
   shared: bool = True,
   trains_vision: bool = True,
 ) -> float:
-  """`forward`, and the gradient, which costs twice as much; a frozen tower only sees."""
+  """Returns the FLOPs of `forward` and its gradient.
+
+  The gradient has twice the FLOPs of the forward pass. If the vision tower is frozen
+  (`trains_vision=False`), it has no gradient.
+  """
   everything = forward(config, length, lengths, frames, shared)
   frozen = 0.0
   if not trains_vision:

@@ -1,4 +1,4 @@
-"""Model FLOPs: by hand, from the shapes of parameters, and as XLA counts them."""
+"""Compares model FLOPs with counts by hand, with parameter shapes, and with the counts of XLA."""
 
 import dataclasses
 import json
@@ -14,22 +14,23 @@ from jaxrl_vlm.models.decoder import Prefix
 from jaxrl_vlm.models.published import CONFIGS
 from tests import tiny, tiny_processor
 
-# XLA also counts norms, rotations, softmax and activations: 4 to 7% in models this narrow.
+# XLA also counts norms, rotary embeddings, softmax and activation functions: 4 to 7% in models this
+# narrow.
 LEAST = 0.92
 
 
 def one_layer(tmp_path, family):
-  """A tiny model with one layer of each kind: XLA counts the body of a loop once."""
+  """A tiny model with one layer of each kind, because XLA counts the body of a loop once."""
   tiny_processor.make_processor_dir(tmp_path, family=family)
-  given = json.loads((tmp_path / "config.json").read_text())
-  config = models.from_hf(tiny.hf_config(family, given, True).to_dict())
+  hf = json.loads((tmp_path / "config.json").read_text())
+  config = models.from_hf(tiny.hf_config(family, hf, True).to_dict())
   vision = dataclasses.replace(
     config.vision,
     depth=1,
     deepstack_layers=config.vision.deepstack_layers[:1],
     full_attention_layers=None if config.vision.full_attention_layers is None else (0,),
   )
-  # XLA on the CPU passes every token through every expert.
+  # XLA for CPU computes every expert for every token.
   moe = config.moe and MoE(1, 1, 2 * config.moe.intermediate_size)
   return config.replace(num_layers=1, vision=vision, moe=moe, sliding_window=0, sliding_layers=())
 
@@ -40,7 +41,7 @@ def counted(function, *args) -> float:
 
 
 def hidden(config, prompt, tokens=None):
-  """Of the prompt, or of responses [P, G, T] to it."""
+  """A function of params that computes hidden states of the prompt, or of responses [P, G, T]."""
 
   def run(params, prompt, tokens):
     variables, model = {"params": params}, models.VLM(config)
@@ -60,29 +61,29 @@ def hidden(config, prompt, tokens=None):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_as_xla_counts_what_it_computes(tmp_path, family):
+def test_decoder_and_vision_flops_match_xla(tmp_path, family):
   config = one_layer(tmp_path, family)
   params = models.abstract_params(config)
   prompt = models.dummy_prompt(config, 1, 48, num_patches=0)
-  # Masked scores are computed too: every query sees all keys.
-  mine = flops.decoder(config, 48, 48 * 48)
-  assert LEAST < mine / counted(hidden(config, prompt), params) < 1
+  # XLA also computes the masked scores, so that every query attends to all keys.
+  expected = flops.decoder(config, 48, 48 * 48)
+  assert LEAST < expected / counted(hidden(config, prompt), params) < 1
   if family == "qwen3_vl_moe":
-    return  # the tower of qwen3_vl
+    return  # same vision tower as qwen3_vl
   side = 12
-  seen = models.dummy_prompt(config, 1, 8, num_patches=side * side)
-  see = counted(lambda p: models.VLM(config).apply({"params": p}, seen, method="see"), params)
-  assert LEAST < flops.vision(config, (side, side)) / see < 1
+  image = models.dummy_prompt(config, 1, 8, num_patches=side * side)
+  tower = counted(lambda p: models.VLM(config).apply({"params": p}, image, method="see"), params)
+  assert LEAST < flops.vision(config, (side, side)) / tower < 1
 
 
-def test_responses_logits_and_gradients_as_xla_counts_them(tmp_path):
+def test_flops_of_responses_logits_and_gradients_match_xla(tmp_path):
   config = one_layer(tmp_path, "qwen2_5_vl")
   params = models.abstract_params(config)
   prompt = models.dummy_prompt(config, 2, 40, num_patches=0)
   run = hidden(config, prompt, np.zeros((2, 3, 16), np.int32))
   once = counted(run, params)
-  mine = flops.decoder(config, 2 * 3 * 16, 2 * 3 * 16 * (40 + 16))
-  assert LEAST < mine / once < 1
+  expected = flops.decoder(config, 2 * 3 * 16, 2 * 3 * 16 * (40 + 16))
+  assert LEAST < expected / once < 1
   logits = counted(
     lambda p, x: models.VLM(config).apply({"params": p}, x, method="unembed"),
     params,
@@ -90,13 +91,14 @@ def test_responses_logits_and_gradients_as_xla_counts_them(tmp_path):
   )
   assert flops.unembedding(config, 5) == pytest.approx(logits, rel=1e-6)
 
-  # Backward is twice forward. XLA finds a little less to do: nothing is behind the embedding.
+  # The backward pass is twice the forward pass. XLA counts a little less, because the input of the
+  # embedding has no gradient.
   both = counted(jax.value_and_grad(lambda p: run(p).sum()), params)
   assert both / once == pytest.approx(3, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["Qwen2-VL-2B", "Qwen2.5-VL-3B", "Qwen3-VL-8B", "gemma-3-4b"])
-def test_a_token_costs_twice_the_matrices_that_it_meets(name):
+def test_a_token_costs_two_flops_per_matrix_element(name):
   config = models.from_hf(CONFIGS[name])
   shapes = models.abstract_params(config)
 
@@ -108,13 +110,13 @@ def test_a_token_costs_twice_the_matrices_that_it_meets(name):
   assert flops.unembedding(config, 1) == 2 * vocabulary * config.hidden_size
 
 
-def test_experts_count_where_a_token_passes_through_them():
+def test_only_the_experts_of_a_token_are_counted():
   config = models.from_hf(CONFIGS["Qwen3-VL-30B-A3B"])
   layer = 2 * 2048 * 128 * (32 + 4) + 2048 * 128 + 8 * 3 * 2048 * 768
   assert flops.decoder(config, 1, 0) == 2 * 48 * layer
 
 
-def test_windows_are_as_large_as_they_are_laid_out():
+def test_window_attention_matches_the_windows_of_the_processor():
   config = models.from_hf(CONFIGS["Qwen2.5-VL-3B"])
   v = config.vision
   for rows, columns in ((8, 8), (4, 6), (26, 38), (74, 18)):
@@ -127,13 +129,16 @@ def test_windows_are_as_large_as_they_are_laid_out():
 
 @pytest.mark.parametrize("window", [0, 1, 5, 100])
 @pytest.mark.parametrize(("tokens", "before"), [(1, 0), (7, 0), (7, 3), (7, 20), (0, 4)])
-def test_keys_that_a_stream_sees(tokens, before, window):
+def test_number_of_keys_in_a_causal_stream(tokens, before, window):
   expected = sum(min(before + i + 1, window or 10**9) for i in range(tokens))
   assert flops.seen(tokens, before, window) == expected
 
 
-def test_sharing_by_hand(tmp_path):
-  """Two layers of width 4, two heads and one key/value head of 2, MLP 3, vocabulary 10."""
+def test_shared_and_separate_prompts_match_a_count_by_hand(tmp_path):
+  """The model has two layers of width 4, two heads and one key/value head of size 2.
+
+  The MLP has 3 hidden units, and the vocabulary 10 tokens.
+  """
   config = one_layer(tmp_path, "qwen2_5_vl").replace(
     vocab_size=10,
     hidden_size=4,
@@ -144,14 +149,14 @@ def test_sharing_by_hand(tmp_path):
     head_dim=2,
   )
   token = 2 * (4 * 4 * 2 + 4 * 2 * 2 + 3 * 4 * 3)  # one layer: q and o, k and v, MLP
-  key = 2 * 2 * 4  # one query over one key: scores and values
+  key = 2 * 2 * 4  # one query and one key: score and weighted value
   assert flops.prefill(config, 5) == 2 * (5 * token + 15 * key)
-  # Of a prompt of 5 tokens the last is in the stream of each response.
+  # The last of the 5 prompt tokens is in the stream of each response.
   answers = 2 * (4 * token + (5 + 6 + 7 + 5) * key) + 4 * 2 * 4 * 10
   assert flops.responses(config, [3, 1], 5) == answers
   assert flops.forward(config, 5, [3, 1]) == flops.prefill(config, 4) + answers
   assert flops.forward(config, 5, [3, 1], shared=False) == 2 * flops.prefill(config, 4) + answers
-  # Separate sequences of 7 and 5 tokens, of which 4 have logits.
+  # Separate sequences of 7 and 5 tokens, 4 of which have logits.
   assert flops.forward(config, 5, [3, 1], shared=False) == pytest.approx(
     flops.prefill(config, 7) + flops.prefill(config, 5) + 4 * 2 * 4 * 10
   )

@@ -56,9 +56,9 @@ PROGRAMS = [
   "init_state",
   "see",
   "reshard",
-  "admit",
+  "prefill",
   "decode",
-  "move",
+  "compact",
   "score",
   "score_masked",
   "advantages",
@@ -105,7 +105,7 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
   assert {name.split("_")[2] for name in rows["update"]["kernels"]} == {"fwd", "dq", "dkv"}
   assert "splash_mha_dq" in done.stdout
   # What is compiled is what the mathematics asks for: nothing is padded or thrown away here.
-  for name in ("see", "admit", "decode", "score", "score_masked", "update"):
+  for name in ("see", "prefill", "decode", "score", "score_masked", "update"):
     row = rows[name]
     assert row["compiled_flops"] == pytest.approx(row["model_flops"], rel=0.06), name
     assert row["seconds"][row["bound"]] == max(row["seconds"].values())
@@ -119,7 +119,7 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
   # Weights that are split over four chips are gathered: three quarters of them come from others.
   assert rows["update"]["collectives"]["all-gather"] > 0
   held = result["holds"]
-  for name in ("admit", "decode"):
+  for name in ("prefill", "decode"):
     assert rows[name]["peak"] > held["parameters"] + held["optimizer"]
   assert sum(result["split"].values()) == pytest.approx(result["step_seconds"])
   assert result["tokens_per_second_per_chip"] == pytest.approx(
@@ -364,7 +364,7 @@ def test_frames_and_buckets():
 def test_how_a_rollout_goes():
   """6 prompts, 2 at once; 2 begin at a time; 100 tokens in chunks of 32."""
   runs, shares = step._draw(6, 4, Layout(8, 4), 1, 100, 32, 96)
-  assert runs == {"admit": 6, "decode": 12, "move": 0}
+  assert runs == {"prefill": 6, "decode": 12, "compact": 0}
   # Before the four chunks of a response there are 0, 32, 64 and 96 tokens; branches end at 0, 24,
   # 48, 72 and 96.
   assert shares == [0.25, 0, 0.25, 0.25, 0.25]

@@ -461,38 +461,38 @@ class Plan:
     lowered = sampler.lower(self.abstract, prompt)
     group, length, own = sampler.sampling.num_samples, self.shapes.length, part != ""
     rows = parallel.rows(sampler.mesh)
-    args = lowered["admit"].args_info[0]
-    admitted, flight = args[3].shape[1], args[2]
-    layout = Layout(flight.used.shape[1], flight.length.shape[1])
+    args = lowered["prefill"].args_info[0]
+    prefilled, state = args[3].shape[1], args[2]
+    layout = Layout(state.used.shape[1], state.length.shape[1])
     runs, reached = _draw(
-      prompts // rows, group, layout, admitted, self.mean, sampler.chunk, flight.k.shape[-2]
+      prompts // rows, group, layout, prefilled, self.mean, sampler.chunk, state.k.shape[-2]
     )
     unseen = () if prompt.features is not None else self.frames
     models_flops = {
-      "admit": rows * admitted * flops.prefill(self.model, length, unseen),
+      "prefill": rows * prefilled * flops.prefill(self.model, length, unseen),
       "decode": prompts
       * flops.responses(self.model, [self.mean] * group, length)
       / max(runs["decode"], 1),
     }
-    kernels = rows * admitted * self._of_prompt()
+    kernels = rows * prefilled * self._of_prompt()
     here = self._others("parameters")
     given = self.one_prompt if own else 0
     places: dict[str, dict[int, Any]] = {
       "reshard": {0: self.params_at, 1: self.batch_at},
-      "admit": {0: sampler.params_at, 1: sampler.batch_at},
+      "prefill": {0: sampler.params_at, 1: sampler.batch_at},
       "decode": {0: sampler.params_at},
     }
     if sampler.reshard is None:
-      alive = {"admit": here - given, "decode": here, "move": here + self.holds["parameters"]}
+      alive = {"prefill": here - given, "decode": here, "compact": here + self.holds["parameters"]}
     else:  # the copies, besides what they are of
       weights, light = lowered["reshard"].out_info
       weights, light = size(weights, sampler.params_at), size(light, sampler.batch_at)
       here += self.holds["parameters"]
       alive = {
         "reshard": here - given - self.holds["parameters"],
-        "admit": here,
+        "prefill": here,
         "decode": here + light,
-        "move": here + light + weights,
+        "compact": here + light + weights,
       }
       runs["reshard"] = 1
     for name, program in lowered.items():
@@ -503,14 +503,14 @@ class Plan:
         lambda program=program: program,
         times=runs.get(name, 0) if own else 0,
         flops=models_flops.get(name, 0.0),
-        kernels=kernels if name == "admit" else 0.0,
+        kernels=kernels if name == "prefill" else 0.0,
         alive=alive.get(name, here),
         places=places.get(name, {}),
         shares=shares,
         steps=sampler.chunk,
       )
     if own:
-      self.at_once = layout.cells // group * rows
+      self.at_once = layout.sequences // group * rows
 
   def _unseen(self, prompt: Prompt) -> Prompt:
     return dataclasses.replace(prompt, features=None) if self.programs.trains_vision else prompt
@@ -739,7 +739,7 @@ class Plan:
 
 
 def _draw(
-  prompts: int, group: int, layout: Layout, admitted: int, tokens: int, chunk: int, positions: int
+  prompts: int, group: int, layout: Layout, prefilled: int, tokens: int, chunk: int, positions: int
 ) -> tuple[dict[str, int], list[float]]:
   """How a device's share of a rollout goes if all responses have as many tokens.
 
@@ -748,16 +748,16 @@ def _draw(
     sees a quarter more of what has been decoded before than the branch ahead of it.
   """
   schedule, chunks = Schedule(prompts, group, 1, ladder(layout)), -(-tokens // chunk)
-  runs: dict[str, int] = collections.Counter(admit=0, decode=0, move=0)
+  runs: dict[str, int] = collections.Counter(prefill=0, decode=0, compact=0)
   ends = sorted({-(-positions * i // 4) for i in range(5)})
   reached: dict[int, int] = collections.Counter()
   age = np.zeros(prompts * group, int)
   while schedule.waiting or schedule.alive.any():
-    while schedule.admit(admitted) is not None:
-      runs["admit"] += 1
+    while schedule.prefill(prefilled) is not None:
+      runs["prefill"] += 1
     while schedule.smaller():
-      schedule.move()
-      runs["move"] += 1
+      schedule.compact()
+      runs["compact"] += 1
     runs["decode"] += 1
     alive = schedule.sample[schedule.alive]
     reached[int(np.searchsorted(ends, age[alive].max() * chunk))] += 1

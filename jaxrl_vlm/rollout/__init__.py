@@ -1,4 +1,4 @@
-"""Sampling responses: prefill once a prompt, then decode the groups together, chunk by chunk."""
+"""Samples responses: prefills each prompt once, then decodes all groups together in chunks."""
 
 from jaxrl_vlm.rollout.sampler import Sampler, generate, make_sampler, texts_of, with_text
 from jaxrl_vlm.rollout.sampling import Sampling

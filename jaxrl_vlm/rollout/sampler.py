@@ -1,8 +1,10 @@
-"""Drawing responses: a few compiled programs, and the host's loop around them.
+"""The sampler: generates responses with three compiled programs and a loop on the host.
 
-`admit` reads prompts and keeps their keys and values, `decode` takes every response a chunk of
-tokens further in one compiled loop, `move` brings the survivors together. After each chunk the
-host looks: what has ended leaves, what waits may begin (`schedule.Schedule`).
+`prefill` runs the model on prompts and stores their keys and values in prefix slots. `decode`
+advances every sequence (row) of the decoding batch by a chunk of tokens in one compiled loop.
+`compact` copies the remaining sequences into a smaller batch. After each chunk the host checks
+which responses have ended, and starts waiting prompts in their place (`schedule.Schedule`, which
+also defines shards, sequences, prefix slots and groups).
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxrl_vlm import memory, models, parallel
 from jaxrl_vlm.errors import UserError
-from jaxrl_vlm.models.decoder import Cells, Int8, Prefix
+from jaxrl_vlm.models.decoder import DecodeCache, Int8, Prefix
 from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.rollout.sampling import Sampling, pick
 from jaxrl_vlm.rollout.schedule import Layout, Schedule, ladder
@@ -32,19 +34,21 @@ PREFIX_DTYPES = ("auto", "int8")
 
 
 @struct.dataclass
-class Flight:
-  """Responses that are being decoded; R parts of C cells and S slots (`models.decoder.Cells`).
+class DecodeState:
+  """Responses that are being decoded: R shards of C sequences and S prefix slots.
+
+  `models.decoder.DecodeCache` describes the layout of keys and values.
 
   Attributes:
-    prefix_k, prefix_v: [L, R, S, K, Lp, D] or `Int8`; of the prompts.
-    length: i32[R, S]; how many of the Lp positions responses see.
-    k, v: [L, R, C, K, T', D]; of what each cell has decoded in the chunks before.
-    used: i32[R, C]; how many tokens these are.
-    token: i32[R, C]; the last one.
-    position: i32[R, C]; its M-RoPE id.
-    limit: i32[R, C]; the most tokens it may have.
-    done: bool[R, C]; ended, or empty.
-    sample: i32[R, C]; number of the sample in the whole batch: its randomness.
+    prefix_k, prefix_v: [L, R, S, K, Lp, D] or `Int8`; keys and values of the prompts.
+    length: i32[R, S]; number of the Lp positions that responses attend to.
+    k, v: [L, R, C, K, T', D]; keys and values of what each sequence decoded in earlier chunks.
+    used: i32[R, C]; number of tokens that each sequence decoded in earlier chunks.
+    token: i32[R, C]; the last token.
+    position: i32[R, C]; M-RoPE id of the last token.
+    limit: i32[R, C]; maximum number of tokens of the response.
+    done: bool[R, C]; true if the response has ended or the sequence is free.
+    sample: i32[R, C]; index of the sample in the whole batch, which selects its random numbers.
   """
 
   prefix_k: Any
@@ -60,34 +64,48 @@ class Flight:
   sample: Array
 
 
-def _chunk(cells: Cells) -> dict[str, Array]:
-  """What a step of decoding changes."""
-  return {name: getattr(cells, name) for name in ("chunk_k", "chunk_v", "step")}
+def _chunk(cache: DecodeCache) -> dict[str, Array]:
+  """The fields of the cache that a decoding step changes."""
+  return {name: getattr(cache, name) for name in ("chunk_k", "chunk_v", "step")}
 
 
 class Sampler:
-  """(params, prompt, key) -> Rollout, for one model, mesh and way of sampling.
+  """Generates responses: (params, prompt, key) -> Rollout.
 
-  `mesh`, `params_at` and `batch_at` are where parameters and prompts lie while it draws, `copied`
-  how many bytes on each device the parameters are besides those that it is given.
+  A sampler is compiled for one model, mesh and set of sampling parameters. Given
+  parameters and prompts, the tokens of a sample depend only on the key, on its index in the batch
+  and on its own earlier tokens. They do not depend on the chunk size or on which other responses
+  are decoded at the same time.
 
-  What is drawn for a sample depends on the key, on its number in the batch and on its own tokens:
-  neither on the chunk nor on what else is decoded beside it.
+  Attributes:
+    mesh: the mesh that programs run on.
+    params_at, batch_at: shardings of parameters and prompts on that mesh.
+    reshard: copies (params, prompt) to these shardings, or None if they already have them.
+    copied: bytes on each device of the resharded parameters, which exist in addition to the
+      parameters that are passed in.
 
   Args:
-    model, mesh: where params lie on the mesh as `param_shardings` says, and prompts as
+    model: the model.
+    mesh: the mesh of the parameters and prompts that are passed in.
+    sampling: sampling parameters.
+    param_shardings: shardings of the parameters that are passed in. Prompts have
       `parallel.batch_sharding`.
-    sampling: how to draw.
-    chunk: tokens that each response is taken further between two looks of the host.
-    groups: prompts (with all their samples) that are decoded at once, on all devices together; 0
-      for all of a batch, or as many as there is room for.
-    room: bytes on each device for all this but the weights; 0 if that is not known.
-    prefix_dtype: of the prompts' keys and values: "auto", as activations, or "int8".
-    samples_field: what the config calls the number of samples, for messages.
-    tensor: devices that share the weights, in a layout of their own, into which `reshard` takes
-      parameters and prompts; 0 for that of `mesh` and `param_shardings`.
-    layers: of the model that decoding takes as one loop; 0: all, but on CPU 1: there a loop
-      over layers copies the weights, keys and values of each out of the stack, for every token.
+    chunk: number of tokens that each response is decoded between two checks by the host.
+    groups: number of prompts (each with all its samples) that are decoded at once, over all
+      devices. 0: all prompts of a batch, or as many as fit in `room`.
+    prefix_dtype: dtype of the keys and values of prompts: "auto", as activations, or "int8".
+    room: bytes on each device for the rollout, in addition to the parameters that are passed in. 0
+      if unknown.
+    samples_field: name of the config field that sets the number of samples, for error messages.
+    tensor: size of the mesh axis `tensor` during rollouts: `reshard` then copies parameters and
+      prompts to shardings in which this many devices share the weights. 0 uses `mesh` and
+      `param_shardings`.
+    layers: number of layers that decoding runs in one loop. 0: all layers, or 1 on CPU, where a
+      loop over layers copies the weights, keys and values of each layer out of the stacked arrays
+      for every token.
+
+  Raises:
+    ValueError: `prefix_dtype`, `chunk`, `groups` or `tensor` is invalid.
   """
 
   def __init__(
@@ -113,9 +131,9 @@ class Sampler:
       if value < least:
         raise ValueError(f"config.rollout.{name}={value}: expected at least {least}")
     batch, self.reshard, self.copied = parallel.batch_sharding(mesh), None, 0
-    self._given = parallel.rows(mesh)
+    self._input_shards = parallel.rows(mesh)
     if tensor:
-      given, mesh = (param_shardings, batch), parallel.with_tensor(mesh, tensor)
+      input_shardings, mesh = (param_shardings, batch), parallel.with_tensor(mesh, tensor)
       model = model.on(mesh, parallel.ROLLOUT_RULES)
       shapes = models.abstract_params(model.config, model.config.dtype)
       param_shardings = parallel.param_shardings(mesh, shapes, parallel.ROLLOUT_RULES)
@@ -124,70 +142,72 @@ class Sampler:
       room = room and max(room - self.copied, 1.0)
 
       def resharded(params, prompt):
-        cast = jax.tree.map(lambda a, like: a.astype(like.dtype), params, shapes)
-        # Else XLA sends them first and casts them then.
-        return jax.lax.optimization_barrier(cast), _without_patches(prompt)
+        converted = jax.tree.map(lambda a, like: a.astype(like.dtype), params, shapes)
+        # Without the barrier, XLA transfers the parameters before it converts them.
+        return jax.lax.optimization_barrier(converted), _without_patches(prompt)
 
-      self.reshard = jax.jit(resharded, in_shardings=given, out_shardings=(param_shardings, batch))
+      self.reshard = jax.jit(
+        resharded, in_shardings=input_shardings, out_shardings=(param_shardings, batch)
+      )
     self.model, self.mesh, self.sampling = model.on(mesh), mesh, sampling
     self.params_at, self.batch_at = param_shardings, batch
     self.chunk = min(chunk, sampling.max_tokens)
-    self.groups, self.parts, self.prefix_dtype = groups, parallel.rows(mesh), prefix_dtype
+    self.groups, self.shards, self.prefix_dtype = groups, parallel.rows(mesh), prefix_dtype
     self.room, self.samples_field = room, samples_field
     cpu = mesh.devices.flat[0].platform == "cpu"
     self.layers = layers or (1 if cpu else model.config.num_layers)
-    self._compiled: set[tuple[int, ...]] = set()  # shapes of prompts whose programs all are
+    self._compiled: set[tuple[int, ...]] = set()  # prompt shapes all of whose programs are compiled
     heads = "tensor" if model.config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     rows, kv = (
       NamedSharding(mesh, spec)
       for spec in (Spec(parallel.ROWS), Spec(None, parallel.ROWS, None, heads))
     )
-    flight = Flight(kv, kv, rows, kv, kv, *[rows] * 6)
-    whole = parallel.replicated(mesh)
-    self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=flight)
-    self._admit = jax.jit(
-      self._admit_,
-      in_shardings=(param_shardings, batch, flight, rows, rows, rows, rows),
-      out_shardings=flight,
+    state = DecodeState(kv, kv, rows, kv, kv, *[rows] * 6)
+    replicated = parallel.replicated(mesh)
+    self._start = jax.jit(self._empty, static_argnums=(0, 1), out_shardings=state)
+    self._prefill = jax.jit(
+      self._prefill_,
+      in_shardings=(param_shardings, batch, state, rows, rows, rows, rows),
+      out_shardings=state,
       donate_argnums=2,
     )
-    # What the host looks at: the responses of all processes.
-    seen = whole if mesh.is_multi_process else rows
+    # The host of every process reads the responses of all processes.
+    responses = replicated if mesh.is_multi_process else rows
     self._decode = jax.jit(
       self._decode_,
-      in_shardings=(param_shardings, flight, rows, rows, whole),
-      out_shardings=(flight, seen),
+      in_shardings=(param_shardings, state, rows, rows, replicated),
+      out_shardings=(state, responses),
       donate_argnums=1,
     )
-    self._places = rows
-    self._move = jax.jit(self._move_, in_shardings=(flight, rows, rows), out_shardings=flight)
+    self._row_sharding = rows
+    self._compact = jax.jit(self._compact_, in_shardings=(state, rows, rows), out_shardings=state)
 
   # -- Programs -----------------------------------------------------------------------------------
 
-  def _empty(self, layout: Layout, length: int) -> Flight:
-    """Nothing in flight; `length`: Lp of the prompts."""
-    config, r, c, s = self.model.config, self.parts, layout.cells, layout.slots
-    # The last chunk of a response is never read again.
-    before = (-(-self.sampling.max_tokens // self.chunk) - 1) * self.chunk
+  def _empty(self, layout: Layout, length: int) -> DecodeState:
+    """Returns an empty decode state for prompts of padded length `length` (Lp)."""
+    config, r, c, s = self.model.config, self.shards, layout.sequences, layout.prefixes
+    # The keys and values of a response's last chunk are never read again, so they are not stored.
+    stored = (-(-self.sampling.max_tokens // self.chunk) - 1) * self.chunk
 
-    def kv(places, positions):
+    def kv(count, positions):
       return jnp.zeros(
-        (config.num_layers, r, places, config.num_kv_heads, positions, config.head_dim),
+        (config.num_layers, r, count, config.num_kv_heads, positions, config.head_dim),
         config.dtype,
       )
 
     def prefix():
-      return self._kept(kv(s, length))
+      return self._stored(kv(s, length))
 
-    def number(places):
-      return jnp.zeros((r, places), jnp.int32)
+    def number(count):
+      return jnp.zeros((r, count), jnp.int32)
 
-    return Flight(
+    return DecodeState(
       prefix(),
       prefix(),
       number(s),
-      kv(c, before),
-      kv(c, before),
+      kv(c, stored),
+      kv(c, stored),
       number(c),
       number(c),
       number(c),
@@ -196,30 +216,34 @@ class Sampler:
       number(c),
     )
 
-  def _kept(self, prefix: Array) -> Any:
-    """Keys or values of prompts as the flight holds them."""
+  def _stored(self, prefix: Array) -> Any:
+    """Converts keys or values of prompts to the type in which the state stores them."""
     return Int8.of(prefix) if self.prefix_dtype == "int8" else prefix
 
-  def _admit_(
+  def _prefill_(
     self,
     params: Params,
     prompt: Prompt,
-    flight: Flight,
-    rows: Array,
-    slots: Array,
-    cells: Array,
+    state: DecodeState,
+    prompts: Array,
+    prefix_slots: Array,
+    sequences: Array,
     limits: Array,
-  ) -> Flight:
-    """Reads prompts and puts them into free places; see `schedule.Admission`. limits: [R, n, G]."""
-    parts, g = self.parts, self.sampling.num_samples
-    new = rows.shape[1]
-    per_part = prompt.tokens.shape[0] // parts
-    first = jnp.arange(parts, dtype=jnp.int32)[:, None] * per_part
+  ) -> DecodeState:
+    """Runs the model on some prompts and starts their samples.
+
+    `prompts` and `prefix_slots` i32[R, n] and `sequences` i32[R, n, G] are those of
+    `schedule.Prefill`. `limits` i32[R, n, G] are the maximum numbers of tokens of the responses.
+    """
+    shards, g = self.shards, self.sampling.num_samples
+    new = prompts.shape[1]
+    per_shard = prompt.tokens.shape[0] // shards
+    first = jnp.arange(shards, dtype=jnp.int32)[:, None] * per_shard
     take = jax.vmap(lambda a, index: a[index])
-    if per_part != new or parts * per_part != rows.size:
+    if per_shard != new or shards * per_shard != prompts.size:
       chosen = jax.tree.map(
-        lambda a: take(a.reshape(parts, per_part, *a.shape[1:]), rows).reshape(
-          parts * new, *a.shape[1:]
+        lambda a: take(a.reshape(shards, per_shard, *a.shape[1:]), prompts).reshape(
+          shards * new, *a.shape[1:]
         ),
         prompt,
       )
@@ -227,78 +251,96 @@ class Sampler:
       chosen = prompt
     prefix: Any = self.model.apply({"params": params}, chosen, method="prefill")[1]
 
-    def put(into, index, value):  # [R, N, ...], [R, n], [R, n, ...]; what is out of range is lost
+    def put(into, index, value):  # [R, N, ...], [R, n], [R, n, ...]; drops indices out of range
       return jax.vmap(lambda a, i, b: a.at[i].set(b.astype(a.dtype), mode="drop"))(
         into, index, value
       )
 
     def put_kv(into, value):  # [L, R, S, K, Lp, D], [L, R·n, K, Lp, D]
       def one(into, value):
-        value = value.reshape(value.shape[0], parts, new, *value.shape[2:])
-        return jax.vmap(put, in_axes=(0, None, 0))(into, slots, value)
+        value = value.reshape(value.shape[0], shards, new, *value.shape[2:])
+        return jax.vmap(put, in_axes=(0, None, 0))(into, prefix_slots, value)
 
-      return jax.tree.map(one, into, self._kept(value))
+      return jax.tree.map(one, into, self._stored(value))
 
     def of_samples(value):  # [R·n] -> [R, n·G]
-      return jnp.repeat(value.reshape(parts, new), g, axis=1)
+      return jnp.repeat(value.reshape(shards, new), g, axis=1)
 
     last = jnp.take_along_axis(chosen.tokens, chosen.length[:, None] - 1, axis=1)[:, 0]
-    at = cells.reshape(parts, -1)
-    sample = ((first + rows)[..., None] * g + jnp.arange(g)).reshape(parts, -1)
+    index = sequences.reshape(shards, -1)
+    sample = ((first + prompts)[..., None] * g + jnp.arange(g)).reshape(shards, -1)
     return dataclasses.replace(
-      flight,
-      prefix_k=put_kv(flight.prefix_k, prefix.k),
-      prefix_v=put_kv(flight.prefix_v, prefix.v),
-      length=put(flight.length, slots, prefix.length.reshape(parts, new)),
-      used=put(flight.used, at, jnp.zeros_like(at)),
-      token=put(flight.token, at, of_samples(last)),
-      position=put(flight.position, at, of_samples(chosen.next_position - 1)),
-      limit=put(flight.limit, at, limits.reshape(parts, -1)),
-      done=put(flight.done, at, jnp.zeros(at.shape, bool)),
-      sample=put(flight.sample, at, sample),
+      state,
+      prefix_k=put_kv(state.prefix_k, prefix.k),
+      prefix_v=put_kv(state.prefix_v, prefix.v),
+      length=put(state.length, prefix_slots, prefix.length.reshape(shards, new)),
+      used=put(state.used, index, jnp.zeros_like(index)),
+      token=put(state.token, index, of_samples(last)),
+      position=put(state.position, index, of_samples(chosen.next_position - 1)),
+      limit=put(state.limit, index, limits.reshape(shards, -1)),
+      done=put(state.done, index, jnp.zeros(index.shape, bool)),
+      sample=put(state.sample, index, sample),
     )
 
-  def _decode_(self, params: Params, flight: Flight, place: Array, cell: Array, key: Array):
-    """Takes every response a chunk further: the flight, and tokens, mask, logp [R, C, n], done."""
+  def _decode_(
+    self,
+    params: Params,
+    state: DecodeState,
+    query_of_sequence: Array,
+    sequence_of_query: Array,
+    key: Array,
+  ):
+    """Decodes every response by one chunk of n tokens.
+
+    Returns the new state, and tokens, mask and logp [R, C, n] with done [R, C].
+    """
     model, sampling = self.model, self.sampling
     config, chunk = model.config, self.chunk
     stops = jnp.array(config.stop_tokens, jnp.int32)
-    # Greedy choice has no temperature; its log-probabilities are reported at 1.
+    # Greedy decoding has no temperature. Its log-probabilities are reported at temperature 1.
     temperature = sampling.temperature or 1.0
 
     def flat(a):  # [L, R, S, ...] -> [L, R·S, ...]
       return a.reshape(a.shape[0], -1, *a.shape[3:])
 
     fold = jax.vmap(jax.vmap(jax.random.fold_in))
-    keys = fold(jnp.broadcast_to(key, flight.sample.shape), flight.sample)
-    live = jnp.where(flight.done, 0, flight.used)
-    shape = (config.num_layers, *flight.used.shape, config.num_kv_heads, chunk, config.head_dim)
+    keys = fold(jnp.broadcast_to(key, state.sample.shape), state.sample)
+    live = jnp.where(state.done, 0, state.used)
+    shape = (config.num_layers, *state.used.shape, config.num_kv_heads, chunk, config.head_dim)
     empty = jnp.zeros(shape, config.dtype)
-    prefix_k, prefix_v = jax.tree.map(flat, (flight.prefix_k, flight.prefix_v))
+    prefix_k, prefix_v = jax.tree.map(flat, (state.prefix_k, state.prefix_v))
     stacks = self._stacks(
       params,
-      Prefix(prefix_k, prefix_v, flight.length.reshape(-1)),
-      Cells(
-        flight.k, flight.v, empty, empty, live, live.max(), jnp.zeros((), jnp.int32), place, cell
+      Prefix(prefix_k, prefix_v, state.length.reshape(-1)),
+      DecodeCache(
+        state.k,
+        state.v,
+        empty,
+        empty,
+        live,
+        live.max(),
+        jnp.zeros((), jnp.int32),
+        query_of_sequence,
+        sequence_of_query,
       ),
     )
 
     def forward(token, position, chunks):
-      """hidden [R, C, D] and keys and values of this chunk, one token further."""
-      x, after = token, []
-      for i, (apply, prefix, cells) in enumerate(stacks):
-        here = dataclasses.replace(cells, **chunks[i])
-        x, here = apply(x, position, prefix, here, begin=not i, finish=i == len(stacks) - 1)
-        after.append(_chunk(here))
-      return x, after
+      """Hidden states [R, C, D], and the chunks of all stacks with one more token."""
+      x, new_chunks = token, []
+      for i, (apply, prefix, cache) in enumerate(stacks):
+        new = dataclasses.replace(cache, **chunks[i])
+        x, new = apply(x, position, prefix, new, begin=not i, finish=i == len(stacks) - 1)
+        new_chunks.append(_chunk(new))
+      return x, new_chunks
 
-    def step(state):
-      token, done, t, chunks, tokens, mask, logps = state
-      hidden, chunks = forward(token, flight.position + t, chunks)
+    def step(carry):
+      token, done, t, chunks, tokens, mask, logps = carry
+      hidden, chunks = forward(token, state.position + t, chunks)
       logits: Any = self.model.apply(
         {"params": params}, hidden, temperature, method="response_logits"
       )
-      age = flight.used + t
+      age = state.used + t
       token, logp = pick(fold(keys, age), logits, sampling)
       token = jnp.where(done, config.pad_token, token)
 
@@ -307,19 +349,19 @@ class Sampler:
 
       tokens, mask = write(tokens, token), write(mask, ~done)
       logps = write(logps, jnp.where(done, 0.0, logp))
-      done = done | jnp.isin(token, stops) | (age + 1 >= flight.limit)
+      done = done | jnp.isin(token, stops) | (age + 1 >= state.limit)
       return token, done, t + 1, chunks, tokens, mask, logps
 
-    def unfinished(state):
-      return (state[2] < chunk) & ~jnp.all(state[1])
+    def unfinished(carry):
+      return (carry[2] < chunk) & ~jnp.all(carry[1])  # t and done
 
-    out = (*flight.used.shape, chunk)
+    out = (*state.used.shape, chunk)
     token, done, _, chunks, tokens, mask, logp = jax.lax.while_loop(
       unfinished,
       step,
       (
-        flight.token,
-        flight.done,
+        state.token,
+        state.done,
         jnp.zeros((), jnp.int32),
         [_chunk(s[2]) for s in stacks],
         jnp.full(out, config.pad_token, jnp.int32),
@@ -331,28 +373,31 @@ class Sampler:
       jnp.concatenate([stack[name] for stack in chunks]) for name in ("chunk_k", "chunk_v")
     )
 
-    def keep(into, new):  # behind what each cell has
+    def append(into, new):  # after the used positions of each sequence
       def one(into, new, used):  # [L, K, T', D], [L, K, n, D]
         return jax.lax.dynamic_update_slice(into, new, (0, 0, used, 0))
 
       each = jax.vmap(jax.vmap(one, in_axes=(1, 1, 0), out_axes=1), in_axes=(1, 1, 0), out_axes=1)
-      return each(into, new, flight.used) if into.shape[4] else into
+      return each(into, new, state.used) if into.shape[4] else into
 
-    flight = dataclasses.replace(
-      flight,
-      k=keep(flight.k, chunk_k),
-      v=keep(flight.v, chunk_v),
-      used=flight.used + chunk,
+    state = dataclasses.replace(
+      state,
+      k=append(state.k, chunk_k),
+      v=append(state.v, chunk_v),
+      used=state.used + chunk,
       token=token,
-      position=flight.position + chunk,
+      position=state.position + chunk,
       done=done,
     )
-    return flight, (tokens, mask, logp, done)
+    return state, (tokens, mask, logp, done)
 
   def _stacks(
-    self, params: Params, prefix: Prefix, cells: Cells
-  ) -> list[tuple[Callable, Prefix, Cells]]:
-    """`self.layers` layers at a time: their `VLM.decode`, and their share of prefix and cells."""
+    self, params: Params, prefix: Prefix, cache: DecodeCache
+  ) -> list[tuple[Callable, Prefix, DecodeCache]]:
+    """Splits the model into stacks of `self.layers` layers.
+
+    Returns, for each stack, its `VLM.decode` and its layers of the prefix and the cache.
+    """
     config, decoder, stacks = self.model.config, params["decoder"], []
     for first in range(0, config.num_layers, self.layers):
       end = min(first + self.layers, config.num_layers)
@@ -363,46 +408,46 @@ class Sampler:
       model = VLM(
         config.replace(num_layers=end - first, sliding_layers=config.sliding_layers[first:end])
       )
-      theirs = {**params, "decoder": {**decoder, "layers": some(decoder["layers"])}}
+      stack_params = {**params, "decoder": {**decoder, "layers": some(decoder["layers"])}}
       stacks.append(
         (
-          functools.partial(cast(Any, model.apply), {"params": theirs}, method="decode"),
+          functools.partial(cast(Any, model.apply), {"params": stack_params}, method="decode"),
           dataclasses.replace(prefix, k=some(prefix.k), v=some(prefix.v)),
           dataclasses.replace(
-            cells, **{name: some(getattr(cells, name)) for name in ("k", "v", "chunk_k", "chunk_v")}
+            cache, **{name: some(getattr(cache, name)) for name in ("k", "v", "chunk_k", "chunk_v")}
           ),
         )
       )
     return stacks
 
-  def _move_(self, flight: Flight, cells: Array, slots: Array) -> Flight:
-    """The flight in another layout; see `Schedule.move`."""
+  def _compact_(self, state: DecodeState, sequences: Array, prefix_slots: Array) -> DecodeState:
+    """Returns the state in the next layout. `Schedule.compact` describes the indices."""
     take = jax.vmap(lambda a, index: jnp.take(a, index, axis=0, mode="clip"))
     take_kv = jax.vmap(take, in_axes=(0, None))
     prefix_k, prefix_v = jax.tree.map(
-      lambda a: take_kv(a, slots), (flight.prefix_k, flight.prefix_v)
+      lambda a: take_kv(a, prefix_slots), (state.prefix_k, state.prefix_v)
     )
-    moved = Flight(
+    compacted = DecodeState(
       prefix_k,
       prefix_v,
-      take(flight.length, slots),
-      take_kv(flight.k, cells),
-      take_kv(flight.v, cells),
+      take(state.length, prefix_slots),
+      take_kv(state.k, sequences),
+      take_kv(state.v, sequences),
       *(
-        take(a, cells)
+        take(a, sequences)
         for a in (
-          flight.used,
-          flight.token,
-          flight.position,
-          flight.limit,
-          flight.done,
-          flight.sample,
+          state.used,
+          state.token,
+          state.position,
+          state.limit,
+          state.done,
+          state.sample,
         )
       ),
     )
-    return dataclasses.replace(moved, done=moved.done | (cells == flight.done.shape[1]))
+    return dataclasses.replace(compacted, done=compacted.done | (sequences == state.done.shape[1]))
 
-  # -- The host's loop ----------------------------------------------------------------------------
+  # -- Host loop ----------------------------------------------------------------------------------
 
   def __call__(
     self,
@@ -413,64 +458,74 @@ class Sampler:
     finished: Callable[[list[int], np.ndarray, np.ndarray], None] | None = None,
     each_chunk: Callable[[], None] | None = None,
   ) -> Rollout:
-    """Draws G responses of each prompt.
+    """Generates G responses for each prompt.
 
     Args:
-      params: as `param_shardings` says.
-      prompt: P prompts on the mesh.
-      key: of jax.random.
-      limits: i32[P, G]; the most tokens of each response, if that is less than `max_tokens`.
-      finished: called as soon as all samples of some prompts have ended, with the numbers of these
+      params: parameters, sharded as `param_shardings`.
+      prompt: P prompts, sharded as `parallel.batch_sharding`.
+      key: key of `jax.random`.
+      limits: i32[P, G]; maximum number of tokens of each response, where it is less than
+        `max_tokens`.
+      finished: called after all samples of some prompts have ended, with the indices of these n
         prompts and their tokens and mask [n, G, T].
-      each_chunk: called while the device works on a chunk; what it raises ends the rollout.
+      each_chunk: called while the device decodes a chunk. An exception that it raises ends the
+        rollout.
 
     Returns:
       Rollout of host arrays [P, G, T].
+
+    Raises:
+      UserError: the rollout does not fit in the memory of a device (`groups_at_once`).
     """
-    layout, most = self._plan(prompt)
+    layout, prefill_size = self._plan(prompt)
     if self.reshard is not None:
       params, prompt = self.reshard(params, prompt)
-    sampling, parts, chunk = self.sampling, self.parts, self.chunk
+    sampling, shards, chunk = self.sampling, self.shards, self.chunk
     p, g = prompt.tokens.shape[0], sampling.num_samples
-    schedule = Schedule(p // parts, g, parts, ladder(layout))
+    schedule = Schedule(p // shards, g, shards, ladder(layout))
 
-    most_tokens = np.full((p, g), sampling.max_tokens, np.int32)
+    max_tokens = np.full((p, g), sampling.max_tokens, np.int32)
     if limits is not None:
-      most_tokens = np.minimum(most_tokens, limits)
-    by_part = most_tokens.reshape(parts, p // parts, g)
+      max_tokens = np.minimum(max_tokens, limits)
+    limits_by_shard = max_tokens.reshape(shards, p // shards, g)
     total = -(-sampling.max_tokens // chunk) * chunk
     tokens = np.full((p * g, total), self.model.config.pad_token, np.int32)
     mask = np.zeros((p * g, total), bool)
     logp = np.zeros((p * g, total), np.float32)
     done_chunks = np.zeros(p * g, np.int32)
-    left = np.full(p, g)
-    first = np.arange(parts)[:, None] * (p // parts) * g
+    left = np.full(p, g)  # samples of each prompt that have not ended
+    first = np.arange(shards)[:, None] * (p // shards) * g  # the first sample of each shard
 
-    def groups_of(a):
+    def by_group(a):
       return a.reshape(p, g, -1)
 
-    def tell(rows):
+    def report(rows):
       if finished is not None and rows:
-        finished(rows, *(groups_of(a)[rows, :, : sampling.max_tokens] for a in (tokens, mask)))
+        finished(rows, *(by_group(a)[rows, :, : sampling.max_tokens] for a in (tokens, mask)))
 
     ended_rows: list[int] = []
 
-    def put(*numbers):
-      return parallel.put(numbers, self._places) if self.mesh.is_multi_process else numbers
+    def put(*arrays):
+      return parallel.put(arrays, self._row_sharding) if self.mesh.is_multi_process else arrays
 
-    flight, key = self._start(layout, prompt.tokens.shape[1]), parallel.everywhere(self.mesh, key)
+    state, key = self._start(layout, prompt.tokens.shape[1]), parallel.everywhere(self.mesh, key)
     while schedule.waiting or schedule.alive.any():
-      while (new := schedule.admit(most)) is not None:
-        flight = self._admit(
+      while (new := schedule.prefill(prefill_size)) is not None:
+        state = self._prefill(
           params,
           prompt,
-          flight,
-          *put(new.rows, new.slots, new.cells, by_part[np.arange(parts)[:, None], new.rows]),
+          state,
+          *put(
+            new.prompts,
+            new.prefix_slots,
+            new.sequences,
+            limits_by_shard[np.arange(shards)[:, None], new.prompts],
+          ),
         )
       while schedule.smaller():
-        flight = self._move(flight, *put(*schedule.move()))
-      flight, out = self._decode(params, flight, *put(*schedule.places()), key)
-      tell(ended_rows)  # while the device works
+        state = self._compact(state, *put(*schedule.compact()))
+      state, out = self._decode(params, state, *put(*schedule.group_by_prompt()), key)
+      report(ended_rows)  # those of the previous chunk, while the device works
       if each_chunk is not None:
         each_chunk()
       *out, done = jax.device_get(out)
@@ -485,133 +540,154 @@ class Sampler:
       schedule.retire(done)
       np.subtract.at(left, ended // g, 1)
       ended_rows = [int(row) for row in np.unique(ended // g) if not left[row]]
-    tell(ended_rows)
+    report(ended_rows)
 
     if prompt.tokens.shape not in self._compiled:
-      # What later rollouts may want is compiled in the first: everybody has ended, nothing is done.
+      # The first rollout also compiles the programs of the smaller layouts, which later rollouts
+      # may need. All responses have ended, so these programs compute nothing.
       while schedule.smaller():
-        flight = self._move(flight, *put(*schedule.move()))
-        flight, _ = self._decode(params, flight, *put(*schedule.places()), key)
+        state = self._compact(state, *put(*schedule.compact()))
+        state, _ = self._decode(params, state, *put(*schedule.group_by_prompt()), key)
         if each_chunk is not None:
           each_chunk()
       self._compiled.add(prompt.tokens.shape)
-    return Rollout(*(groups_of(a)[..., : sampling.max_tokens] for a in (tokens, mask, logp)))
+    return Rollout(*(by_group(a)[..., : sampling.max_tokens] for a in (tokens, mask, logp)))
 
   def _plan(self, prompt: Prompt) -> tuple[Layout, int]:
-    """The layout to begin with, and how many prompts are admitted at once, for each part."""
+    """Returns the first layout, and the number of prompts that a shard prefills at once."""
     (prompts, length), patches = prompt.tokens.shape, prompt.patches.shape[1]
     groups = (
-      self.groups_at_once(prompts, length, patches, prompt.features is not None) // self.parts
+      self.groups_at_once(prompts, length, patches, prompt.features is not None) // self.shards
     )
-    here = prompts // self.parts
-    slots, admitted = self._held_and_read(groups, here)
+    prefixes, prefill_size = self._prefix_sizes(groups, prompts // self.shards)
     g = self.sampling.num_samples
-    return Layout(groups * g, slots), admitted
+    return Layout(groups * g, prefixes), prefill_size
 
-  def _held_and_read(self, groups: int, here: int) -> tuple[int, int]:
-    """Prompts whose keys and values are held, and those that are read at once."""
-    if groups == here:
-      return here, here
-    # While prompts wait, groups thin out: more of them share the cells.
-    return min(here, 2 * groups), max(1, groups // 4)
+  def _prefix_sizes(self, groups: int, prompts: int) -> tuple[int, int]:
+    """The number of prefix slots of a shard, and of prompts that it prefills at once.
+
+    Args:
+      groups: groups that the shard decodes at once.
+      prompts: prompts of the shard.
+    """
+    if groups == prompts:
+      return prompts, prompts
+    # While prompts wait, groups lose samples, so that more than `groups` of them share the
+    # sequences.
+    return min(prompts, 2 * groups), max(1, groups // 4)
 
   def need(self, groups: int, prompts: int, length: int, samples: int = 0) -> float:
-    """Bytes on each device to decode so many groups of a batch at once, all devices together.
+    """Returns the bytes on each device that a rollout needs besides weights and prompts.
 
-    `samples`: G, 0 for that of `sampling`.
+    Args:
+      groups: groups that are decoded at once, over all devices.
+      prompts: P, the prompts of the batch.
+      length: Lp.
+      samples: G, or 0 for that of `sampling`.
     """
-    slots, admitted = self._held_and_read(groups // self.parts, prompts // self.parts)
+    prefixes, prefill_size = self._prefix_sizes(groups // self.shards, prompts // self.shards)
     return memory.rollout(
       memory.Model(self.model.config, self.mesh.shape["tensor"]),
       length,
       samples or self.sampling.num_samples,
-      groups // self.parts,
-      slots,
-      admitted,
+      groups // self.shards,
+      prefixes,
+      prefill_size,
       self.sampling.max_tokens,
       self.chunk,
       self.prefix_dtype == "int8",
     )
 
   def groups_at_once(self, prompts: int, length: int, patches: int = 0, seen: bool = True) -> int:
-    """Groups of a batch that are decoded at once, all devices together.
+    """Returns how many groups of a batch are decoded at once, over all devices.
 
     Args:
       prompts: P.
       length: Lp.
-      patches: of a prompt.
-      seen: the prompts come with their visual tokens.
+      patches: number of patches of a prompt.
+      seen: whether the prompts have their visual tokens (`Prompt.features`).
 
     Raises:
-      UserError: there is no room for so many as the config says, or for a single one; names the
-        most groups, or else samples, that there is room for.
+      UserError: the groups of the config, or a single group, do not fit in the memory of a device.
+        The message names the largest number of groups, or else of samples, that fits.
     """
-    parts, set_to = self.parts, 0
+    shards, configured = self.shards, 0
     if self.groups:
-      set_to = min(prompts, -(-self.groups // parts) * parts)
+      configured = min(prompts, -(-self.groups // shards) * shards)
     if not self.room:
-      return set_to or prompts
-    # Beside what decoding needs there are the prompts, and again in the layout of rollouts.
+      return configured or prompts
+    # The prompts are in memory too, a second time if they are copied to the sharding of rollouts.
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
-    room = self.room - memory.prompts(model, patches, prompts // self._given)
+    room = self.room - memory.prompts(model, patches, prompts // self._input_shards)
     if self.reshard is not None:
       copied = memory.features if seen else memory.prompts
-      room -= copied(model, patches, prompts // parts)
+      room -= copied(model, patches, prompts // shards)
     fits = [
       n
-      for n in range(parts, (set_to or prompts) + 1, parts)
+      for n in range(shards, (configured or prompts) + 1, shards)
       if self.need(n, prompts, length) <= room
     ]
-    if fits and set_to > fits[-1]:
+    if fits and configured > fits[-1]:
       raise UserError(
-        f"config.rollout.groups={self.groups}: so many groups for prompts of {length} tokens "
-        f"need {self.need(set_to, prompts, length) / memory.GIB:.1f} GiB on a device beside "
-        f"weights and prompts, {room / memory.GIB:.1f} are free; at most {fits[-1]} fit"
+        f"config.rollout.groups={self.groups}: decoding this many groups at once with prompts of "
+        f"{length} tokens needs {self.need(configured, prompts, length) / memory.GIB:.1f} GiB on "
+        f"a device besides weights and prompts, but only {room / memory.GIB:.1f} GiB are free; at "
+        f"most {fits[-1]} groups fit"
       )
     if fits:
       return fits[-1]
     most = [
-      g for g in range(1, self.sampling.num_samples) if self.need(parts, prompts, length, g) <= room
+      g
+      for g in range(1, self.sampling.num_samples)
+      if self.need(shards, prompts, length, g) <= room
     ]
     advice = (
-      f"the most that fits is {self.samples_field}={most[-1]}"
+      f"the largest number that fits is {self.samples_field}={most[-1]}"
       if most
       else "not even one sample fits: use more devices, smaller config.prompt_buckets or "
       "max_tokens, or config.rollout.prefix_dtype='int8'"
     )
     raise UserError(
-      f"{self.samples_field}={self.sampling.num_samples}: one group for a prompt of {length} "
-      f"tokens needs {self.need(parts, prompts, length) / memory.GIB:.1f} GiB on a device beside "
-      f"weights and prompts, {max(room, 0) / memory.GIB:.1f} are free; {advice}"
+      f"{self.samples_field}={self.sampling.num_samples}: decoding the samples of one prompt of "
+      f"{length} tokens needs {self.need(shards, prompts, length) / memory.GIB:.1f} GiB on a "
+      f"device besides weights and prompts, but only {max(room, 0) / memory.GIB:.1f} GiB are free; "
+      f"{advice}"
     )
 
   def lower(self, params: Params, prompt: Prompt) -> dict[str, Any]:
-    """The programs of a rollout before they are compiled, by name; takes shapes."""
-    layout, most = self._plan(prompt)
+    """Lowers the programs of a rollout without compiling them.
+
+    Args:
+      params, prompt: shapes (`jax.ShapeDtypeStruct`) or arrays.
+
+    Returns:
+      The lowered programs by name: `reshard` (with `tensor` only), `prefill`, `decode`, `compact`.
+    """
+    layout, prefill_size = self._plan(prompt)
     reshard = {}
     if self.reshard is not None:
       reshard["reshard"] = self.reshard.lower(params, prompt)
       params, prompt = jax.eval_shape(self.reshard, params, prompt)
-    r, g = self.parts, self.sampling.num_samples
+    r, n, g = self.shards, prefill_size, self.sampling.num_samples
 
     def numbers(*shape):
       return jax.ShapeDtypeStruct((r, *shape), jnp.int32)
 
-    flight = jax.eval_shape(lambda: self._empty(layout, prompt.tokens.shape[1]))
+    state = jax.eval_shape(lambda: self._empty(layout, prompt.tokens.shape[1]))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    cells, slots = numbers(-(-layout.cells // 2)), numbers(layout.slots)
-    places = numbers(layout.slots * g)
+    sequences, prefix_slots = numbers(-(-layout.sequences // 2)), numbers(layout.prefixes)
+    queries = numbers(layout.prefixes * g)
     return reshard | {
-      "admit": self._admit.lower(
-        params, prompt, flight, numbers(most), numbers(most), numbers(most, g), numbers(most, g)
+      "prefill": self._prefill.lower(
+        params, prompt, state, numbers(n), numbers(n), numbers(n, g), numbers(n, g)
       ),
-      "decode": self._decode.lower(params, flight, numbers(layout.cells), places, key),
-      "move": self._move.lower(flight, cells, slots),
+      "decode": self._decode.lower(params, state, numbers(layout.sequences), queries, key),
+      "compact": self._compact.lower(state, sequences, prefix_slots),
     }
 
 
 def _without_patches(prompt: Prompt) -> Prompt:
-  """Nobody looks at the patches of prompts that have their visual tokens."""
+  """Drops the patches of prompts that have visual tokens, which are then not read again."""
   if prompt.features is None:
     return prompt
   names = ("patches", "patch_positions", "patch_grids", "patch_segments", "patch_windows")
@@ -626,7 +702,7 @@ def _cached(model, mesh, sampling, treedef, leaves, options) -> Sampler:
 def make_sampler(
   model: VLM, mesh: Mesh, sampling: Sampling, param_shardings: Any, **options
 ) -> Sampler:
-  """The Sampler of these arguments: for equal ones the same, with its compiled programs."""
+  """Returns a cached `Sampler`: equal arguments share one, with its compiled programs."""
   leaves, treedef = jax.tree.flatten(param_shardings)
   return cast(Any, _cached)(
     model, mesh, sampling, treedef, tuple(leaves), tuple(sorted(options.items()))
@@ -634,13 +710,13 @@ def make_sampler(
 
 
 def with_text(rollout: Rollout, processor: "Processor") -> Rollout:
-  """Decodes the tokens on the host: rollout.text becomes nested lists [P][G]."""
+  """Decodes the tokens on the host. Returns the rollout with `text`, nested lists [P][G]."""
   text = texts_of(np.asarray(rollout.tokens), np.asarray(rollout.mask), processor)
   return dataclasses.replace(rollout, text=text)
 
 
 def texts_of(tokens: np.ndarray, mask: np.ndarray, processor: "Processor") -> list[list[str]]:
-  """The text of each response [P, G, T], without special tokens."""
+  """Decodes each response of tokens [P, G, T] to text [P][G], without special tokens."""
   return [
     [processor.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
     for rows, keeps in zip(tokens, mask, strict=True)
@@ -655,33 +731,37 @@ def generate(
   key: Array | None = None,
   processor: "Processor | None" = None,
 ) -> Rollout:
-  """Samples G responses of each prompt.
+  """Generates G responses for each prompt.
 
   Args:
-    model, params, processor: as `load_pretrained` returns them; without a processor
-      `rollout.text` is None. Params that lie on a mesh decide where the work is done.
-    prompt: P prompts; with a mesh a multiple of `parallel.rows` of it.
-    sampling: how to draw.
-    key: of jax.random; may be None at temperature 0.
+    model, params: as `load_pretrained` returns them. The responses are computed on the mesh or
+      device that holds the parameters.
+    prompt: P prompts. On a mesh, P is a multiple of `parallel.rows(mesh)`.
+    sampling: sampling parameters.
+    key: key of `jax.random`; may be None at temperature 0.
+    processor: as `load_pretrained` returns it. Without it, `rollout.text` is None.
 
   Returns:
     Rollout with tokens, mask, logp [P, G, T] on the host and text [P][G].
+
+  Raises:
+    ValueError: `key` is None and the temperature is not 0.
   """
   if key is None:
     if sampling.temperature > 0:
       raise ValueError("generate: a key is needed unless sampling.temperature=0")
     key = jax.random.key(0)
-  placed = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
-  meshes = [s.mesh for s in placed if isinstance(s, NamedSharding)]
+  shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(params)]
+  meshes = [s.mesh for s in shardings if isinstance(s, NamedSharding)]
   if meshes:
     mesh = cast(Mesh, meshes[0])
   else:
     device = next(
-      (min(s.device_set, key=lambda d: d.id) for s in placed if s is not None), jax.devices()[0]
+      (min(s.device_set, key=lambda d: d.id) for s in shardings if s is not None), jax.devices()[0]
     )
     mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, [device])
-  shardings = parallel.param_shardings(mesh, params, model.config.rules)
-  rollout = make_sampler(model, mesh, sampling, shardings)(
+  param_shardings = parallel.param_shardings(mesh, params, model.config.rules)
+  rollout = make_sampler(model, mesh, sampling, param_shardings)(
     params, parallel.put_batch(mesh, prompt), key
   )
   return rollout if processor is None else with_text(rollout, processor)

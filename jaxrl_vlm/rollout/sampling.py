@@ -1,4 +1,4 @@
-"""How a token is drawn from logits."""
+"""Sampling of a token from logits."""
 
 import dataclasses
 
@@ -10,14 +10,15 @@ from jaxrl_vlm.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How responses are drawn.
+  """Sampling parameters of responses.
 
   Attributes:
-    num_samples: G, responses per prompt.
-    max_tokens: T, the most tokens of a response, the end token included.
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_p: keep the likeliest tokens whose probabilities sum to this.
-    top_k: keep this many of the likeliest tokens; 0 keeps all.
+    num_samples: G, the number of responses per prompt.
+    max_tokens: T, the maximum number of tokens of a response, including the end token.
+    temperature: divides the logits. 0 selects the most likely token.
+    top_p: keeps the smallest set of most likely tokens whose probabilities sum to at least this
+      value. 1 keeps all tokens.
+    top_k: keeps this many of the most likely tokens. 0 keeps all tokens.
   """
 
   num_samples: int = 1
@@ -39,14 +40,15 @@ class Sampling:
 
 
 def truncate(logits: Array, top_p: float, top_k: int) -> Array:
-  """Sets to -inf what top-k and top-p leave out. logits: f32[..., V]."""
+  """Sets the logits that top-k and top-p exclude to -inf. logits: f32[..., V]."""
   if top_k:
     kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if top_p < 1:
     order = jnp.argsort(-logits, axis=-1)
     probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
-    # A token stays if what is likelier than it does not reach top_p: the first always stays.
+    # A token is kept if the sum over all more likely tokens is below top_p. The most likely token
+    # is therefore always kept.
     keep_sorted = jnp.cumsum(probs, axis=-1) - probs < top_p
     keep = jnp.take_along_axis(keep_sorted, jnp.argsort(order, axis=-1), axis=-1)
     logits = jnp.where(keep, logits, -jnp.inf)
@@ -54,9 +56,15 @@ def truncate(logits: Array, top_p: float, top_k: int) -> Array:
 
 
 def pick(keys: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array]:
-  """A token i32[...] and its log-probability before truncation, from logits f32[..., V].
+  """Samples a token from each row of logits.
 
-  `keys` [...]: one for each row, so that a draw does not depend on what else is in the batch.
+  Args:
+    keys: [...]; one random key per row, so that a token does not depend on the rest of the batch.
+    logits: f32[..., V]; already divided by the temperature.
+    sampling: `top_p` and `top_k` apply here; at temperature 0 the most likely token is selected.
+
+  Returns:
+    The token i32[...] and its log-probability f32[...] before truncation by top-k and top-p.
   """
   top = logits.max(axis=-1, keepdims=True)
   weights = jnp.exp(logits - top)
@@ -66,34 +74,44 @@ def pick(keys: Array, logits: Array, sampling: Sampling) -> tuple[Array, Array]:
   else:
     if sampling.top_k or sampling.top_p < 1:
       weights = jnp.exp(truncate(logits, sampling.top_p, sampling.top_k) - top)
-    token = draw(keys, weights)
+    token = sample_index(keys, weights)
   chosen = jnp.take_along_axis(logits - top, token[..., None], axis=-1)[..., 0]
   return token.astype(jnp.int32), chosen - jnp.log(total)
 
 
-def draw(keys: Array, weights: Array, block: int = 256) -> Array:
-  """An index i32[...] with a probability in proportion to its weight; weights: f32[..., V] >= 0.
+def sample_index(keys: Array, weights: Array, block: int = 256) -> Array:
+  """Samples an index from each row with probability proportional to its weight.
 
-  By one random number a row, first a block of indices and then one within it: Gumbel noise would
-  take V random numbers, which cost as much as a small model.
+  The function inverts the cumulative distribution with one random number per row: first over blocks
+  of `block` indices, then within the chosen block. The Gumbel trick needs V random numbers per row
+  instead.
+
+  Args:
+    keys: [...]; one random key per row.
+    weights: f32[..., V], at least 0.
+    block: number of consecutive indices in a block.
+
+  Returns:
+    i32[...]; never an index of weight 0 if the row has a positive weight.
   """
   uniform = jax.random.uniform
   for _ in keys.shape:
     uniform = jax.vmap(uniform)
   size = weights.shape[-1]
-  room = [(0, 0)] * (weights.ndim - 1) + [(0, -size % block)]
-  weights = jnp.pad(weights, room).reshape(*weights.shape[:-1], -1, block)
+  padding = [(0, 0)] * (weights.ndim - 1) + [(0, -size % block)]
+  weights = jnp.pad(weights, padding).reshape(*weights.shape[:-1], -1, block)
   sums = weights.sum(axis=-1)
 
-  def first_above(sums, at):  # of running sums; and what is left of `at` there
-    below = jnp.cumsum(sums, axis=-1)
-    # Running sums are rounded, and not always in order: what has no weight is never chosen, and
-    # where none is above it is the last that has some.
-    above = (below > at[..., None]) & (sums > 0)
-    last = jnp.where(sums > 0, jnp.arange(sums.shape[-1]), 0).max(axis=-1)
+  def first_above(values, threshold):
+    """The first index whose cumulative sum exceeds the threshold, and the remaining threshold."""
+    cumulative = jnp.cumsum(values, axis=-1)
+    # Cumulative sums are rounded and not always increasing. An index without weight is never
+    # chosen, and if no sum exceeds the threshold, the last index with a weight is chosen.
+    above = (cumulative > threshold[..., None]) & (values > 0)
+    last = jnp.where(values > 0, jnp.arange(values.shape[-1]), 0).max(axis=-1)
     index = jnp.where(above.any(axis=-1), jnp.argmax(above, axis=-1), last)
-    before = jnp.take_along_axis(below - sums, index[..., None], axis=-1)[..., 0]
-    return index, at - before
+    before = jnp.take_along_axis(cumulative - values, index[..., None], axis=-1)[..., 0]
+    return index, threshold - before
 
   of_block, rest = first_above(sums, uniform(keys) * sums.sum(axis=-1))
   within = jnp.take_along_axis(weights, of_block[..., None, None], axis=-2)[..., 0, :]

@@ -27,7 +27,7 @@ ALL = {
   "advantages": (0, 0, 0, 0, 0),
   "compare": (0, 3, 0, 0, 0),
   "score_reference": (6, 4, 4, 0, 10),
-  "move": (0, 0, 0, 0, 0),
+  "compact": (0, 0, 0, 0, 0),
 }
 SPLIT = ALL | {
   "see": (13, 5, 0, 0, 0),
@@ -39,7 +39,7 @@ WHOLE = ALL | {
   "score": (20, 4, 4, 0, 10),
   "score_masked": (28, 5, 4, 0, 13),
   "update": (61, 20, 5, 0, 15),
-  "admit": (9, 1, 1, 0, 0),
+  "prefill": (9, 1, 1, 0, 0),
   "decode": (10, 2, 1, 0, 0),
 }
 COUNTS = {
@@ -51,11 +51,11 @@ COUNTS = {
   | {
     "update": (84, 40, 5, 4, 18),
     "reshard": (30, 0, 0, 20, 30),
-    "admit": (0, 5, 0, 0, 0),
+    "prefill": (0, 5, 0, 0, 0),
     "decode": (4, 12, 0, 0, 0),
   },
   "slice x fsdp x tensor": SPLIT
-  | {"update": (84, 45, 5, 4, 18), "admit": (9, 5, 1, 0, 0), "decode": (13, 12, 1, 1, 1)},
+  | {"update": (84, 45, 5, 4, 18), "prefill": (9, 5, 1, 0, 0), "decode": (13, 12, 1, 1, 1)},
 }
 
 
@@ -197,20 +197,20 @@ def test_nothing_is_gathered_but_what_must_be(name, axes, tensor, splits):
   weights, blocks = one_layer(params, split), (rows, *blocks[1:])
   # Prompts of a slice, of a piece or of a rollout: nothing is gathered from another slice.
   here, drawn = 16 // slices, p // slices
-  cells = (rows, drawn // rows * G)
+  sequences = (rows, drawn // rows * G)
   expected = {
     "tokens, of all devices that share the vocabulary": {
       (here, LENGTH),
       (drawn, LENGTH),
       blocks,
-      cells,
+      sequences,
     },
-    "hidden states to unembed": {(*blocks, WIDTH), (*cells, WIDTH)},
+    "hidden states to unembed": {(*blocks, WIDTH), (*sequences, WIDTH)},
     "gradients of what was looked up": {(here, LENGTH, WIDTH), (*blocks, WIDTH)},
   }
   if (parts := tensor or split) > 1:
     mine = p * G * parts // 8
-    expected["what each part of the vocabulary says of a cell"] = {(mine, parts)} | (
+    expected["what each part of the vocabulary says of a token"] = {(mine, parts)} | (
       set() if tensor else {(mine, SUMS)}
     )
   if split > 1:  # heads of queries, keys and values that lie in one array are not its halves
