@@ -1,11 +1,11 @@
-"""What reinforcement learning gains on digit boards, method by method, on the same seeds.
+"""Measures the gain of reinforcement learning on digit boards, for several methods and seeds.
 
     python benchmarks/digits.py                 # 4 methods x 3 seeds, two runs at a time
-    python benchmarks/digits.py --methods grpo  # the quickstart's gain alone
+    python benchmarks/digits.py --methods grpo  # only the gain of the quickstart
 
 Each run is `python -m jaxrl_vlm.train --config=configs/digits_<method>.py --config.seed=<seed>`.
-Finished runs are not repeated, stopped ones continue. The result is a table on stdout and
-benchmarks/digits.json, written anew after every run. The exit code is 1 if a run failed.
+Finished runs are not repeated, and stopped runs resume. After every run, the benchmark prints the
+table of README.md and rewrites benchmarks/digits.json. It exits with status 1 if a run failed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RESULT = ROOT / "benchmarks" / "digits.json"
 
 
 def result(method: str, seed: int, workdir: pathlib.Path, seconds: float) -> dict:
-  """Accuracies by skill before and after a finished run, and its seconds."""
+  """Returns the accuracy by skill before and after a finished run, its tokens and its seconds."""
   records = metrics.read(workdir)
   tokens = sum(
     r["time/tokens_per_second"] * r["time/step_seconds"]
@@ -41,24 +41,27 @@ def result(method: str, seed: int, workdir: pathlib.Path, seconds: float) -> dic
 
 
 def table(results: list[dict]) -> str:
-  """Markdown: mean over seeds of held-out accuracy in percent; ± is the standard error."""
+  """Returns a Markdown table of the held-out accuracy in percent, before → after.
+
+  Values are means over seeds. ± is the standard error of the gain.
+  """
   skills = list(results[0]["accuracy"])
   lines = [
-    "| method | seeds | " + " | ".join(skills) + " | gain (points) | minutes |",
+    "| method | seeds | " + " | ".join(skills) + " | gain (points) | minutes per run |",
     "|---|---|" + "---|" * (len(skills) + 2),
   ]
   for method in dict.fromkeys(r["method"] for r in results):
-    mine = [r for r in results if r["method"] == method]
+    method_results = [r for r in results if r["method"] == method]
     cells = []
     for skill in skills:
-      before, after = 100 * np.array([r["accuracy"][skill] for r in mine]).T
+      before, after = 100 * np.array([r["accuracy"][skill] for r in method_results]).T
       cells.append(f"{before.mean():.1f} → {after.mean():.1f}")
-    before, after = 100 * np.array([r["accuracy"]["overall"] for r in mine]).T
+    before, after = 100 * np.array([r["accuracy"]["overall"] for r in method_results]).T
     gain = after - before
     error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
-    minutes = np.mean([r["seconds"] for r in mine]) / 60
+    minutes = np.mean([r["seconds"] for r in method_results]) / 60
     lines.append(
-      f"| {method} | {len(mine)} | "
+      f"| {method} | {len(method_results)} | "
       + " | ".join(cells)
       + f" | {gain.mean():+.1f} ± {error:.1f} | {minutes:.1f} |"
     )
@@ -67,10 +70,14 @@ def table(results: list[dict]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--methods", nargs="+", default=["grpo", "dapo", "papo", "vppo"])
-  parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-  parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "digits")
-  parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
+  parser.add_argument(
+    "--methods", nargs="+", default=["grpo", "dapo", "papo", "vppo"], help="methods to run"
+  )
+  parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds to run")
+  parser.add_argument(
+    "--folder", type=pathlib.Path, default=ROOT / "runs" / "digits", help="directory of the runs"
+  )
+  parser.add_argument("--at-once", type=int, default=2, help="number of runs side by side")
   args, more = parser.parse_known_args()
   jobs = {
     runs.Job(f"{m}_{s}", f"configs/digits_{m}.py", (f"--config.seed={s}", *more)): (m, s)

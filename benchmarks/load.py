@@ -1,13 +1,15 @@
-"""Peak host memory of loading a checkpoint, over the device arrays and the largest tensor.
+"""Measures the peak host memory of loading a checkpoint.
 
     python benchmarks/load.py
 
-Writes a random Qwen2.5-VL-3B checkpoint (7.5 GB in bfloat16, real names, shapes and shards) to
-`runs/load`, loads it in a fresh process as a run does, with parameters in bfloat16 and in float32,
-and records in `benchmarks/load.json` and docs/models.md: size of the files, the device arrays and
-the largest tensor, the highest resident memory while loading, what of it is left after the device
-arrays (`excess`), and seconds; and the same of saving in bfloat16. The directory may be deleted
-afterwards; with it the command is repeated in minutes.
+The benchmark writes a random Qwen2.5-VL-3B checkpoint to `runs/load` (7.5 GB in bfloat16, with the
+published names and shapes, in files of at most 2 GiB). It loads it in a new process as a run
+does, once with parameters in bfloat16 and once in float32. In bfloat16 it also saves them.
+
+It records the results in `benchmarks/load.json` and docs/models.md: the size of the files, of the
+device arrays and of the largest tensor, the peak resident memory while loading, the part of it
+beyond the device arrays (`excess`), and the seconds. You can delete `runs/load` afterwards. If you
+keep it, the next run does not have to write it again.
 """
 
 import argparse
@@ -31,7 +33,12 @@ GIB = 2**30
 
 
 def write_checkpoint(path: pathlib.Path, name: str) -> None:
-  """A directory of the published size with random bfloat16 weights; finished files are kept."""
+  """Writes a checkpoint of a published model with random bfloat16 weights.
+
+  Args:
+    path: directory to write. Files that exist are kept.
+    name: name of the published model.
+  """
   import jax.numpy as jnp
   from safetensors.numpy import save_file
 
@@ -45,9 +52,9 @@ def write_checkpoint(path: pathlib.Path, name: str) -> None:
   wanted = {}
   for entry in names.entries(config):
     shape = flat[entry.path].shape
-    one = shape if entry.layers is None else shape[1:]
+    layer_shape = shape if entry.layers is None else shape[1:]
     for tensor in entry.names():
-      wanted[names.published_name(tensor, config.family)] = entry.file_shape(one, config)
+      wanted[names.published_name(tensor, config.family)] = entry.file_shape(layer_shape, config)
   shards, size = [[]], 0
   for tensor, shape in wanted.items():
     nbytes = 2 * int(np.prod(shape))
@@ -71,7 +78,7 @@ def write_checkpoint(path: pathlib.Path, name: str) -> None:
 
 
 def resident() -> tuple[int, int]:
-  """Resident bytes of this process: now, and the most since `forget_peak`."""
+  """Returns the resident bytes of this process: now, and their peak since `forget_peak`."""
   status = dict(
     line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines()
   )
@@ -79,18 +86,29 @@ def resident() -> tuple[int, int]:
 
 
 def forget_peak() -> None:
+  """Resets the peak of the resident memory of this process (Linux only)."""
   pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(path: pathlib.Path, dtype: str) -> dict[str, float]:
-  """Loads and saves in this process, which must have done nothing else."""
+  """Measures loading, and in bfloat16 saving, in this process.
+
+  The process must not have done anything else before.
+
+  Args:
+    path: directory of the checkpoint.
+    dtype: dtype of the loaded parameters.
+
+  Returns:
+    Sizes in GiB, seconds, and the ratio of `excess` to the largest tensor.
+  """
   import jax
 
   from jaxrl_vlm import models
   from jaxrl_vlm.models import names, weights
 
   config = models.from_directory(path)
-  jax.block_until_ready(jax.numpy.zeros(8) + 1)  # the backend's own memory is not the loader's
+  jax.block_until_ready(jax.numpy.zeros(8) + 1)  # excludes the memory of the backend itself
   shapes = models.abstract_params(config, dtype)
   forget_peak()
   before, _ = resident()
@@ -129,13 +147,14 @@ def measure(path: pathlib.Path, dtype: str) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
+  """Returns the Markdown table of the results by dtype."""
   head = [
-    "parameters",
-    "files",
+    "parameter dtype",
+    "checkpoint files",
     "device arrays",
     "largest tensor",
-    "peak of the host",
-    "beyond the arrays",
+    "peak memory",
+    "peak minus arrays",
     "seconds",
   ]
   rows = [head, ["---"] + ["--:"] * (len(head) - 1)]
@@ -149,8 +168,13 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--model", default="Qwen2.5-VL-3B")
-  parser.add_argument("--path", type=pathlib.Path, default=pathlib.Path("runs/load"))
+  parser.add_argument("--model", default="Qwen2.5-VL-3B", help="name of a published model")
+  parser.add_argument(
+    "--path",
+    type=pathlib.Path,
+    default=pathlib.Path("runs/load"),
+    help="directory of the checkpoint; it is written if it does not exist",
+  )
   parser.add_argument("--measure", help=argparse.SUPPRESS)  # a dtype
   args = parser.parse_args()
   if args.measure:
@@ -181,7 +205,7 @@ def main() -> None:
     )
     + "\n"
   )
-  page = f"{table(results)}\n\n({date}; {machine}.)"
+  page = f"{table(results)}\n\nMeasured on {date}: {machine}."
   before, _, rest = PAGE.read_text().partition(BEGIN)
   PAGE.write_text(f"{before}{BEGIN}\n\n{page}\n\n{END}{rest.partition(END)[2]}")
   print(page)

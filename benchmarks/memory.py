@@ -1,11 +1,11 @@
-"""Memory of the published models per chip, from their shapes and the sharding rules.
+"""Computes the memory of published models per chip, from parameter shapes and sharding rules.
 
-    python benchmarks/memory.py           # prints the table
-    python benchmarks/memory.py --write   # puts it into docs/models.md
+    python benchmarks/memory.py           # print the table
+    python benchmarks/memory.py --write   # write it to docs/models.md
 
-Counts what a program holds for certain: weights, gradients, AdamW's two moments, keys and values.
-What it needs besides while it runs (activations, buffers of collectives) depends on lengths and
-batch and comes on top.
+The numbers include weights, gradients, AdamW's two moments, and the KV cache. They do not include
+what a program needs temporarily (activations, buffers of collectives), which depends on sequence
+lengths and batch size.
 """
 
 import argparse
@@ -30,16 +30,17 @@ RANK = 16
 
 
 def per_chip(shapes: Params, chips: int) -> int:
-  """Parameters on one chip when `chips` of them split what the rules split."""
+  """Returns the number of parameters on one chip if they are sharded over `chips` chips."""
   mesh = AbstractMesh((1, chips, 1), parallel.AXES)
-  places = parallel.param_shardings(mesh, shapes)
+  shardings = parallel.param_shardings(mesh, shapes)
   return sum(
-    math.prod(place.shard_shape(leaf.shape))
-    for leaf, place in zip(jax.tree.leaves(shapes), jax.tree.leaves(places), strict=True)
+    math.prod(sharding.shard_shape(leaf.shape))
+    for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
   )
 
 
 def row(name: str) -> list[str]:
+  """Returns the table row of a published model."""
   config = models.from_hf(CONFIGS[name])
   shapes = models.abstract_params(config)
   adapters = lora.adapters(
@@ -48,13 +49,13 @@ def row(name: str) -> list[str]:
   count = per_chip(shapes, 1)
   cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
 
-  def inference(chips):  # bfloat16
+  def inference(chips):  # weights in bfloat16
     return 2 * per_chip(shapes, chips)
 
-  def training(chips):  # float32: weights, gradients, two moments
+  def training(chips):  # weights, gradients and two moments in float32
     return 16 * per_chip(shapes, chips)
 
-  def adapting(chips):  # bfloat16 weights, adapters as in training
+  def adapting(chips):  # frozen weights in bfloat16, adapters as in training
     return inference(chips) + 16 * per_chip(adapters, chips)
 
   sizes = [inference(1), inference(8), training(16), training(64), adapting(8), adapting(32)]
@@ -67,16 +68,17 @@ def row(name: str) -> list[str]:
 
 
 def table() -> str:
+  """Returns the Markdown table of all published models."""
   head = [
     "model",
     "parameters (10⁹)",
     "inference, 1 chip",
-    "8 chips",
+    "inference, 8 chips",
     "training, 16 chips",
-    "64 chips",
+    "training, 64 chips",
     f"LoRA rank {RANK}, 8 chips",
-    "32 chips",
-    "keys and values, KiB a token",
+    f"LoRA rank {RANK}, 32 chips",
+    "KV cache, KiB per token",
   ]
   rows = [head, ["---"] + ["--:"] * (len(head) - 1), *(row(name) for name in CONFIGS)]
   return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
@@ -86,7 +88,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--write", action="store_true", help="put the table into docs/models.md")
+  parser.add_argument("--write", action="store_true", help="write the table to docs/models.md")
   args = parser.parse_args()
   print(table())
   if args.write:

@@ -1,16 +1,22 @@
-"""Objectives compared: one cold start, one number of generated tokens, tuned alike, paired seeds.
+"""Compares objectives from one start model, at one token budget, tuned alike, with paired seeds.
 
-    python benchmarks/objectives.py         # hours; stopped, the same command continues
-    python benchmarks/objectives.py --plan  # how many runs and hours are left
-    python benchmarks/objectives.py --page  # page and picture of the results that are there
+    python benchmarks/objectives.py         # takes hours; if stopped, the same command resumes
+    python benchmarks/objectives.py --plan  # print how many runs and hours are left
+    python benchmarks/objectives.py --page  # write page and picture from the existing results
 
-First the cold start is trained (configs/objectives_base.py), then every method at three learning
-rates with a tuning seed, judged on questions of their own; a method whose best rate is the lowest
-or the highest goes on beyond it. Then, at its best rate, every method with the comparison seeds,
-all methods of a seed before the next seed. After each run benchmarks/objectives.json,
-docs/objectives.md (between its markers) and docs/images/objectives.png are written anew. A run that
-fails is reported and tried again by the next start; a method is compared once its tuning is
-complete. Runs that are there with other settings are refused.
+The benchmark has three parts:
+
+1. Cold start: it trains the start model (configs/objectives_base.py).
+2. Tuning: it trains every method at three learning rates, with a tuning seed and its own evaluation
+   questions. If the best rate of a method is the lowest or the highest, it also tries half or twice
+   that rate.
+3. Comparison: it trains every method at its best rate with the comparison seeds. All methods of a
+   seed run before the next seed.
+
+After each run it rewrites benchmarks/objectives.json, the part of docs/objectives.md between the
+markers, and docs/images/objectives.png. A failed run is reported, and the next start tries it
+again. A method is compared once its tuning is complete. If existing runs have other settings, the
+benchmark refuses to start.
 """
 
 import argparse
@@ -37,16 +43,16 @@ PICTURE = "docs/images/objectives.png"
 BEGIN, END = "<!-- benchmarks/objectives.py: begin -->", "<!-- benchmarks/objectives.py: end -->"
 
 LEARNING_RATES = (5e-5, 1e-4, 2e-4)
-EXTENSIONS = 2  # doublings or halvings, while the best rate is at the edge
+EXTENSIONS = 2  # how often a best rate at the edge is doubled or halved
 TUNING_SEEDS = (100,)
 SEEDS = (0, 1, 2, 3, 4)
 TOKEN_BUDGET = 100_000
-STEPS = 200  # more than any method needs to spend the budget
-TUNING_QUESTIONS = 1  # seed of the boards that tuning is judged on; the comparison has 0
+STEPS = 200  # more than any method needs to spend the token budget
+TUNING_QUESTIONS = 1  # seed of the evaluation boards of tuning; the comparison uses 0
 SKILLS = ("overall", "perception", "reasoning")
-# Measured once, for --plan before anything has run.
+# Seconds of a run and of the cold start, for --plan before anything has run.
 SECONDS, BASE_SECONDS = 130.0, 330.0
-# Means over the steps of a run.
+# Metrics whose mean over the steps of a run is kept.
 MEANS = (
   "train/response_length",
   "train/kept_groups",
@@ -61,10 +67,11 @@ class Method:
   """A row of the comparison.
 
   Attributes:
-    label: in tables.
+    label: name in tables.
     objective: fields of config.stages[0].objective.
-    like: takes the learning rate tuned for this method; "" is tuned itself.
-    filters: dynamic sampling: its steps generate more tokens, so it is evaluated more often.
+    like: the method whose tuned learning rate it uses; "" if it is tuned itself.
+    filters: whether it uses dynamic sampling. Its steps then generate more tokens, so it is
+      evaluated after half as many steps.
   """
 
   label: str
@@ -113,7 +120,7 @@ BASE = runs.Job("base", "configs/objectives_base.py")
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One run of the comparison: `purpose` is "tune" or "compare"."""
+  """One run of the benchmark. `purpose` is "tune" or "compare"."""
 
   method: str
   learning_rate: float
@@ -142,14 +149,15 @@ class Trial:
 
 
 # ------------------------------------------------------------------------------------------------
-# What a run gave
+# Results of a run
 # ------------------------------------------------------------------------------------------------
 
 
 def curve(records: Sequence[metrics.Record]) -> dict[str, list[float]]:
-  """Every evaluation of a run: step, tokens generated and seconds trained so far, accuracies.
+  """Returns the evaluations of a run: step, tokens and seconds so far, accuracy by skill.
 
-  Seconds are those of steps, without evaluations; a step that compiled counts as a median one.
+  Seconds are those of training steps, without evaluations. A step that compiled a program counts
+  with the median seconds of a step.
   """
   steps = [r for r in records if "train/generated_tokens" in r]
   times = np.array([r["time/step_seconds"] for r in steps])
@@ -173,26 +181,36 @@ def curve(records: Sequence[metrics.Record]) -> dict[str, list[float]]:
 
 
 def step_means(records: Sequence[metrics.Record]) -> dict[str, float]:
-  """Of what `MEANS` names, over the steps of a run that have it."""
-  found = {key: [r[key] for r in records if r.get(key) is not None] for key in MEANS}
-  return {key: round(float(np.mean(values)), 5) for key, values in found.items() if values}
+  """Returns the means of the metrics in `MEANS` over the steps that have them."""
+  by_key = {key: [r[key] for r in records if r.get(key) is not None] for key in MEANS}
+  return {key: round(float(np.mean(values)), 5) for key, values in by_key.items() if values}
 
 
 def reached(run: Mapping[str, Any], accuracy: float, unit: str) -> float | None:
-  """Tokens or seconds at the first evaluation with at least `accuracy`, the crossing between it
-  and the one before placed linearly; None if there is none."""
-  values, at = run["curve"]["overall"], run["curve"][unit]
+  """Returns the tokens, seconds or steps after which a run first reaches `accuracy`.
+
+  The value is interpolated linearly between two evaluations.
+
+  Args:
+    run: a result of the benchmark.
+    accuracy: overall accuracy, 0 to 1.
+    unit: "tokens", "seconds" or "step".
+
+  Returns:
+    The value, or None if no evaluation reaches `accuracy`.
+  """
+  values, costs = run["curve"]["overall"], run["curve"][unit]
   for i, value in enumerate(values):
     if value >= accuracy:
       if i == 0:
-        return float(at[0])
+        return float(costs[0])
       share = (accuracy - values[i - 1]) / (value - values[i - 1])
-      return float(at[i - 1] + share * (at[i] - at[i - 1]))
+      return float(costs[i - 1] + share * (costs[i] - costs[i - 1]))
   return None
 
 
 def tuning(results: Sequence[Mapping[str, Any]], method: str) -> dict[float, float]:
-  """Mean final accuracy at each learning rate that all tuning seeds are through with, ascending."""
+  """Returns the mean final accuracy at each learning rate that has results of all tuning seeds."""
   finals: dict[float, dict[int, float]] = {}
   for r in results:
     if r["purpose"] == "tune" and r["method"] == method:
@@ -205,10 +223,13 @@ def tuning(results: Sequence[Mapping[str, Any]], method: str) -> dict[float, flo
 
 
 def grid(means: Mapping[float, float]) -> tuple[float, ...]:
-  """Learning rates that a method needs, as far as `means`, what `tuning` gave for it, tells.
+  """Returns the learning rates that the tuning of a method needs.
 
-  The common ones; then, while the best is the lowest or the highest, half or twice that, at most
-  `EXTENSIONS` of them.
+  These are `LEARNING_RATES`. If the best of them is the lowest or the highest, half or twice that
+  rate follows, at most `EXTENSIONS` times.
+
+  Args:
+    means: the result of `tuning` for the method so far.
   """
   rates = LEARNING_RATES
   for _ in range(EXTENSIONS):
@@ -229,7 +250,7 @@ def _best(means: Mapping[float, float]) -> float:
 
 
 def tuned(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-  """The best learning rate of each method that is through with all that its `grid` asks for."""
+  """Returns the best learning rate of each method that has results for its whole `grid`."""
   best = {}
   for method in TUNED:
     means = tuning(results, method)
@@ -245,7 +266,10 @@ def tuned(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-  """Mean and half the width of its 95% confidence interval (Student's t); nan for one value."""
+  """Returns the mean and half the width of its 95% confidence interval (Student's t).
+
+  Half the width is nan if there is only one value.
+  """
   from scipy import stats
 
   x = np.asarray(values, float)
@@ -255,27 +279,29 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> tuple[float, float, float]:
-  """Mean difference over the seeds that both have, half its 95% interval, p of the paired t-test.
+  """Compares two methods on the seeds that both have.
 
-  The last two are nan with fewer than two seeds.
+  Returns:
+    The mean difference, half the width of its 95% confidence interval, and the p-value of the
+    paired t-test. The last two are nan with fewer than two seeds.
   """
   from scipy import stats
 
   seeds = sorted(ours.keys() & theirs.keys())
   if not seeds:
     return float("nan"), float("nan"), float("nan")
-  apart = np.array([ours[s] - theirs[s] for s in seeds])
-  mean, half = interval(apart)
+  differences = np.array([ours[s] - theirs[s] for s in seeds])
+  mean, half = interval(differences)
   if len(seeds) < 2:
     return mean, half, float("nan")
-  if not apart.std():  # the test divides by it
+  if not differences.std():  # the test would divide by 0
     return mean, 0.0, 1.0 if not mean else 0.0
   test: Any = stats.ttest_rel([ours[s] for s in seeds], [theirs[s] for s in seeds])
   return mean, half, float(test.pvalue)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-  """Holm's correction for several tests; nan is no test."""
+  """Returns p-values with Holm's correction for several tests. nan means that there is no test."""
   tests = sorted((value, name) for name, value in p.items() if np.isfinite(value))
   corrected, highest = dict.fromkeys(p, float("nan")), 0.0
   for i, (value, name) in enumerate(tests):
@@ -297,63 +323,75 @@ def _plus_minus(mean: float, half: float, sign: str = "") -> str:
   return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if np.isfinite(half) else "")
 
 
-def _finals(mine: Sequence[Mapping[str, Any]], skill: str) -> dict[int, float]:
+def _finals(results: Sequence[Mapping[str, Any]], skill: str) -> dict[int, float]:
   """Final accuracy in percent by seed."""
-  return {r["seed"]: 100 * r["curve"][skill][-1] for r in mine}
+  return {r["seed"]: 100 * r["curve"][skill][-1] for r in results}
 
 
 def _compared(
   results: Sequence[Mapping[str, Any]], data: Mapping[str, Any]
 ) -> dict[str, list[Mapping[str, Any]]]:
-  """Comparison runs by method, at the learning rate that is now the tuned one."""
+  """Comparison runs by method, at its tuned learning rate."""
   rates = data["learning_rates"]
-  found = {}
+  by_method = {}
   for name, method in EVERYTHING.items():
-    mine = [
+    chosen = [
       r
       for r in results
       if r["purpose"] == "compare"
       and r["method"] == name
       and r["learning_rate"] == rates.get(method.like or name)
     ]
-    if mine:
-      found[name] = sorted(mine, key=lambda r: r["seed"])
-  return found
+    if chosen:
+      by_method[name] = sorted(chosen, key=lambda r: r["seed"])
+  return by_method
 
 
-def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], against: str) -> str:
-  """Markdown: final accuracies, the paired difference from `against`, and the cost of its level."""
+def table(
+  by_method: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], against: str
+) -> str:
+  """Returns a Markdown table: final accuracy, difference from a method, cost to reach its accuracy.
+
+  Args:
+    by_method: comparison runs by method.
+    names: the methods to show.
+    against: the method that the others are compared with.
+  """
   label = EVERYTHING[against].label
   head = [
-    "",
+    "method",
     "learning rate",
     "seeds",
     *SKILLS,
     f"difference from {label}",
     "p",
     "p (Holm)",
-    f"tokens to {label}'s level",
-    "seconds",
-    "tokens of a run",
-    "seconds of a run",
+    f"tokens to reach {label}",
+    f"seconds to reach {label}",
+    "tokens per run",
+    "seconds per run",
   ]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  if against not in found:
+  if against not in by_method:
     return "\n".join(lines)
-  base = _finals(found[against], "overall")
+  base = _finals(by_method[against], "overall")
   level = float(np.mean(list(base.values()))) / 100
-  # The machine does other things too: a step costs what it cost the least disturbed run.
+  # Other processes slow some runs down, so the fastest run gives the seconds of a step.
   pace = {
-    name: min(r["curve"]["seconds"][-1] / r["curve"]["step"][-1] for r in mine)
-    for name, mine in found.items()
+    name: min(r["curve"]["seconds"][-1] / r["curve"]["step"][-1] for r in method_runs)
+    for name, method_runs in by_method.items()
   }
-  names = [name for name in names if name in found]
-  tests = {name: paired(_finals(found[name], "overall"), base) for name in names if name != against}
+  names = [name for name in names if name in by_method]
+  tests = {
+    name: paired(_finals(by_method[name], "overall"), base) for name in names if name != against
+  }
   corrected = holm({name: test[2] for name, test in tests.items()})
   for name in names:
-    mine = found[name]
-    cells = [EVERYTHING[name].label, f"{mine[0]['learning_rate']:g}", str(len(mine))]
-    cells += [_plus_minus(*interval(list(_finals(mine, skill).values()))) for skill in SKILLS]
+    method_runs = by_method[name]
+    cells = [EVERYTHING[name].label, f"{method_runs[0]['learning_rate']:g}", str(len(method_runs))]
+    cells += [
+      _plus_minus(*interval(list(_finals(method_runs, skill).values()))) for skill in SKILLS
+    ]
     if name == against:
       cells += ["", "", ""]
     else:
@@ -364,31 +402,37 @@ def table(found: Mapping[str, list[Mapping[str, Any]]], names: Sequence[str], ag
         _number(corrected[name], "{:.3f}"),
       ]
     for unit in ("tokens", "step"):
-      costs = [c for c in (reached(r, level, unit) for r in mine) if c is not None]
-      few = f" ({len(costs)} of {len(mine)})" if len(costs) < len(mine) else ""
+      costs = [c for c in (reached(r, level, unit) for r in method_runs) if c is not None]
+      few = f" ({len(costs)} of {len(method_runs)})" if len(costs) < len(method_runs) else ""
       mean = float(np.mean(costs)) if costs else 0.0
       shown = f"{mean / 1000:.0f}k" if unit == "tokens" else f"{mean * pace[name]:.0f}"
       cells.append(shown + few if costs else "not reached")
-    tokens, steps = (np.mean([r["curve"][unit][-1] for r in mine]) for unit in ("tokens", "step"))
+    tokens, steps = (
+      np.mean([r["curve"][unit][-1] for r in method_runs]) for unit in ("tokens", "step")
+    )
     cells += [f"{tokens / 1000:.0f}k", f"{steps * pace[name]:.0f}"]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 
 
 def tuning_table(data: Mapping[str, Any]) -> str:
-  """Markdown: final accuracy of each method at each learning rate, the best in bold, with a mark if
-  it is the lowest or the highest that the method was tried at."""
+  """Returns a Markdown table: final accuracy of each method at each learning rate.
+
+  The best rate is bold. It has a mark if it is the lowest or the highest that was tried.
+  """
   means = {name: tuning(data["results"], name) for name in TUNED}
-  rates = sorted({*LEARNING_RATES, *(rate for mine in means.values() for rate in mine)})
-  head = ["", *(f"{rate:g}" for rate in rates)]
+  rates = sorted(
+    {*LEARNING_RATES, *(rate for method_means in means.values() for rate in method_means)}
+  )
+  head = ["method", *(f"{rate:g}" for rate in rates)]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
   marked = False
-  for name, mine in means.items():
+  for name, method_means in means.items():
     cells = [METHODS[name].label]
     for rate in rates:
-      text = f"{100 * mine[rate]:.1f}" if rate in mine else "–"
-      if rate in mine and rate == data["learning_rates"].get(name):
-        edge = rate in (min(mine), max(mine))
+      text = f"{100 * method_means[rate]:.1f}" if rate in method_means else "–"
+      if rate in method_means and rate == data["learning_rates"].get(name):
+        edge = rate in (min(method_means), max(method_means))
         marked |= edge
         text = f"**{text}**{' †' if edge else ''}"
       cells.append(text)
@@ -396,28 +440,32 @@ def tuning_table(data: Mapping[str, Any]) -> str:
   if marked:
     lines += [
       "",
-      "† The best rate is the lowest or the highest that the method was tried at; one "
-      "beyond it may be better.",
+      "† The best rate is the lowest or the highest that was tried, so a rate beyond it may be "
+      "better.",
     ]
   return "\n".join(lines)
 
 
-def steps_table(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
-  """Markdown: how many steps a method makes, and what becomes of groups and tokens in them."""
+def steps_table(by_method: Mapping[str, list[Mapping[str, Any]]]) -> str:
+  """Returns a Markdown table: steps of each method, kept groups and clipped tokens."""
   head = [
-    "",
+    "method",
     "steps",
-    "tokens of a response",
+    "tokens per response",
     "groups that pass the filter (%)",
-    "batches sampled for a step",
-    "tokens that are clipped (%)",
+    "batches sampled per step",
+    "clipped tokens (%)",
   ]
   lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  for name, mine in found.items():
+  for name, method_runs in by_method.items():
 
-    def mean(*keys, mine=mine):  # of their sum; nan where no run has them
+    def mean(
+      *keys, method_runs=method_runs
+    ):  # mean of the sum of some metrics; nan if no run has them
       values = [
-        sum(r["means"][k] for k in keys) for r in mine if set(keys) <= r.get("means", {}).keys()
+        sum(r["means"][k] for k in keys)
+        for r in method_runs
+        if set(keys) <= r.get("means", {}).keys()
       ]
       return float(np.mean(values)) if values else float("nan")
 
@@ -426,7 +474,7 @@ def steps_table(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
       + " | ".join(
         [
           EVERYTHING[name].label,
-          f"{np.mean([r['curve']['step'][-1] for r in mine]):.0f}",
+          f"{np.mean([r['curve']['step'][-1] for r in method_runs]):.0f}",
           _number(mean("train/response_length"), "{:.0f}"),
           _number(100 * mean("train/kept_groups"), "{:.0f}"),
           _number(mean("train/tries"), "{:.1f}"),
@@ -439,42 +487,51 @@ def steps_table(found: Mapping[str, list[Mapping[str, Any]]]) -> str:
 
 
 def page(data: Mapping[str, Any]) -> str:
-  """What stands between the markers of docs/objectives.md."""
-  found = _compared(data["results"], data)
+  """Returns the text between the markers of docs/objectives.md."""
+  by_method = _compared(data["results"], data)
   settings = data["settings"]
-  starts = [100 * r["curve"]["overall"][0] for mine in found.values() for r in mine]
-  start = f"All begin at {np.mean(starts):.1f}%. " if starts else ""
+  starts = [100 * r["curve"]["overall"][0] for results in by_method.values() for r in results]
+  start = f" All runs start at {np.mean(starts):.1f}%." if starts else ""
   failed = "".join(f"\n- {name}: {text}" for name, text in data["failed"].items())
-  failed = f" Failed, to be tried again:{failed}" if failed else ""
+  failed = f" These runs failed and will be tried again:{failed}" if failed else ""
   commit = f", commit {data['commit']}" if data.get("commit") else ""
   hours = sum(r["seconds"] for r in data["results"]) / data["at_once"] / 3600
   return f"""
-{data["done"]} of {data["planned"]} runs, {data["date"]}, {data["machine"]}, {data["at_once"]} runs
-side by side, {hours:.1f} hours together{commit}.{failed}
+Measured: {data["done"]} of {data["planned"]} runs, {data["date"]}, {data["machine"]},
+{data["at_once"]} runs side by side, {hours:.1f} hours in total{commit}.{failed}
 
 ![Accuracy over generated tokens](images/{pathlib.Path(PICTURE).name})
 
-Held-out accuracy in percent after {settings["token_budget"]:,} generated tokens, mean over seeds ±
-half the 95% confidence interval (Student's t). {start}Differences are between runs of the same
-seed, with a paired t-test and Holm's correction for the number of rows. A run ends with the step
-that spends the budget, so it generates more than that (tokens of a run), most with dynamic
-sampling, whose steps are longer. Seconds are steps times the seconds per step of the method's least
-disturbed run, without evaluations and compilation.
+**Methods.** The table shows the accuracy in percent on held-out questions after
+{settings["token_budget"]:,} generated tokens. ± is half of the 95% confidence interval of the mean
+over seeds (Student's t).{start} The difference
+from GRPO is taken between runs with the same seed. p is that of a paired t-test, and p (Holm)
+includes Holm's correction for the number of rows.
 
-{table(found, list(METHODS), "grpo")}
+A run ends with the step that spends the token budget, so it generates more tokens than the budget
+(*tokens per run*). With dynamic sampling the excess is largest, because the steps are longer. The
+seconds are the number of steps times the seconds per step of the fastest run of the method, without
+evaluations and compilation.
 
-Variants of VPPO at its learning rate; VPPO itself has keep_share 0.4, a mask for every sample and
-the dependency of the sampled token (k3). With keep_share 1.0 the filter keeps every token, so that
-row is the objective of "{METHODS["vppo_shaping"].label}" above, at VPPO's learning rate.
+*tokens to reach GRPO* are the tokens after which a run first reaches the mean final accuracy of
+GRPO, as a mean over the runs that reach it. The number of these runs is in parentheses if it is not
+all of them.
 
-{table(found, ["vppo", *VARIANTS], "vppo")}
+{table(by_method, list(METHODS), "grpo")}
 
-What becomes of the tokens, means over the steps of all seeds. What is clipped has no gradient, but
-for CISPO, which keeps it and whose lower bound is a ratio of 1:
+**Variants of VPPO**, at the learning rate of VPPO. VPPO itself has keep_share 0.4, one mask per
+sample, and the dependency of the sampled token (k3). With keep_share 1.0 the token filter keeps
+every token. This row is the objective of "{METHODS["vppo_shaping"].label}" above, at the learning
+rate of VPPO.
 
-{steps_table(found)}
+{table(by_method, ["vppo", *VARIANTS], "vppo")}
 
-Final accuracy at each learning rate that a method was tried at, with another seed and on other
+**Tokens and groups**, as means over the steps of all seeds. A clipped token has no gradient. The
+exception is CISPO: it keeps the gradient of clipped tokens, and its lower bound is a ratio of 1.
+
+{steps_table(by_method)}
+
+**Tuning.** Final accuracy at each learning rate that was tried, with another seed and other
 questions:
 
 {tuning_table(data)}
@@ -482,30 +539,32 @@ questions:
 
 
 def picture(path: pathlib.Path, data: Mapping[str, Any]) -> None:
-  """Left: accuracy over generated tokens, means over seeds. Right: final accuracies."""
+  """Draws the mean accuracy over generated tokens (left) and the final accuracies (right)."""
   from matplotlib import colormaps
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  found = _compared(data["results"], data)
-  names = [name for name in METHODS if name in found]
+  by_method = _compared(data["results"], data)
+  names = [name for name in METHODS if name in by_method]
   if not names:
     return
   figure = Figure(figsize=(10, 4.6), dpi=150, layout="constrained")
   FigureCanvasAgg(figure)
   left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-  at = np.linspace(0, data["settings"]["token_budget"], 60)
+  tokens = np.linspace(0, data["settings"]["token_budget"], 60)
   for i, name in enumerate(names):
     color = colormaps["tab20"](2 * i % 20 + (i >= 10))
-    curves = [np.interp(at, r["curve"]["tokens"], r["curve"]["overall"]) for r in found[name]]
+    curves = [
+      np.interp(tokens, r["curve"]["tokens"], r["curve"]["overall"]) for r in by_method[name]
+    ]
     left.plot(
-      at / 1000,
+      tokens / 1000,
       100 * np.mean(curves, axis=0),
       color=color,
       linewidth=1.8,
       label=METHODS[name].label,
     )
-    mean, half = interval(list(_finals(found[name], "overall").values()))
+    mean, half = interval(list(_finals(by_method[name], "overall").values()))
     right.errorbar(
       mean, -i, xerr=half if np.isfinite(half) else 0.0, fmt="o", color=color, capsize=3
     )
@@ -524,14 +583,14 @@ def picture(path: pathlib.Path, data: Mapping[str, Any]) -> None:
 
 
 def write(out: pathlib.Path, data: Mapping[str, Any]) -> None:
-  """Writes the results, the page and the picture below `out`."""
+  """Writes the results, the page and the picture to the directory `out`."""
   (out / RESULT).parent.mkdir(parents=True, exist_ok=True)
   config_lib.write_atomically(out / RESULT, json.dumps(data, indent=1) + "\n")
   show(out, data)
 
 
 def show(out: pathlib.Path, data: Mapping[str, Any]) -> None:
-  """Writes the page and the picture below `out`."""
+  """Writes the page and the picture to the directory `out`."""
   file = out / PAGE
   file.parent.mkdir(parents=True, exist_ok=True)
   text = file.read_text() if file.exists() else f"# Objectives compared\n\n{BEGIN}\n{END}\n"
@@ -549,21 +608,21 @@ def show(out: pathlib.Path, data: Mapping[str, Any]) -> None:
 
 
 def tuning_trials(results: Sequence[Mapping[str, Any]] = ()) -> list[Trial]:
-  """What tuning needs as far as `results` tell: first the common rates, then those beyond."""
+  """Returns the trials that tuning needs, given the results so far: common rates come first."""
   rates = {name: grid(tuning(results, name)) for name in TUNED}
   common = len(LEARNING_RATES)
   return [
     Trial(name, rates[name][i], seed, "tune")
-    for places in (range(common), range(common, common + EXTENSIONS))
+    for indices in (range(common), range(common, common + EXTENSIONS))
     for seed in TUNING_SEEDS
-    for i in places
+    for i in indices
     for name in TUNED
     if i < len(rates[name])
   ]
 
 
 def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
-  """All methods of a seed before the next seed; those without a learning rate are left out."""
+  """Returns the trials of the comparison. Methods without a tuned learning rate are left out."""
   trials = []
   for seed in SEEDS:
     for name, method in EVERYTHING.items():
@@ -574,7 +633,7 @@ def comparison_trials(rates: Mapping[str, float]) -> list[Trial]:
 
 
 def possible_trials() -> list[Trial]:
-  """Every trial that some outcome of the tuning would need."""
+  """Returns every trial that can become necessary, whatever the results of tuning are."""
   factors = [2.0**i for i in range(1, EXTENSIONS + 1)]
   rates = (
     *LEARNING_RATES,
@@ -591,12 +650,12 @@ def possible_trials() -> list[Trial]:
 
 
 def planned(results: Sequence[Mapping[str, Any]]) -> int:
-  """How many runs there are to be, the cold start too, as far as `results` tell."""
+  """Returns the total number of runs, with the cold start, given the results so far."""
   return 1 + len(tuning_trials(results)) + len(SEEDS) * len(EVERYTHING)
 
 
 def outcome(trial: Trial, path: pathlib.Path, seconds: float) -> dict[str, Any]:
-  """What benchmarks/objectives.json holds of a finished run."""
+  """Returns the entry of a finished run in benchmarks/objectives.json."""
   records = metrics.read(path)
   return {
     **dataclasses.asdict(trial),
@@ -610,7 +669,7 @@ class Benchmark:
   """Runs trials and keeps the results.
 
   Attributes:
-    data: what stands in benchmarks/objectives.json.
+    data: the content of benchmarks/objectives.json.
   """
 
   def __init__(
@@ -618,7 +677,7 @@ class Benchmark:
   ):
     self.runner, self.out, self.settings, self.more = runner, out, settings, tuple(more)
     self.begun: set[Trial] = set()
-    self.known: dict[Trial, dict[str, Any]] = {}  # results whose runs lie elsewhere
+    self.known: dict[Trial, dict[str, Any]] = {}  # results of runs in another folder
     self.data: dict[str, Any] = {
       **runs.surroundings(runner.at_once),
       "settings": dict(settings),
@@ -635,10 +694,10 @@ class Benchmark:
     return trial.job(self.runner.path(BASE) / "model", self.settings, self.more)
 
   def take_known(self) -> None:
-    """Takes over what the results file holds and this folder does not: runs of another checkout.
+    """Loads the results of runs that are in the results file but not in this folder.
 
     Raises:
-      SystemExit: they have other settings or began from another cold start.
+      SystemExit: these runs have other settings, or started from another cold start.
     """
     model = self.runner.path(BASE) / "model" / "model.safetensors"
     self.data["cold_start"] = hashlib.sha256(model.read_bytes()).hexdigest()[:16]
@@ -649,8 +708,8 @@ class Benchmark:
     for field in ("settings", "arguments", "cold_start"):
       if before["results"] and before.get(field) not in (None, self.data[field]):
         raise SystemExit(
-          f"{file}: {field} is {before[field]} there, {self.data[field]} now; move "
-          "it away to begin anew, or choose another --out"
+          f"{file}: {field} is {before[field]} in this file, {self.data[field]} now; move it away "
+          "to start over, or choose another --out"
         )
     for result in before["results"]:
       fields = {f.name: result[f.name] for f in dataclasses.fields(Trial)}
@@ -676,20 +735,20 @@ class Benchmark:
           flush=True,
         )
       else:
-        # 150 runs would fill 5 GB, and nothing continues from a finished one.
+        # The checkpoints of 150 runs would fill 5 GB, and a finished run needs none.
         shutil.rmtree(self.runner.path(job) / "checkpoints", ignore_errors=True)
         self.data["results"].append(outcome(trial, self.runner.path(job), seconds))
-        found = self.data["results"][-1]["curve"]
+        result = self.data["results"][-1]["curve"]
         self.data["done"] += 1
         self.data["planned"] = planned(self.data["results"])
         print(
           f"{self.data['done']}/{self.data['planned']} {job.name}: "
-          f"{found['overall'][0]:.3f} -> {found['overall'][-1]:.3f}, {seconds:.0f} s",
+          f"{result['overall'][0]:.3f} -> {result['overall'][-1]:.3f}, {seconds:.0f} s",
           flush=True,
         )
       if trial.purpose == "tune":
         self.data["learning_rates"] = tuned(self.data["results"])
-      if number >= old:  # those of an earlier start come first: one page for all of them
+      if number >= old:  # runs of an earlier start come first and share one rewrite of the page
         write(self.out, self.data)
 
   def run_all(self) -> None:
@@ -699,7 +758,7 @@ class Benchmark:
         raise SystemExit(f"the cold start: {seconds} ({self.runner.path(BASE) / 'log.txt'})")
       self.data["done"] += 1
     self.take_known()
-    # First the common rates, then, for methods whose best is at the edge, those beyond.
+    # The common rates come first, then the further rates of methods whose best rate is at the edge.
     while todo := [t for t in tuning_trials(self.data["results"]) if t not in self.begun]:
       self.run(todo)
     for name in TUNED:
@@ -719,7 +778,7 @@ def plan(
   seconds: float,
   base_seconds: float,
 ) -> str:
-  """Numbers of runs, and hours that are left at the mean pace of the runs that are finished."""
+  """Returns a text with the number of runs, and the hours left at the mean pace so far."""
 
   def job(trial: Trial) -> runs.Job:
     return trial.job(runner.path(BASE) / "model", settings, more)
@@ -732,12 +791,12 @@ def plan(
     results += [
       outcome(t, runner.path(job(t)), s) for t in todo if (s := runner.seconds(job(t))) is not None
     ]
-  # Comparison runs at a rate that is not, or not yet, the tuned one are not of use.
+  # Comparison runs at a rate that is not the tuned one do not count.
   compared = [runner.seconds(job(t)) for t in comparison_trials(tuned(results))]
   known = [r["seconds"] for r in results] + [s for s in compared if s is not None]
   tunings = len(tuning_trials(results))
   common = len(tuning_trials())
-  beyond = f", and {tunings - common} beyond the edge" if tunings > common else ""
+  beyond = f", and {tunings - common} at further rates" if tunings > common else ""
   total = planned(results)
   each = float(np.mean(known)) if known else seconds
   base = runner.seconds(BASE)
@@ -749,20 +808,39 @@ def plan(
     f"{len(LEARNING_RATES)} learning rates x {len(TUNING_SEEDS)} seeds{beyond}), "
     f"{len(SEEDS) * len(METHODS)} to compare methods and {len(SEEDS) * len(VARIANTS)} to "
     f"compare variants; {len(known) + (base is not None)} finished.\nAt {each:.0f} seconds "
-    f"a run, {runner.at_once} side by side: {hours:.1f} hours left."
+    f"per run, {runner.at_once} side by side: {hours:.1f} hours left."
   )
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-  parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "objectives")
-  parser.add_argument("--out", type=pathlib.Path, default=ROOT, help="where results are written")
-  parser.add_argument("--at-once", type=int, default=2, help="runs side by side")
-  parser.add_argument("--token-budget", type=int, default=TOKEN_BUDGET)
+  parser.add_argument(
+    "--folder",
+    type=pathlib.Path,
+    default=ROOT / "runs" / "objectives",
+    help="directory of the runs",
+  )
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    default=ROOT,
+    help="directory to which results, page and picture are written",
+  )
+  parser.add_argument("--at-once", type=int, default=2, help="number of runs side by side")
+  parser.add_argument(
+    "--token-budget", type=int, default=TOKEN_BUDGET, help="response tokens that a run generates"
+  )
   # GRPO spends the budget in 33 steps: the third evaluation is also the last.
-  parser.add_argument("--eval-every", type=int, default=11, help="steps; half with filtering")
-  parser.add_argument("--plan", action="store_true", help="only say what there is to do")
-  parser.add_argument("--page", action="store_true", help=f"only write {PAGE} and {PICTURE} anew")
+  parser.add_argument(
+    "--eval-every",
+    type=int,
+    default=11,
+    help="steps between evaluations; half with dynamic sampling",
+  )
+  parser.add_argument(
+    "--plan", action="store_true", help="only print how many runs and hours are left"
+  )
+  parser.add_argument("--page", action="store_true", help=f"only rewrite {PAGE} and {PICTURE}")
   args, more = parser.parse_known_args()
   settings = {"token_budget": args.token_budget, "eval_every": args.eval_every}
   if args.page:

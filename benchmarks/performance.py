@@ -1,6 +1,8 @@
-"""The tables of docs/performance.md, from what the other benchmarks have measured.
+"""Prints the tables of docs/performance.md from the results of the other benchmarks.
 
-python benchmarks/performance.py
+    python benchmarks/performance.py
+
+It measures nothing: it formats the JSON files in `benchmarks/`.
 """
 
 import json
@@ -15,36 +17,35 @@ from jaxrl_vlm import flops, scratch  # noqa: E402
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table whose first column is text and whose others are numbers."""
+  """Returns a Markdown table. The first column is text, the others are numbers."""
   cells = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
   return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 def cases(values: dict) -> dict[str, dict]:
+  """The results of a benchmark by case, without the entry that describes the machine."""
   return {name: r for name, r in values.items() if name != "about"}
 
 
-def fewer_flops(side: int) -> float:
-  """How many times fewer model FLOPs a step has if a group shares its prompt."""
+def flop_ratio(side: int) -> float:
+  """Returns the model FLOPs of a step with repeated prompts, divided by those with shared prompts.
+
+  Args:
+    side: width and height of the images in pixels.
+  """
   config = scratch.model_config(rl_step.ARCHITECTURE)
   length, grid = (side // 28) ** 2 + len(rl_step.QUESTION.split()), side // 14
 
-  def work(sharing):
-    args = config, length, [rl_step.TOKENS] * rl_step.GROUP, [(grid, grid)], sharing
+  def work(shared):
+    args = config, length, [rl_step.TOKENS] * rl_step.GROUP, [(grid, grid)], shared
     return flops.forward(*args) + flops.forward_backward(*args)
 
   return work(False) / work(True)
 
 
 def rl_step_table(values: dict) -> str:
-  head = [
-    "prompts of",
-    "jaxrl_vlm, samples/s",
-    "TRL, samples/s",
-    "times as many",
-    "asked",
-    "times fewer model FLOPs",
-  ]
+  """A whole RL step, compared with TRL."""
+  head = ["prompts with", "jaxrl_vlm, samples/s", "TRL, samples/s", "speedup", "FLOP ratio"]
   return markdown(
     head,
     [
@@ -53,8 +54,7 @@ def rl_step_table(values: dict) -> str:
         f"{r['ours']:.1f}",
         f"{r['trl']:.2f}",
         f"{r['ratio']:.2f}",
-        f"{r['asked']:.0f}",
-        f"{fewer_flops(rl_step.CASES[name][0]):.1f}",
+        f"{flop_ratio(rl_step.CASES[name][0]):.1f}",
       ]
       for name, r in cases(values).items()
     ],
@@ -62,13 +62,13 @@ def rl_step_table(values: dict) -> str:
 
 
 def decode_table(values: dict) -> str:
+  """Generation of responses, compared with `generate` of transformers."""
   head = [
     "responses",
     "jaxrl_vlm, tokens/s",
-    "generate, dynamic cache",
-    "generate, static cache",
-    "times the better one",
-    "asked",
+    "transformers, dynamic cache, tokens/s",
+    "transformers, static cache, tokens/s",
+    "speedup",
   ]
   return markdown(
     head,
@@ -77,7 +77,6 @@ def decode_table(values: dict) -> str:
         name,
         *(f"{r[side]:.0f}" for side in ("ours", "dynamic", "static")),
         f"{r['ratio']:.2f}",
-        f"{r['asked']:.0f}",
       ]
       for name, r in cases(values).items()
     ],
@@ -85,18 +84,17 @@ def decode_table(values: dict) -> str:
 
 
 def update_table(values: dict) -> str:
+  """The gradient of GRPO with shared prompts, with repeated prompts, and by transformers."""
   head = [
-    "gradient of",
+    "case",
     "shared, s",
-    "separate, s",
-    "torch, s",
-    "times faster",
-    "times fewer FLOPs",
-    "share of that",
-    "asked",
+    "repeated, s",
+    "transformers, s",
+    "speedup",
+    "FLOP ratio",
+    "realized saving",
     "MFU",
-    "asked",
-    "torch's MFU",
+    "MFU of transformers",
     "padding",
   ]
   return markdown(
@@ -108,9 +106,7 @@ def update_table(values: dict) -> str:
         f"{r['faster']:.2f}",
         f"{r['fewer_flops']:.2f}",
         f"{r['share']:.0%}",
-        f"{r['asked']['share']:.0%}",
         f"{r['mfu']['shared']:.0%}",
-        f"{r['asked']['mfu']:.0%}",
         f"{r['mfu']['torch']:.0%}",
         f"{r['padding']:.0%}",
       ]
@@ -121,73 +117,60 @@ def update_table(values: dict) -> str:
 
 
 def padding_table(values: dict) -> str:
-  found = values["padding of runs"]
+  """The share of padding in the packed responses of a batch."""
+  shares = values["padding of runs"]
   return markdown(
-    ["64 prompts of 8 responses", "padding", "asked: under"],
-    [[name, f"{share:.0%}", "15%"] for name, share in found.items() if name != "date"],
+    ["length of the responses", "padding"],
+    [[name, f"{share:.0%}"] for name, share in shares.items() if name != "date"],
   )
 
 
 def host_table(values: dict) -> str:
+  """Image preprocessing and grading on the host."""
   rows = [
     [
-      f"{kind} images of 1024 x 768, a second and core",
+      f"{kind} images of 1024 x 768 pixels, images/s per core",
       f"{r['ours']:.1f}",
-      f"transformers: {r['theirs']:.1f}",
+      f"{r['theirs']:.1f}",
     ]
     for kind, r in values["preprocessing"].items()
     if kind != "date"
   ]
-  rows += [
-    [
-      f"responses graded a second by `{name.split(',')[0]}`,{name.split(',')[1]}",
-      f"{r['samples_per_second']:.0f}",
-      "",
-    ]
-    for name, r in values.items()
-    if "samples_per_second" in r
-  ]
-  return markdown(["on the host", "here", "beside it"], rows)
+  for name, r in values.items():
+    if "samples_per_second" in r:
+      verifier, _, workers = name.partition(", ")
+      count = int(workers.split()[0])
+      label = f"responses graded by `{verifier}`, {count} worker{'s' if count > 1 else ''}"
+      rows.append([f"{label}, responses/s", f"{r['samples_per_second']:.0f}", ""])
+  return markdown(["measurement", "jaxrl_vlm", "transformers"], rows)
 
 
 def wait_table(values: dict) -> str:
-  """Of the main thread's time in a step, and of it where nothing was in flight."""
+  """What the main thread does during a step, and while the device is idle."""
   steps = {name: r for name, r in values.items() if "shares" in r}
   names = list(dict.fromkeys(key for r in steps.values() for key in r["shares"]))
-  head = ["main thread", *steps]
+  kinds = {"main_thread": "share of the step", "device_idle": "device idle"}
+  head = ["main thread", *(f"{name}: {label}" for name in steps for label in kinds.values())]
   return markdown(
     head,
     [
-      [
-        name,
-        *(
-          "{main_thread:.1%}, waited for {device_idle:.1%}".format_map(r["shares"][name])
-          for r in steps.values()
-        ),
-      ]
+      [name, *(f"{r['shares'][name][kind]:.1%}" for r in steps.values() for kind in kinds)]
       for name in names
     ],
   )
 
 
 def gpu_table(values: dict) -> str:
+  """The utilization of each GPU that was measured."""
   rows = []
   for card, r in cases(values).items():
     rows += [
-      [
-        f"{card}, {r['date']}: update, MFU",
-        f"{r['update_mfu']:.1%}",
-        f"{r['asked']['update_mfu']:.0%}",
-      ],
-      [
-        "decoding, of the bandwidth's bound",
-        f"{r['decode_bandwidth']:.1%}",
-        f"{r['asked']['decode_bandwidth']:.0%}",
-      ],
+      [f"{card}, {r['date']}: MFU of the update", f"{r['update_mfu']:.1%}"],
+      ["decoding: share of the memory-bandwidth bound", f"{r['decode_bandwidth']:.1%}"],
     ]
-    rows += [[f"a step: {part}, s", f"{seconds:.2f}", ""] for part, seconds in r["parts"].items()]
-    rows.append(["a whole step, s", f"{r['step_seconds']:.2f}", ""])
-  return markdown(["on a GPU", "measured", "asked"], rows)
+    rows += [[f"one step: {part}, s", f"{seconds:.2f}"] for part, seconds in r["parts"].items()]
+    rows.append(["one step: total, s", f"{r['step_seconds']:.2f}"])
+  return markdown(["measurement on a GPU", "value"], rows)
 
 
 TABLES = {
@@ -201,7 +184,7 @@ TABLES = {
 
 
 def tables() -> dict[str, list[str]]:
-  """The tables of each benchmark that has results."""
+  """Returns the Markdown tables of each benchmark that has results, by name of the benchmark."""
   found = {}
   for name, makers in TABLES.items():
     path = speed.FOLDER / f"{name}.json"

@@ -1,15 +1,18 @@
-"""What fits where: VPPO at real lengths, compiled for TPU slices from 4 to 256 chips.
+"""Plans VPPO at real lengths on TPU slices of 4 to 256 chips: which model fits where.
 
-    python benchmarks/plan.py                             # all of it: hours; continues where it was
-    python benchmarks/plan.py Qwen2.5-VL-7B v5e:4x4       # one row, also a model or a slice alone
-    python benchmarks/plan.py --as_run                    # again what just fits, as a run compiles
-    python benchmarks/plan.py --write                     # puts the tables into docs/plan.md
+    python benchmarks/plan.py                        # all cases: takes hours, resumes if stopped
+    python benchmarks/plan.py Qwen2.5-VL-7B v5e:4x4  # one case, or all cases of a model or a slice
+    python benchmarks/plan.py --as_run               # recompile narrow cases as a run compiles
+    python benchmarks/plan.py --write                # write the tables to docs/plan.md
 
-`configs/vppo_7b.py` with each model: prompts of 4,096 tokens, 8 responses of 2,048. Of each slice
-the mesh that has most room, by formula, is compiled, and those behind it until one fits. What has
-been compiled stands in `plan.json`; a slice that is not there has not been compiled. Plans ask the
-compiler for less optimisation than runs do; `--as_run` asks for all of it, which takes several
-times as long, for the rows of `FIRST` and those that fit by less than `NARROW` bytes.
+A case is `configs/vppo_7b.py` with one of the models on one of the slices: prompts of 4,096 tokens,
+8 responses of 2,048 tokens each. For each slice, the formulas of `jaxrl_vlm/memory.py` order the
+mesh shapes by free memory. The benchmark compiles them in this order until one fits. The results
+are stored in `plan.json`. A case that is not in this file has not been compiled.
+
+Plans ask the compiler for less optimization than runs do. `--as_run` asks for full optimization,
+which takes several times as long. It recompiles the cases of `FIRST`, and those that fit by less
+than `NARROW` bytes.
 """
 
 import argparse
@@ -29,7 +32,7 @@ from jaxrl_vlm.errors import UserError  # noqa: E402
 RESULTS, PAGE = ROOT / "benchmarks" / "plan.json", ROOT / "docs" / "plan.md"
 BEGIN, END = "<!-- plan: benchmarks/plan.py -->", "<!-- end of plan -->"
 CONFIG = ROOT / "configs" / "vppo_7b.py"
-# As their directories are called, less "-Instruct".
+# Names of the model directories, without "-Instruct".
 MODELS = ("Qwen2.5-VL-7B", "Qwen2.5-VL-32B", "Qwen2.5-VL-72B", "Qwen2.5-VL-3B", "Qwen3-VL-8B")
 GENERATIONS = ("v5e", "v5p", "v6e")
 FIRST = (
@@ -43,7 +46,10 @@ NARROW = 2 * _GIB
 
 
 def cases() -> list[tuple[str, str]]:
-  """(model, slice) by importance: some, then 16, 64, 256 and 4 chips of all, then the others."""
+  """Returns all cases (model, slice) in the order in which they are compiled.
+
+  `FIRST` comes first. The others are ordered by number of chips as in `SIZES`.
+  """
   from jaxrl_vlm.planning import roofline
 
   every = [
@@ -57,35 +63,42 @@ def cases() -> list[tuple[str, str]]:
 
 
 def config_of(model: str):
-  """The config of VPPO for a model."""
+  """Returns the VPPO config for a model."""
   from jaxrl_vlm.planning import step
 
   config = config_lib.load_config_file(str(CONFIG))
   config.model.path = f"{model}-Instruct"
-  if model.startswith("Qwen3"):  # patches of 16 pixels, not of 14
+  if model.startswith("Qwen3"):  # its patches have 16 pixels instead of 14
     config.model.min_pixels, config.model.max_pixels = 256 * 32 * 32, 1280 * 32 * 32
-  # Of more chips than heads of keys and values each would hold all of these.
+  # With more chips than key/value heads, every chip would store all of these heads.
   config.rollout.tensor = min(config.rollout.tensor, step.architecture(config).num_kv_heads)
   return config
 
 
 def compiled(model: str, name: str, cache: pathlib.Path) -> dict:
-  """The row of a model on a slice: the first of its meshes that fits, or the one that needs least.
+  """Compiles a case. Call it inside `plan.compiler()`.
 
-  Called within `plan.compiler()`.
+  Args:
+    model: one of `MODELS`.
+    name: name of the slice, e.g. "v5e:4x4".
+    cache: directory of compiled results.
+
+  Returns:
+    The result of the first mesh that fits, or of the mesh that needs the least memory. If nothing
+    could be compiled, the bytes per chip of parameters, gradients and AdamW moments (`state`).
   """
   from jaxrl_vlm.planning import roofline
 
   where, request = roofline.find_slice(name), plan.Request(config_of(model), cache=cache)
-  found: list[dict] = []
+  too_large: list[dict] = []
   for tensor, asked in plan.meshes(request, where):
     plan.say(f"{model} on {name}, mesh.tensor={tensor}")
     result = plan.plan_stage(asked, 0, where, all_of_it=False)
     if result["fits"]:
       return _row(result)
-    found.append(result)
-  if found:
-    return _row(min(found, key=lambda result: result["peak"]))
+    too_large.append(result)
+  if too_large:
+    return _row(min(too_large, key=lambda result: result["peak"]))
   return {
     "fits": False,
     "state": _state(request, where),
@@ -95,7 +108,11 @@ def compiled(model: str, name: str, cache: pathlib.Path) -> dict:
 
 
 def as_run(model: str, name: str, row: dict, cache: pathlib.Path) -> dict:
-  """The most that a chip of the row needs where nothing is left out of optimising."""
+  """Compiles a case with full optimization, on the mesh of its row.
+
+  Returns:
+    `fits`, `peak`, `peak_of` and `date`, as in the rows of `plan.json`.
+  """
   from jaxrl_vlm.planning import roofline
 
   where, request = roofline.find_slice(name), plan.Request(config_of(model), cache=cache)
@@ -106,7 +123,7 @@ def as_run(model: str, name: str, row: dict, cache: pathlib.Path) -> dict:
 
 
 def _state(request: plan.Request, where) -> float:
-  """Bytes of parameters, moments and gradients on a chip, if all chips share them evenly."""
+  """Bytes per chip of parameters, AdamW moments and gradients, sharded evenly over all chips."""
   import jax
 
   from jaxrl_vlm import models
@@ -147,7 +164,7 @@ def _row(result: dict) -> dict:
 
 
 def tables(results: dict) -> str:
-  """One for each model."""
+  """Returns one Markdown table for each model."""
   shown = []
   for model in MODELS:
     rows = dict(results.get(model, {}))
@@ -158,12 +175,12 @@ def tables(results: dict) -> str:
       "chips",
       "mesh",
       "fits",
-      "GiB on a chip",
-      "as run",
-      "of",
-      "most in",
+      "peak, GiB per chip",
+      "peak as run",
+      "available",
+      "program at peak",
       "step, s",
-      "tokens/s a chip",
+      "tokens/s per chip",
       "rollout",
       "scores",
       "update",
@@ -171,19 +188,19 @@ def tables(results: dict) -> str:
     lines = [head, ["---", "--:", "---", "---", "--:", "--:", "--:", "---"] + ["--:"] * 5]
     generations = list(dict.fromkeys(name.partition(":")[0] for name in rows))
     for generation in sorted(generations):
-      here = {n: r for n, r in rows.items() if n.startswith(f"{generation}:")}
+      slices = {n: r for n, r in rows.items() if n.startswith(f"{generation}:")}
       lines += [
-        _cells(name, row) for name, row in sorted(here.items(), key=lambda item: item[1]["chips"])
+        _cells(name, row) for name, row in sorted(slices.items(), key=lambda item: item[1]["chips"])
       ]
     shown.append(f"### {model}\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines))
   return "\n\n".join(shown)
 
 
 def _cells(name: str, row: dict) -> list[str]:
-  begin, of = [name, str(row["chips"])], f"{row['capacity'] / _GIB:.2f}"
+  begin, available = [name, str(row["chips"])], f"{row['capacity'] / _GIB:.2f}"
   if "mesh" not in row:
     state = f"{row['state'] / _GIB:.1f}"
-    return [*begin, "", "no", state, "", of, "not compiled", *[""] * 5]
+    return [*begin, "", "no", state, "", available, "not compiled", *[""] * 5]
   mesh = " x ".join(f"{axis} {count}" for axis, count in row["mesh"].items() if count > 1)
   run = row.get("as_run", row)
   fits = row["fits"] and run["fits"]
@@ -193,7 +210,7 @@ def _cells(name: str, row: dict) -> list[str]:
     "yes" if fits else "no",
     f"{row['peak'] / _GIB:.1f}",
     f"{run['peak'] / _GIB:.1f}" if run is not row else "",
-    of,
+    available,
     run["peak_of"],
   ]
   total = row["step_seconds"]
@@ -216,13 +233,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("only", nargs="*", help="a model, a slice, or both")
-  parser.add_argument("--write", action="store_true", help="put the tables into docs/plan.md")
-  parser.add_argument("--again", action="store_true", help="also what has been compiled before")
+  parser.add_argument("only", nargs="*", help="only the cases of this model, this slice, or both")
   parser.add_argument(
-    "--as_run", action="store_true", help="what just fits: its memory with all optimisation"
+    "--write", action="store_true", help="write the tables to docs/plan.md; compile nothing"
   )
-  parser.add_argument("--cache", default="~/.cache/jaxrl_vlm/plan")
+  parser.add_argument("--again", action="store_true", help="compile cases again that have a result")
+  parser.add_argument(
+    "--as_run", action="store_true", help="recompile narrow cases with full optimization"
+  )
+  parser.add_argument(
+    "--cache", default="~/.cache/jaxrl_vlm/plan", help="directory of compiled results"
+  )
   args = parser.parse_args()
   results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
   if args.write:

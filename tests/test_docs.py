@@ -60,7 +60,7 @@ OWNERS: dict[str, type] = {
   "KL to the reference": objectives.PolicyGradient,
   "Sampler and trainer": objectives.PolicyGradient,
   "Groups": objectives.Objective,
-  "What does not count": objectives.PolicyGradient,
+  "Excluded responses": objectives.PolicyGradient,
   "VPPO": objectives.VPPO,
   "PAPO": objectives.PAPO,
   "Masks": objectives.Objective,
@@ -249,6 +249,6 @@ def test_links_of_the_page_lead_somewhere_and_the_benchmark_finds_its_place():
     assert (ROOT / "docs" / target).exists(), target
   for path in re.findall(r"`((?:tests|benchmarks|configs|jaxrl_vlm)/[\w/]+\.py)`", OBJECTIVES):
     assert (ROOT / path).exists(), path
-  compared = section("Compared").splitlines()
+  compared = section("Comparison").splitlines()
   assert compared.count(comparison.BEGIN) == 1 == compared.count(comparison.END)
   assert compared.index(comparison.BEGIN) < compared.index(comparison.END)

@@ -140,7 +140,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert text.startswith(f"# Title\n\nBefore.\n{bench.BEGIN}\n") and "old" not in text
   assert text.endswith(f"{bench.END}\nAfter.\n")
   assert "18 of 157 runs, 2026-01-01, 2 CPU cores" in text
-  assert f"{len(data['results']) * 99 / 2 / 3600:.1f} hours together" in text
+  assert f"{len(data['results']) * 99 / 2 / 3600:.1f} hours in total" in text
   assert "compare_rloo_0.0001_0: exit code 2: no such objective" in text
   rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if "|" in line}
   assert 'the objective of "VPPO, shaping only" above' in text
@@ -156,7 +156,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   # GRPO's level is 61%, between 40% at 100k and 65, 66.2 and 67.4% at 310k.
   assert vppo[9] == f"{np.mean([100 + 210 * 0.21 / (d - 0.4) for d in (0.65, 0.662, 0.674)]):.0f}k"
   assert grpo[9].endswith("(2 of 3)")
-  assert grpo[11:] == vppo[11:] == ["310k", "20"] and "tokens of a run | seconds of a run" in main
+  assert grpo[11:] == vppo[11:] == ["310k", "20"] and "tokens per run | seconds per run" in main
   assert main in text and json.loads((tmp_path / bench.RESULT).read_text()) == data
   assert (tmp_path / bench.PICTURE).stat().st_size > 10_000
 
@@ -235,7 +235,7 @@ def test_the_tuning_table_marks_a_best_rate_at_the_edge(data):
   results += tunings("vppo", {5e-5: 0.3, 1e-4: 0.5, 2e-4: 0.4})
   text = bench.tuning_table(data | {"results": results, "learning_rates": bench.tuned(results)})
   head, _, *lines = text.splitlines()
-  assert head == "|  | 5e-05 | 0.0001 | 0.0002 | 0.0004 | 0.0008 |"
+  assert head == "| method | 5e-05 | 0.0001 | 0.0002 | 0.0004 | 0.0008 |"
   assert lines[0] == "| GRPO | 30.0 | 40.0 | 50.0 | 60.0 | **70.0** † |"
   assert "| VPPO | 30.0 | **50.0** | 40.0 | – | – |" in lines
   assert lines[-1].startswith("† The best rate is the lowest or the highest")
@@ -321,8 +321,8 @@ def test_common_rates_first_then_those_beyond_then_the_comparison(tmp_path, monk
   # A run at a rate that is not the tuned one is of no use, and is not counted.
   other = bench.Trial("grpo", 1e-4, 0, "compare")
   list(runner.run([benchmark.job(other)]))
-  assert plan().startswith("133 runs") and "x 1 seeds, and 4 beyond the edge)" in plan()
-  assert plan().endswith(" 133 finished.\nAt 360 seconds a run, 2 side by side: 0.0 hours left.")
+  assert plan().startswith("133 runs") and "x 1 seeds, and 4 at further rates)" in plan()
+  assert plan().endswith(" 133 finished.\nAt 360 seconds per run, 2 side by side: 0.0 hours left.")
 
 
 def test_a_method_is_compared_once_its_tuning_is_complete(tmp_path, capsys, monkeypatch):
@@ -369,12 +369,12 @@ def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
   assert second.data["done"] == first.data["done"] and len(second.data["results"]) == len(results)
   assert second.data["learning_rates"] == first.data["learning_rates"]
 
-  with pytest.raises(SystemExit, match="settings is .* move it away to begin anew"):
+  with pytest.raises(SystemExit, match="settings is .* move it away to start over"):
     bench.Benchmark(
       Pretended(tmp_path / "other", accuracy), tmp_path, SETTINGS | {"token_budget": 7}, ()
     ).run_all()
   monkeypatch.setattr(Pretended, "weights", b"others")
-  with pytest.raises(SystemExit, match="cold_start is .* move it away to begin anew"):
+  with pytest.raises(SystemExit, match="cold_start is .* move it away to start over"):
     bench.Benchmark(Pretended(tmp_path / "third", accuracy), tmp_path, SETTINGS, ()).run_all()
 
 
