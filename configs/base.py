@@ -1,7 +1,12 @@
-"""Every field of a run, with its default. Recipes in this folder change a few of them.
+"""Reference of all config fields of a run, with their defaults. Recipes change a few of them.
 
-A stage is one entry of `config.stages`; `sft()` and `rl()` below give entries with all fields
-set. On the command line: --config.seed=1 --config.stages[0].objective.name=vppo
+`get_config()` returns a complete config without stages. A stage is one entry of `config.stages`,
+made with `sft()` or `rl()`, which set all fields of a stage.
+
+Every field is also a command-line flag:
+--config.seed=1 --config.stages[0].objective.name=vppo
+
+docs/glossary.md explains the terms, and docs/performance.md shows what affects speed and memory.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -9,102 +14,150 @@ from ml_collections import ConfigDict, config_dict
 
 def model() -> ConfigDict:
   c = ConfigDict()
-  # Hugging Face directory: config.json, *.safetensors, tokenizer, preprocessor_config.json.
+  # Hugging Face model directory: config.json, *.safetensors, tokenizer and
+  # preprocessor_config.json.
   c.path = ""
-  # An untrained model made on the spot instead of `path` (see jaxrl_vlm/scratch.py); {} for none.
+  # Architecture of a new model with random weights, used instead of `path`. jaxrl_vlm/scratch.py
+  # lists the fields. The default {} loads `path`.
   c.scratch = ConfigDict()
-  # Sizes between which images are scaled, in pixels; 0: as the directory says.
+  # Minimum and maximum image area in pixels (height x width). Images outside this range are
+  # resized. 0 keeps the setting of the checkpoint. Lower `max_pixels` to get fewer image patches.
+  # Gemma 3 resizes every image to one fixed size, so both must be 0.
   c.min_pixels = 0
   c.max_pixels = 0
-  # Of activations: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
+  # Dtype of activations: "float32", "bfloat16", or "auto": bfloat16 on accelerators and float32 on
+  # CPU. Frozen parameters are stored in this dtype too.
   c.dtype = "auto"
-  # Kernels of attention: "splash" (Pallas, on TPU), "cudnn" (on NVIDIA GPUs, in bfloat16), "xla"
-  # (none), or "auto": the one that the devices of the mesh can have. Decoding is always "xla".
+  # Attention kernel: "splash" (Pallas kernel for TPUs), "cudnn" (NVIDIA GPUs of compute capability
+  # 8.0 or more, with bfloat16), "xla" (no kernel), or "auto": the kernel that the devices and the
+  # model support, or "xla" if there is none. Decoding always uses "xla".
   c.attention = "auto"
-  # Of parameters that train, and of optimizer state.
+  # Dtype of trained parameters and of their optimizer state: "float32" or "bfloat16".
   c.param_dtype = "float32"
-  # Patterns of the parameters that train: ("decoder",), ("!vision",), ("decoder", "head"),
-  # ("vision/merger",), ("lora",); names of levels as in jaxrl_vlm/models/patterns.py, the top ones
-  # being vision, embed, decoder and head. () is everything or, with LoRA, the adapters. Gradients
-  # and optimizer state exist only for what trains; the rest lies in `dtype`.
+  # Patterns that select the parameters to train. The default () trains everything or, with LoRA,
+  # only the adapters. Gradients and optimizer state exist only for trained parameters.
+  # Examples: ("decoder",), ("!vision",) for all but the vision tower, ("decoder", "head"),
+  # ("vision/merger",), ("lora",). A pattern names levels of the parameter tree, whose top levels
+  # are vision, embed, decoder and head. jaxrl_vlm/models/patterns.py defines the syntax.
   c.trainable = ()
-  # Adapters (LoRA), saved both folded into the model and as a PEFT directory.
+
+  # LoRA adapters. The run saves the model with the adapters merged into its weights. If only
+  # adapters were trained, it also saves them as a PEFT directory.
   c.lora = ConfigDict()
-  c.lora.rank = 0  # 0 for none
-  c.lora.alpha = 32.0  # an adapter's output is scaled by alpha / rank
-  # Patterns of the linear layers that get one. All of the decoder: ("decoder",); also of the vision
-  # tower and its merger: ("decoder", "vision"); the tower's layers: ("vision/blocks*",); only some:
-  # ("layers/q", "layers/v"), ("decoder", "!mlp"). Experts of a mixture and their router never get
-  # one, nor embeddings.
+  # Rank of the adapters. 0 adds no adapters.
+  c.lora.rank = 0
+  # The output of an adapter is multiplied by alpha / rank.
+  c.lora.alpha = 32.0
+  # Patterns that select the linear layers that get an adapter. The default selects all of the
+  # decoder. Other examples: ("decoder", "vision") also selects the vision tower and its merger,
+  # ("vision/blocks*",) the layers of the vision tower, ("layers/q", "layers/v") some projections,
+  # ("decoder", "!mlp") the decoder without its MLPs. Embeddings, experts and the router of a
+  # mixture of experts never get an adapter.
   c.lora.targets = ("decoder",)
-  # A PEFT directory of this rank, alpha and targets to continue from; "" starts new adapters.
+  # PEFT directory with adapters to continue from. Its rank, alpha and targets must equal the fields
+  # above. The default "" starts with new adapters.
   c.lora.path = ""
-  # What layers compute again in the backward pass instead of keeping it: "none"; "dots": all but
-  # matrix products and attention, a third of the memory at little cost; "full": everything, least
-  # memory, a third more compute.
+
+  # Which activations the backward pass recomputes instead of storing them (gradient checkpointing):
+  # "none": nothing is recomputed; needs the most memory.
+  # "dots": everything except the results of matrix products and attention.
+  # "full": everything except the input of each layer, which adds about one forward pass; needs the
+  #   least memory. Use it if "dots" does not fit.
   c.remat = "dots"
   return c
 
 
 def data() -> ConfigDict:
   c = ConfigDict()
-  # "digit_boards", another TFDS dataset, or the path of a JSON-lines file.
+  # "digit_boards", the name of a TFDS dataset, or the path of a JSON-lines file. In a path, {split}
+  # stands for train or test.
   c.name = ""
-  # Further settings of the source (for digit_boards: tasks, style, size ...).
+  # Options of the kind of dataset, for example tasks, style and slips of digit_boards. OPTIONS in
+  # jaxrl_vlm/data/sources.py lists them.
   c.options = ConfigDict()
-  # Where prepared datasets are kept; "" is ~/.cache/jaxrl_vlm (or $JAXRL_VLM_CACHE).
+  # Directory of prepared TFDS datasets. With the default "", digit_boards uses $JAXRL_VLM_CACHE or
+  # ~/.cache/jaxrl_vlm, and other datasets use the default directory of TFDS.
   c.dir = ""
   return c
 
 
 def optimizer() -> ConfigDict:
+  """AdamW with global-norm gradient clipping."""
   c = ConfigDict()
-  c.learning_rate = 1e-6  # the peak
-  c.schedule = "constant"  # after the warm-up: "constant", "linear" or "cosine" (to zero)
-  c.warmup_steps = 0  # updates from 0 to the peak
-  c.b1 = 0.9  # AdamW
+  # Peak learning rate.
+  c.learning_rate = 1e-6
+  # Schedule after the warmup: "constant", or "linear" or "cosine" decay to 0 at the end of the
+  # stage.
+  c.schedule = "constant"
+  # Number of updates in which the learning rate increases linearly to its peak.
+  c.warmup_steps = 0
+  # AdamW coefficients of the running averages of the gradient and of its square.
+  c.b1 = 0.9
   c.b2 = 0.999
-  c.weight_decay = 0.01  # decoupled, times the learning rate
-  c.clip_norm = 1.0  # global gradient norm
-  # Of AdamW: "float32"; "bfloat16", half the memory, rounded up or down at random so that small
-  # changes add up; "host": float32 in the hosts' memory, which every update fetches, when
-  # there is little else on the devices, and returns.
+  # Decoupled weight decay of all trained parameters, multiplied by the learning rate.
+  c.weight_decay = 0.01
+  # Maximum global norm of the gradient. Larger gradients are scaled down to it.
+  c.clip_norm = 1.0
+  # How the two AdamW moments are stored:
+  # "float32": in the memory of the devices.
+  # "bfloat16": half the memory, with stochastic rounding so that small changes accumulate.
+  # "host": in float32 in host memory. Each update copies them to the devices when the gradient is
+  #   complete, and back afterwards.
   c.moments = "float32"
   return c
 
 
 def evaluation() -> ConfigDict:
+  """Evaluation of a stage on held-out questions, before its first and after its last step."""
   c = ConfigDict()
-  c.examples = 0  # held-out questions of an evaluation; 0 evaluates nothing
-  c.every = 0  # steps between evaluations; 0 is only before the first and after the last step
-  c.batch = 128  # questions at a time
-  c.samples = 1  # answers to each; accuracy is the mean over them (avg@k)
-  c.temperature = 0.0  # of these answers; 0 is greedy
-  c.options = ConfigDict()  # of the stage's data.options, those that are others here
+  # Number of held-out questions. 0 disables evaluation.
+  c.examples = 0
+  # Number of steps between further evaluations. 0 evaluates only before the first and after the
+  # last step.
+  c.every = 0
+  # Number of questions that are answered together. Must be a multiple of mesh.slice x mesh.fsdp.
+  c.batch = 128
+  # Number of answers to each question. The accuracy is their mean (avg@k).
+  c.samples = 1
+  # Sampling temperature of the answers. 0 is greedy decoding, which requires samples = 1.
+  c.temperature = 0.0
+  # Overrides of the stage's `data.options` for evaluation.
+  c.options = ConfigDict()
   return c
 
 
 def _common(kind: str) -> ConfigDict:
   c = ConfigDict()
-  c.kind = kind  # "sft" or "rl"
-  c.steps = 0  # at least 1; of RL: rollouts
-  c.prompts_per_step = 0  # P; a multiple of mesh.slice x mesh.fsdp x microbatches x minibatches
-  c.max_tokens = 256  # T, the most tokens of a response
+  # "sft" or "rl".
+  c.kind = kind
+  # Number of steps, at least 1. A step of an RL stage is one rollout followed by `minibatches`
+  # updates, a step of a supervised stage is one update.
+  c.steps = 0
+  # Number of prompts per step (P), over all devices. Must be a multiple of
+  # minibatches x microbatches x mesh.slice x mesh.fsdp.
+  c.prompts_per_step = 0
+  # Maximum length of a response in tokens (T), including the end token.
+  c.max_tokens = 256
   c.data = data()
   c.optimizer = optimizer()
-  c.microbatches = 1  # gradient accumulation: parts in which a minibatch passes through the model
-  c.objective = ConfigDict()  # name, and fields of that objective: jaxrl_vlm/objectives
+  # Number of pieces of a minibatch whose gradients are accumulated. Increase it if an update does
+  # not fit into memory; the result stays the same except for rounding.
+  c.microbatches = 1
+  # `name` of the objective, and overrides of its fields (jaxrl_vlm/objectives).
+  c.objective = ConfigDict()
   c.eval = evaluation()
-  # Verifiers and their weights in the reward; a sample may bring its own. Evaluations use them.
-  # Names: math, exact, number, choice, format, or a function: "package.module:function",
-  # "path/to/file.py:function".
+  # Verifiers and their weights in the reward, for example {"math": 0.9, "format": 0.1}. Training
+  # and evaluation use them. A verifier is math, exact, number, choice, format, or a function:
+  # "package.module:function" or "path/to/file.py:function". An example of the dataset can replace
+  # them with its own `rewards`.
   c.rewards = ConfigDict(allow_dotted_keys=True)
-  c.accuracy = ""  # the verifier whose value is called accuracy; "" is the first of `rewards`
+  # Verifier whose value is reported as accuracy. The default "" is the first one of `rewards`.
+  c.accuracy = ""
   return c
 
 
 def sft() -> ConfigDict:
-  """A supervised stage: imitates each example's `target`."""
+  """Returns a supervised stage, which trains the model on the `target` of each example."""
   c = _common("sft")
   c.objective.name = "sft"
   c.optimizer.learning_rate = 1e-5
@@ -112,71 +165,114 @@ def sft() -> ConfigDict:
 
 
 def rl() -> ConfigDict:
-  """A reinforcement-learning stage: P prompts x G samples a step, graded, then updated."""
+  """Returns a reinforcement-learning stage.
+
+  Each step samples G responses for each of P prompts, grades them, and updates the model.
+  """
   c = _common("rl")
-  # "grpo", "dapo", "gspo", "papo", "vppo" ...; further fields of this dictionary override the
-  # objective's own (objective.clip_high=0.28). All names, fields and metrics: docs/objectives.md.
+  # Name of the objective: "grpo", "dapo", "gspo", "papo", "vppo" ... Other entries of this
+  # dictionary override fields of the objective, for example objective.clip_high=0.28.
+  # docs/objectives.md lists all names, fields and metrics.
   c.objective.name = "grpo"
-  c.num_samples = 8  # G
-  c.temperature = 1.0  # of sampling and of the scored log-probabilities; 0 is greedy
-  c.top_p = 1.0  # the likeliest tokens that together have this probability; 1 keeps all
-  c.top_k = 0  # 0 keeps all
-  c.minibatches = 1  # updates per rollout; P must be a multiple
-  # Response tokens that pass through the model together on each device, in scores and update: with
-  # more, weights that are split over fsdp are gathered less often; with fewer it needs less memory.
+  # Number of responses per prompt (G).
+  c.num_samples = 8
+  # Sampling temperature. Scores (log-probabilities and entropies) are computed at the same
+  # temperature. 0 is greedy decoding, with scores at temperature 1.
+  c.temperature = 1.0
+  # Nucleus sampling: samples from the smallest set of most likely tokens whose probabilities sum to
+  # at least this value. 1 keeps all tokens.
+  c.top_p = 1.0
+  # Samples from this many of the most likely tokens. 0 keeps all tokens.
+  c.top_k = 0
+  # Number of updates per rollout, each with P / minibatches prompts.
+  c.minibatches = 1
+  # Number of response tokens that pass through the model together on each device, in scores and
+  # updates. With a larger value, weights that are sharded over fsdp are gathered less often. With a
+  # smaller value, less memory is needed.
   c.part_tokens = 4096
-  # Response tokens to generate, those that dynamic sampling throws away included: the stage ends
-  # with the step that reaches this number, if it has not done all steps before; 0 sets no limit.
+  # Number of response tokens to generate, including those of groups that dynamic sampling discards.
+  # The stage ends after the step that reaches this number, or after `steps`. 0 sets no limit.
   c.token_budget = 0
   return c
 
 
 def get_config() -> ConfigDict:
   c = ConfigDict()
-  c.seed = 0  # of sampling, masks, the order of the data and a scratch model
+  # Seed of sampling, of image masks, of the order of the data, and of new parameters (LoRA
+  # adapters, or a model from `model.scratch`).
+  c.seed = 0
   c.model = model()
-  # Devices: prompts and parameters are split over fsdp, heads and vocabulary over tensor, prompts
-  # alone over slice (TPU slices that a slower network connects); -1 is whatever is left.
+  # Number of devices along each mesh axis; one of them may be -1, which takes all that are left.
+  # `slice`: TPU slices that are connected by a slower network. It shards prompts only.
+  # `fsdp`: shards prompts and parameters.
+  # `tensor`: shards heads, hidden units and vocabulary.
   c.mesh = ConfigDict({"slice": 1, "fsdp": -1, "tensor": 1})
-  # Over which axes of the mesh each axis of the parameters is split, as far as they divide it
-  # evenly: the vocabulary, heads and hidden units, and the width of the residual stream.
+  # Mesh axes that shard each kind of parameter axis: the vocabulary, `hidden` (heads and hidden
+  # units) and `width` (hidden size of the model). Mesh axes that do not divide an axis evenly are
+  # left out.
   c.sharding = ConfigDict({"vocab": ("fsdp", "tensor"), "hidden": ("tensor",), "width": ("fsdp",)})
-  # GiB of a device's memory by which rollouts and updates are planned; 0: as much as it says it has
-  # (on CPU: the machine).
+  # Memory of a device in GiB for which rollouts and updates are planned. 0 uses what the device
+  # reports (on CPU, the memory of the machine divided by the number of CPU devices). A run plans to
+  # fill 90% of it. Set it to use less, for example if other programs share the device.
   c.device_memory = 0.0
-  # Padded sizes, one compilation each: prompt tokens and image patches of a row.
+  # Sizes to which prompts are padded, in tokens, and their images, in patches. Each size compiles
+  # its own programs. Longer prompts and larger images are an error.
   c.prompt_buckets = (256, 512, 1024, 2048, 4096)
   c.patch_buckets = (256, 1024, 4096, 16384)
-  c.system_prompt = ""  # "" for none
+  # System prompt of every conversation. "" adds none.
+  c.system_prompt = ""
+
   c.rollout = ConfigDict()
-  c.rollout.chunk = 32  # tokens of each response between two looks at which of them have ended
-  # Prompts (with all their samples) that are decoded at once, on all devices together; those that
-  # have ended make room for others. 0: all of a step, or as many as the memory of a device holds.
+  # Number of tokens that each response is decoded between two checks by the host for responses that
+  # have ended. With a small value, their place in the batch is reused earlier. With a large value,
+  # the device waits for the host less often.
+  c.rollout.chunk = 32
+  # Number of prompts, each with all its samples, that are decoded at once, over all devices. When
+  # they end, waiting prompts take their place. 0 decodes all prompts of a step, or as many as fit
+  # into device memory.
   c.rollout.groups = 0
-  # Devices that share the weights while responses are drawn. 0: the layout of training, in which
-  # weights that are split over fsdp are gathered for every token. Otherwise each of so many has its
-  # part of all heads, hidden units and vocabulary in the dtype of activations, besides what it has
-  # for training, and prompts are split over the others: far faster, where there is room.
+  # Number of devices that share the weights during rollouts; a multiple of mesh.tensor that divides
+  # the number of devices of a slice. Each of these devices stores its shard of all heads, hidden
+  # units and vocabulary in the dtype of activations, in addition to the training weights, and
+  # prompts are sharded over the other mesh axes. 0 uses the sharding of training, in which weights
+  # that are sharded over fsdp are gathered for every token.
   c.rollout.tensor = 0
-  # Of the prompts' keys and values while responses are drawn: "auto", as activations, or "int8":
-  # half the memory of bfloat16, at a little error in the drawn distribution (metric
-  # sampler_logp_difference), which objective.correction makes up for.
+  # Dtype of the keys and values of prompts during rollouts: "auto" (the dtype of activations) or
+  # "int8" (about half the memory of bfloat16). Rounding to int8 changes the distribution that
+  # responses are sampled from. The metric objective/sampler_logp_difference shows by how much, and
+  # objective.correction corrects for it.
   c.rollout.prefix_dtype = "auto"
-  # "synchronous", or "one_step_off": the responses of a step are drawn before the update of the
-  # step ahead of it, so that nothing waits for graders. They are then of the policy one update
-  # earlier, for which objective.correction makes up (it is "tis" there unless it is set). The step
-  # after a checkpoint draws its own.
+
+  # "synchronous": a step updates the policy that generated its responses.
+  # "one_step_off": the responses of the next step are generated before the update of the current
+  #   step, so that the device does not wait for the graders. These responses come from the policy
+  #   one update earlier, which objective.correction corrects for; its default is then "tis". The
+  #   step after a checkpoint generates its own responses.
   c.pipeline = "synchronous"
-  # What is done, in order: a tuple of sft() and rl().
+  # The stages of the run, in order: a tuple of sft() and rl().
   c.stages = config_dict.placeholder(tuple)
   c.stages = ()
+
   c.checkpoint = ConfigDict()
-  c.checkpoint.every = 50  # steps
-  c.checkpoint.keep = 2  # the last k; the best by held-out accuracy is kept besides
-  c.reward_workers = 2  # processes that grade
-  c.reward_timeout = 2.0  # seconds for one answer; then its reward is 0
-  c.max_bad_steps = 5  # updates with a NaN or infinite loss in a row before the run stops
-  c.log_every = 1  # steps between lines of metrics
-  c.rollouts_every = 10  # steps between samples kept for the report
-  c.rollouts_kept = 4  # prompts kept each time
+  # Number of steps between checkpoints, counted over all stages. The last step of a stage is always
+  # saved.
+  c.checkpoint.every = 50
+  # Number of latest checkpoints to keep. The one with the best held-out accuracy is also kept.
+  c.checkpoint.keep = 2
+  # Number of worker processes that grade responses, for each process of the run.
+  c.reward_workers = 2
+  # Time limit for grading one response, in seconds, over all its verifiers. A response that exceeds
+  # it gets reward 0.
+  c.reward_timeout = 2.0
+  # Number of consecutive updates with a NaN or infinite loss or gradient after which the run stops.
+  # Such updates change no parameters.
+  c.max_bad_steps = 5
+  # Number of steps between two printed lines of metrics, if the output is not a terminal.
+  # metrics.jsonl and TensorBoard always contain every step.
+  c.log_every = 1
+  # Number of steps between two steps whose responses are saved for the report. The first and the
+  # last step of an RL stage are always saved.
+  c.rollouts_every = 10
+  # Number of prompts, each with all its samples, that are saved each time.
+  c.rollouts_kept = 4
   return c

@@ -1,12 +1,18 @@
-"""The small base model that ships as checkpoints/digits_base, taught from nothing on two cores.
+"""Trains the small base model checkpoints/digits_base from random weights, on two CPU cores.
 
     python -m jaxrl_vlm.train --config=configs/digits_base.py --workdir=runs/digits_base
     cp runs/digits_base/model/* checkpoints/digits_base/
 
-It is taught single cells first, then to read whole boards (straight to boards it learns the colours
-and never gets to the digits), then additions in samples of their own and every question in two ways
-of answering: straight away, and reading what is needed first. The second way is the better one, and
-the model ends undecided between them: that choice is what the quickstart's RL has to discover.
+The supervised stages build on each other:
+
+1. `cells`: read boards of a single cell. A model that starts with whole boards learns the colours
+   but never the digits.
+2. `boards`: read whole boards.
+3. `questions`: answer every question in two ways, directly or by reading the necessary cells
+   first, and compute additions without a board. Reading first is more accurate.
+4. `again`: the same questions, with larger weights for those that are learned last.
+5. `even`: answer in both ways equally often. The final model therefore uses both ways, and the RL
+   of the quickstart has to discover the better one.
 """
 
 import os
@@ -75,7 +81,7 @@ def get_config():
     tasks={"transcribe": 0.2, "arithmetic": 0.1, **dict.fromkeys(QUESTIONS, 0.7 / 8)},
     style={"direct": 0.5, "local": 0.5},
   )
-  # Once more, with more of what is learned last.
+  # Larger weights for the questions that are learned last.
   again = _stage(
     steps=1200,
     max_tokens=64,
@@ -87,7 +93,7 @@ def get_config():
     },
     style={"direct": 0.52, "local": 0.48},
   )
-  # At a low learning rate, so that it settles between the two ways.
+  # A lower learning rate, so that the model settles between the two ways.
   even = _stage(
     steps=200,
     max_tokens=64,

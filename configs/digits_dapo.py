@@ -1,4 +1,4 @@
-"""The quickstart with DAPO.
+"""The quickstart with the objective DAPO.
 
 python -m jaxrl_vlm.train --config=configs/digits_dapo.py --workdir=runs/digits_dapo
 """

@@ -1,4 +1,4 @@
-"""The quickstart with GRPO.
+"""The quickstart with the objective GRPO.
 
 python -m jaxrl_vlm.train --config=configs/digits_grpo.py --workdir=runs/digits_grpo
 """

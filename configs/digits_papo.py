@@ -1,4 +1,4 @@
-"""The quickstart with PAPO.
+"""The quickstart with the objective PAPO.
 
 python -m jaxrl_vlm.train --config=configs/digits_papo.py --workdir=runs/digits_papo
 """

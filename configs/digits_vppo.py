@@ -1,4 +1,4 @@
-"""The quickstart with VPPO.
+"""The quickstart with the objective VPPO.
 
 python -m jaxrl_vlm.train --config=configs/digits_vppo.py --workdir=runs/digits_vppo
 """

@@ -1,4 +1,6 @@
-"""One run of the comparison of objectives (benchmarks/objectives.py): RL from the cold start.
+"""One RL run of the comparison of objectives (benchmarks/objectives.py).
+
+The run starts from the model that configs/objectives_base.py trains:
 
     python -m jaxrl_vlm.train --config=configs/objectives_base.py --workdir=runs/objectives/base
     python -m jaxrl_vlm.train --config=configs/objectives.py --workdir=runs/objectives/grpo \\
@@ -17,12 +19,13 @@ def get_config():
   c.model.path = "runs/objectives/base/model"
   (stage,) = c.stages
   stage.steps = 100
-  # Several updates from each rollout: with one, ratios are 1 and the methods' clips do nothing.
+  # Several updates per rollout. With one update, all ratios are 1 and clipping has no effect.
   stage.minibatches = 4
   stage.optimizer.warmup_steps = 20
   stage.data.options = {"live": True}
   stage.rewards = {"exact": 1.0}
-  # As it is trained: the mean of samples, on questions of boards that training never sees.
+  # Evaluate at the temperature of training, as the mean over samples. The held-out boards have
+  # digits that training never uses.
   stage.eval.examples = 500
   stage.eval.every = 10
   stage.eval.samples = 4

@@ -1,10 +1,10 @@
-"""The cold start of the comparison of objectives: the base model, taught by a teacher that slips.
+"""Trains the start model of the comparison of objectives with a teacher that makes mistakes.
 
     python -m jaxrl_vlm.train --config=configs/objectives_base.py --workdir=runs/objectives/base
 
-Its steps are in order but it misreads digits and colours and miscalculates sums, as often as its
-teacher: there is much for RL to put right, in seeing as well as in reasoning, and no other way of
-answering that would do so at once.
+The resulting model writes its steps in order. Like its teacher, it misreads digits and colours and
+makes errors in sums. RL can therefore improve both perception and reasoning. Unlike in the
+quickstart, choosing another way of answering cannot remove these errors at once.
 """
 
 import os

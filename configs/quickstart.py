@@ -1,8 +1,10 @@
-"""The main job in minutes on two CPU cores: RL on real handwritten digits.
+"""RL of a small model on questions about boards of handwritten digits.
+
+This takes a few minutes on two CPU cores.
 
     python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Another loss is a flag: --config.stages[0].objective.name=vppo
+To use another objective, add a flag: '--config.stages[0].objective.name=vppo'
 """
 
 import os

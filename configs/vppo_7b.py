@@ -1,12 +1,14 @@
-"""VPPO as its authors run it on Qwen2.5-VL-7B-Instruct (arXiv 2510.09285; code VPPO-RL a23c54b).
+"""VPPO on Qwen2.5-VL-7B-Instruct with the settings of its authors.
+
+Source: arXiv 2510.09285, code VPPO-RL a23c54b.
 
     python -m jaxrl_vlm.plan --config=configs/vppo_7b.py --topology=v5p:2x2x4
     python -m jaxrl_vlm.train --config=configs/vppo_7b.py --workdir=runs/vppo_7b \
       --config.model.path=DIRECTORY '--config.stages[0].data.name=DIRECTORY/{split}.jsonl'
 
-Theirs are 39,000 questions of ViRL39K; each `question` ends with the instruction to think inside
-<think></think> and to give the answer in \\boxed{}, and `answer` is what the verifier compares.
-Weights and optimizer state are float32 here, theirs bfloat16.
+The authors train on the 39,000 questions of ViRL39K. Each `question` ends with the instruction to
+think inside <think></think> and to give the answer in \\boxed{}. The verifier compares the response
+with `answer`. Weights and optimizer state are float32 in this config and bfloat16 in theirs.
 """
 
 import os
@@ -18,7 +20,7 @@ import base  # noqa: E402
 
 def get_config():
   c = base.get_config()
-  c.model.path = "Qwen2.5-VL-7B-Instruct"  # the downloaded directory; a plan needs only its name
+  c.model.path = "Qwen2.5-VL-7B-Instruct"  # downloaded directory; a plan needs only the name
   c.model.min_pixels = 256 * 28 * 28
   c.model.max_pixels = 1280 * 28 * 28
   c.model.remat = "full"

@@ -4,7 +4,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Lazy, because reward workers import `jaxrl_vlm.rewards` and must never import jax.
+# Imported on first use, because reward workers import `jaxrl_vlm.rewards` and must not import jax.
 _PUBLIC = {
   "Example": "jaxrl_vlm.example",
   "Prompt": "jaxrl_vlm.types",
@@ -26,7 +26,7 @@ __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 def __getattr__(name: str):
   if name in _PUBLIC:
     if name != "Example":
-      # Before jax is used: an installed libtpu must not disturb a machine without a TPU.
+      # Before jax is used: jax takes an installed libtpu for a TPU, also where there is none.
       importlib.import_module("jaxrl_vlm.parallel.platform").choose_platform()
     return getattr(importlib.import_module(_PUBLIC[name]), name)
   if name in _MODULES:

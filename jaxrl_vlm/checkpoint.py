@@ -1,4 +1,4 @@
-"""Checkpoints of a run: parameters, optimizer and data position, together or not at all."""
+"""Checkpoints of a run: parameters, optimizer state and data position, saved atomically."""
 
 import contextlib
 import pathlib
@@ -17,13 +17,14 @@ from jaxrl_vlm.errors import UserError, one_line
 
 
 class Unreadable(Exception):
-  """A checkpoint looked complete but cannot be read; an older one is there.
+  """A checkpoint that looked complete cannot be read, but an older one exists.
 
   Attributes:
-    steps: all that were found unreadable so far, for the next `Checkpoints`.
+    steps: steps of all checkpoints that were found unreadable so far. Pass them to the next
+      `Checkpoints`.
   """
 
-  agreed = True  # by all processes of the run
+  agreed = True  # all processes of the run raise it
 
   def __init__(self, steps: frozenset[int]):
     super().__init__(f"unreadable checkpoints: {sorted(steps)}")
@@ -31,16 +32,18 @@ class Unreadable(Exception):
 
 
 class Checkpoints:
-  """Saves in the background; keeps the last k and the best by held-out accuracy.
+  """Saves checkpoints in the background and restores them.
 
-  A checkpoint that was interrupted while being written is never restored: Orbax writes under a
-  temporary name, and leftovers of it are removed here. One that lost files after that (a machine
-  that lost power, a partial copy) is passed over with a warning for the newest that can be read.
+  The latest `keep` checkpoints and the one with the best held-out accuracy are kept.
+
+  A checkpoint whose writing was interrupted is never restored: Orbax writes under a temporary name,
+  and the leftovers are removed here. A checkpoint that lost files later (power failure, partial
+  copy) is skipped with a warning, and the newest readable checkpoint is restored instead.
 
   Args:
-    path: made if it does not exist.
-    keep: k.
-    unreadable: steps to pass over.
+    path: directory of the checkpoints. It is created if it does not exist.
+    keep: number of latest checkpoints to keep.
+    unreadable: steps of checkpoints to skip.
   """
 
   def __init__(self, path: str | pathlib.Path, keep: int, unreadable: Iterable[int] = ()):
@@ -62,17 +65,20 @@ class Checkpoints:
   def save(
     self, step: int, state: Any, meta: dict[str, Any], accuracy: float | None = None
   ) -> None:
-    """Starts saving; device arrays may change as soon as this returns.
+    """Starts to save a checkpoint in the background.
+
+    The device arrays may be changed or donated as soon as this method returns. If a checkpoint of
+    this step exists, nothing is saved.
 
     Args:
       step: global step.
       state: pytree of arrays.
-      meta: JSON-like; where the run stands.
-      accuracy: held-out accuracy of these parameters, if it was measured.
+      meta: JSON-serializable position of the run.
+      accuracy: held-out accuracy of these parameters, or None if it was not measured.
 
     Raises:
-      UserError: the disk cannot hold it, or could not hold the one before; what was saved earlier
-        is untouched.
+      UserError: the disk has no space for this checkpoint, or the previous one could not be
+        written. Earlier checkpoints are unchanged.
     """
     if self._manager.latest_step() == step:
       return
@@ -92,38 +98,46 @@ class Checkpoints:
       )
 
   def latest_meta(self) -> dict[str, Any] | None:
-    """`meta` of the newest checkpoint that can be read; None without any checkpoint.
+    """Returns `meta` of the newest readable checkpoint, or None if there is no checkpoint.
 
     Raises:
-      UserError: there are checkpoints, but none can be read.
+      UserError: checkpoints exist, but none of them can be read.
     """
     while (step := self._latest()) is not None:
       meta, error = self._read(step, "meta", ocp.args.JsonRestore())
       if error is None:
         return dict(meta)
-      self._pass_over(step, error)
+      self._skip(step, error)
     return None
 
   def restore(self, abstract_state: Any) -> Any:
-    """The state of `latest_meta`, laid out as the ShapeDtypeStructs of `abstract_state`.
+    """Restores the state of the checkpoint that `latest_meta` found.
+
+    Args:
+      abstract_state: pytree of ShapeDtypeStructs with the shapes, dtypes and shardings of the
+        result.
 
     Raises:
-      Unreadable: start again from `latest_meta` with new Checkpoints that pass over its steps.
-      UserError: it cannot be read, and there is no older one.
+      Unreadable: the state cannot be read. Create new Checkpoints with `unreadable=error.steps` and
+        start again with `latest_meta`.
+      UserError: the state cannot be read, and there is no older checkpoint.
     """
     step = self._latest()
     assert step is not None, "restore() before a checkpoint was found by latest_meta()"
     state, error = self._read(step, "state", ocp.args.StandardRestore(abstract_state))
     if error is not None:
-      self._pass_over(step, error)
+      self._skip(step, error)
       raise Unreadable(self._unreadable) from error
-    self._set_aside()
+    self._rename_skipped()
     return state
 
   def _read(self, step: int, item: str, how: Any) -> tuple[Any, Exception | None]:
-    """An item of a step as far as it is this process's, or why one of the processes cannot read it.
+    """Reads this process's shards of an item of a checkpoint.
 
-    Each reads for itself: one that fails must not leave the others waiting for it.
+    Each process reads independently, so that one that fails does not leave the others waiting.
+
+    Returns:
+      The item, and None or the error with which one of the processes failed.
     """
     found, error = None, None
     me = jax.process_index()
@@ -136,18 +150,18 @@ class Checkpoints:
       )
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         found = reader.restore(self.path / str(step), args=ocp.args.Composite(**{item: how}))[item]
-    except Exception as e:  # whatever was cut short or is missing, Orbax fails in another way
+    except Exception as e:  # Orbax raises different types for different kinds of damage
       error = e
     failed = [text for text in parallel.gather(repr(error) if error else "") if text]
     return found, (error or OSError(failed[0])) if failed else None
 
   def _latest(self) -> int | None:
-    """As the first process sees the directory."""
+    """Returns the newest step that is not skipped, as process 0 sees the directory, or None."""
     steps = set(self._manager.all_steps()) - self._unreadable
     return parallel.gather(max(steps, default=None))[0]
 
-  def _pass_over(self, step: int, error: Exception) -> None:
-    """From now on without `step`, if there is another."""
+  def _skip(self, step: int, error: Exception) -> None:
+    """Skips `step` from now on. Raises UserError if no other checkpoint is left."""
     self._unreadable |= {step}
     if self._latest() is None:
       raise UserError(
@@ -155,8 +169,8 @@ class Checkpoints:
         "move this directory away to start from the beginning"
       ) from error
 
-  def _set_aside(self) -> None:
-    """Renames what was passed over, now that an older checkpoint has proved to be readable."""
+  def _rename_skipped(self) -> None:
+    """Renames the skipped checkpoints after an older one was restored."""
     latest = self._latest()
     for step in sorted(self._unreadable):
       target = self.path / f"unreadable-{step}"
@@ -171,16 +185,16 @@ class Checkpoints:
         file=sys.stderr,
       )
     if self._unreadable:
-      parallel.gather(None)  # the first has moved them
+      parallel.gather(None)  # wait until process 0 has renamed them
       self._manager.reload()
 
   def wait(self) -> None:
-    """Blocks until what was saved is on disk; raises UserError if it cannot be."""
+    """Waits until all checkpoints are on disk. Raises UserError if they cannot be written."""
     with self._saving():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """`wait`, and no saving after it."""
+    """Waits like `wait`, then closes the manager. Nothing can be saved afterwards."""
     with self._saving():
       self._manager.close()
 
@@ -189,10 +203,11 @@ class Checkpoints:
     try:
       yield
     except (OSError, ValueError) as e:
-      # tensorstore's errors are ValueErrors that begin with a code, such as OUT_OF_RANGE.
+      # Errors of tensorstore are ValueErrors that begin with a code, such as OUT_OF_RANGE. Other
+      # ValueErrors are bugs.
       if isinstance(e, ValueError) and not re.match(r"[A-Z_]+: ", str(e)):
         raise
       raise UserError(
         f"{self.path}: saving a checkpoint failed: {one_line(str(e))[:300]}; "
-        "earlier checkpoints are as they were"
+        "earlier checkpoints are unchanged"
       ) from e

@@ -1,8 +1,9 @@
 """Command lines and configs: `--config=FILE --config.FIELD=VALUE --workdir=DIRECTORY`.
 
-A config file is Python with `get_config() -> ml_collections.ConfigDict`. Overrides follow
-ml_collections' syntax (`config.stages[1].objective.name`), but are applied here: its own flags do
-not override None, do not add fields to open mappings, and report a typo as a traceback.
+A config file is a Python file with `get_config() -> ml_collections.ConfigDict`. Overrides have the
+syntax of ml_collections (`config.stages[1].objective.name`) but are implemented here, because the
+flags of ml_collections cannot override None, cannot add fields to open mappings, and report a typo
+with a traceback.
 """
 
 import ast
@@ -25,8 +26,8 @@ from ml_collections import ConfigDict
 
 from jaxrl_vlm.errors import UserError, WorkdirError, hint, one_line
 
-# Mappings whose keys are not all listed in the config: what they configure has its own list, and
-# checks them against it when it is made.
+# Mappings to which an override may add keys. The object that such a mapping configures knows the
+# valid keys and checks them when it is created.
 OPEN_MAPPINGS = ("objective", "rewards", "options", "scratch")
 
 CONFIG_FILE = "config.json"
@@ -35,7 +36,7 @@ _ABSENT = "(absent)"
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-  """A flag of an entry point, `--name=VALUE`; `default` None means that it must be given."""
+  """A flag of an entry point, `--name=VALUE`. With `default` None, the flag is required."""
 
   name: str
   help: str
@@ -44,7 +45,7 @@ class Flag:
 
 
 CONFIG = Flag("config", "Python file with get_config()", "configs/quickstart.py")
-WORKDIR = Flag("workdir", "directory for everything the run writes", "runs/quickstart")
+WORKDIR = Flag("workdir", "directory for all files of the run", "runs/quickstart")
 
 
 def run_cli(
@@ -53,23 +54,24 @@ def run_cli(
   about: str,
   flags: Sequence[Flag] = (CONFIG, WORKDIR),
 ) -> None:
-  """Parses sys.argv, calls `main(args)`; a UserError becomes one line on stderr and exit code 2.
+  """Parses sys.argv and calls `main(args)`.
 
-  Other exceptions keep their traceback. Wrap checks that raise ValueError in
-  `errors.validation()`.
+  A UserError is printed as one line on stderr, and the process exits with code 2. Other exceptions
+  keep their traceback. Code that checks user input and raises ValueError should run inside
+  `errors.validation()`, which converts it.
 
   Args:
-    main: takes what `load` returns.
-    program: module after `python -m`, e.g. "jaxrl_vlm.train".
-    about: what it does; the start of the help text.
-    flags: see `load`.
+    main: receives the result of `load`.
+    program: module after `python -m`, such as "jaxrl_vlm.train".
+    about: description of the program, with which the help text begins.
+    flags: flags of the program.
   """
   if {"-h", "--help"} & set(sys.argv[1:]):
     print(help_text(program, about, flags))
     return
   try:
     args = load(sys.argv[1:], program, flags)
-    # Libraries (grain, orbax) read absl flags, which must count as parsed: all have defaults.
+    # grain and orbax read absl flags and fail if these are not parsed. All of them have defaults.
     if not absl_flags.FLAGS.is_parsed():
       absl_flags.FLAGS(sys.argv[:1])
     main(args)
@@ -83,12 +85,22 @@ def load(
   program: str = "jaxrl_vlm.train",
   flags: Sequence[Flag] = (CONFIG, WORKDIR),
 ) -> types.SimpleNamespace:
-  """Flags by name; `config` is the ConfigDict with every override applied.
+  """Parses command-line flags.
 
-  `--name=value` and `--name value` are the same; `--config.field` alone sets a bool to True.
+  `--name=value` and `--name value` are equivalent. `--config.field` without a value sets a bool to
+  True.
+
+  Args:
+    argv: the command line without the program.
+    program: module after `python -m`, for the example in error messages.
+    flags: flags of the program.
+
+  Returns:
+    The values of the flags by name. `config` is the ConfigDict of the file with all overrides
+    applied.
 
   Raises:
-    UserError: one line naming the flag or field, its value, and the nearest valid names.
+    UserError: one line that names the flag or field, its value, and the nearest valid names.
   """
   known = {flag.name: flag for flag in flags}
   values: dict[str, Any] = {}
@@ -116,7 +128,7 @@ def load(
 
 
 def _split(argv: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-  """Pairs of flag name (without dashes) and value, None where no value follows."""
+  """Yields pairs of flag name (without dashes) and value, which is None if no value follows."""
   position = 0
   while position < len(argv):
     word = argv[position]
@@ -139,7 +151,7 @@ def _example(program: str, flags: Sequence[Flag]) -> str:
 
 
 def help_text(program: str, about: str, flags: Sequence[Flag] = (CONFIG, WORKDIR)) -> str:
-  """The text of `--help`."""
+  """Returns the text of `--help`."""
   example = _example(program, flags)
   width = max(len(flag.name) for flag in flags) + 10
   lines = [about.strip(), "", "Flags:"]
@@ -150,21 +162,24 @@ def help_text(program: str, about: str, flags: Sequence[Flag] = (CONFIG, WORKDIR
   if any(flag.name == "config" for flag in flags):
     lines += [
       "",
-      "Any field of the config can be set; configs/base.py documents them all:",
+      "Flags can set any field of the config. configs/base.py documents all fields:",
       f"  {example} --config.seed=3",
       f"  {example} '--config.stages[0].objective.name=vppo'",
       f"  {example} '--config.stages[0].objective.clip_high=0.3'",
-      "Quotes keep some shells from expanding the brackets. None, numbers, True and False and",
-      "tuples are written as in Python.",
+      "Quotes prevent some shells from expanding the brackets. Write None, numbers, True, False",
+      "and tuples as in Python.",
     ]
   return "\n".join(lines)
 
 
 def load_config_file(path: str) -> ConfigDict:
-  """`get_config()` of a Python file, which may import its neighbours (`from configs import base`).
+  """Returns the result of `get_config()` of a Python file.
+
+  The file may import files of its directory (`import base` or `from configs import base`).
 
   Raises:
-    UserError: the file is missing, does not import, or has no get_config that returns a ConfigDict.
+    UserError: the file is missing, cannot be imported, or has no `get_config` that returns a
+      ConfigDict.
   """
   flag = f"--config={path}"
   file = pathlib.Path(path)
@@ -191,7 +206,7 @@ def load_config_file(path: str) -> ConfigDict:
 
 
 def _convert_dicts(value: Any) -> Any:
-  """`value` with dicts in tuples and lists as ConfigDicts too, where ml_collections keeps them."""
+  """Converts dicts inside tuples and lists to ConfigDicts, which ml_collections does not do."""
   if isinstance(value, ConfigDict):
     for key in value:
       item = value[key]
@@ -210,13 +225,13 @@ def _convert_dicts(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _import_path(*folders: str) -> Iterator[None]:
-  """Makes modules in `folders` importable, after everything that already is."""
+  """Temporarily appends `folders` to the import path. Other modules take precedence."""
   sys.path.extend(folders)
   try:
     yield
   finally:
     for folder in folders:
-      # From the end: the folder may also have been there before.
+      # Delete the last occurrence, because the folder may have been on the path before.
       del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
 
 
@@ -225,7 +240,7 @@ def _one_line_failure(what: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if isinstance(error, SyntaxError):  # raised by the compiler: the frame is not in the file
+    if isinstance(error, SyntaxError):  # the traceback has no frame in the config file
       place = f"{error.filename}:{error.lineno}"
     else:
       frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -237,11 +252,16 @@ def _one_line_failure(what: str) -> Iterator[None]:
 def override(config: ConfigDict, path: str, text: str | None) -> None:
   """Sets one field of `config` in place, e.g. `override(c, "config.stages[0].steps", "10")`.
 
-  The type of the present value decides how `text` is read. A field that is None accepts any
-  literal; under `OPEN_MAPPINGS` a field may be new.
+  The type of the current value determines how `text` is read. A field that is None accepts any
+  Python literal. Only mappings in `OPEN_MAPPINGS` accept new fields.
+
+  Args:
+    config: the config to change.
+    path: the field, such as "config.stages[0].steps".
+    text: the value, as in Python; strings need no quotes. None sets a bool to True.
 
   Raises:
-    UserError: no such field or index, or a value of the wrong type.
+    UserError: the field or index does not exist, or the value has the wrong type.
   """
   if not re.fullmatch(r"config(\.\w+|\[-?\d+\])+", path):
     raise UserError(f"--{path}: fields look like config.field or config.stages[1].field")
@@ -252,33 +272,33 @@ def override(config: ConfigDict, path: str, text: str | None) -> None:
 
 
 def _assign(holder: Any, keys: list[str | int], text: str | None, path: str, is_open: bool) -> Any:
-  """`holder` with the field at `keys` set; ConfigDicts change in place, tuples are made anew."""
+  """Sets the field at `keys` and returns `holder`: a ConfigDict changed in place, a new tuple."""
   key, rest = keys[0], keys[1:]
-  here = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}"
+  field = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}"
   new = False
   if isinstance(key, int):
     if not isinstance(holder, (tuple, list)):
-      raise UserError(f"{here}: {path} is not a list, so it has no [{key}]")
+      raise UserError(f"{field}: {path} is not a list, so it has no [{key}]")
     if not -len(holder) <= key < len(holder):
       valid = f"valid: 0 to {len(holder) - 1}" if holder else "it is empty"
-      raise UserError(f"{here}: index out of range; {valid}")
+      raise UserError(f"{field}: index out of range; {valid}")
   elif not isinstance(holder, ConfigDict):
     what = f"a list: write {path}[0].{key}" if isinstance(holder, (tuple, list)) else repr(holder)
-    raise UserError(f"{here}: no such field; {path} is {what}")
+    raise UserError(f"{field}: no such field; {path} is {what}")
   elif key not in holder:
     if not (is_open and not rest):
-      raise UserError(f"{here}: no such field; {hint(key, holder.keys())}")
+      raise UserError(f"{field}: no such field; {hint(key, holder.keys())}")
     new = True
-  present = None if new else holder[key]  # type: ignore[index]  # as checked above
+  current = None if new else holder[key]  # type: ignore[index]  # checked above
   is_open = is_open or key in OPEN_MAPPINGS
   if rest:
-    group = ConfigDict() if present is None and is_open else present
-    value = _assign(group, rest, text, here, is_open)
+    inner = ConfigDict() if current is None and is_open else current
+    value = _assign(inner, rest, text, field, is_open)
   else:
-    value = _convert(text, present, here, is_open)
+    value = _convert(text, current, field, is_open)
   if isinstance(holder, ConfigDict):
-    if value is not present or new:
-      # Types are checked above; ConfigDict would refuse e.g. a number where a rewards dict was.
+    if value is not current or new:
+      # `_convert` has checked the type, so ConfigDict's own check is not needed.
       with holder.unlocked(), holder.ignore_type():
         holder[key] = value
     return holder
@@ -288,7 +308,7 @@ def _assign(holder: Any, keys: list[str | int], text: str | None, path: str, is_
 
 
 def _convert(text: str | None, current: Any, path: str, is_open: bool) -> Any:
-  """`text` as a value of the type of `current`."""
+  """Converts `text` to a value of the type of `current`."""
   if text is None:
     if isinstance(current, bool):
       return True
@@ -310,7 +330,7 @@ def _convert(text: str | None, current: Any, path: str, is_open: bool) -> Any:
 
 
 def _literal(text: str) -> Any:
-  """`text` read as a Python literal, or itself when it is none."""
+  """Parses `text` as a Python literal. Returns `text` itself if it is not a literal."""
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -318,7 +338,11 @@ def _literal(text: str) -> Any:
 
 
 def _cast(value: Any, like: Any) -> Any:
-  """`value` with the type of `like`; TypeError says which type was expected."""
+  """Converts `value` to the type of `like`.
+
+  Raises:
+    TypeError: `value` is of another type; the message is the expected type.
+  """
   if like is None:
     return tuple(value) if isinstance(value, list) else value
   if isinstance(like, bool):
@@ -340,7 +364,7 @@ def _cast(value: Any, like: Any) -> Any:
       raise TypeError("one field of one item, e.g. [0].name")
     if not isinstance(value, (tuple, list)):
       raise TypeError("tuple, e.g. (1, 2)")
-    # Items have a type to check only where all present ones share it.
+    # New items are checked only if all current items have the same type.
     shared = like[0] if len({type(item) for item in like}) == 1 else None
     try:
       return type(like)(_cast(item, shared) for item in value)
@@ -352,23 +376,23 @@ def _cast(value: Any, like: Any) -> Any:
 
 
 def to_json(config: ConfigDict) -> str:
-  """The resolved config as sorted, indented JSON; tuples become lists.
+  """Returns the config as JSON with sorted keys and indentation. Tuples become lists.
 
   Raises:
-    UserError: a value that JSON cannot hold (a function, an array); names its field.
+    UserError: JSON cannot represent a value (a function, an array); the message names its field.
   """
   return json.dumps(_plain(config, "config"), indent=2, sort_keys=True) + "\n"
 
 
 def from_json(text: str) -> ConfigDict:
-  """The config that `to_json` wrote; lists become tuples.
+  """Returns the config that `to_json` wrote. Lists become tuples.
 
   Raises:
     ValueError: `text` is not a JSON object.
   """
   values = json.loads(text)
   if not isinstance(values, dict):
-    raise ValueError(f"expected a JSON object, found {type(values).__name__}")
+    raise ValueError(f"expected a JSON object, got {type(values).__name__}")
   return _from_plain(values)
 
 
@@ -384,7 +408,7 @@ def _plain(value: Any, path: str) -> Any:
 
 def _from_plain(value: Any) -> Any:
   if isinstance(value, dict):
-    # Dotted keys: a verifier may be called "package.module:function".
+    # Keys may contain dots, as the verifier "package.module:function".
     return ConfigDict(
       {key: _from_plain(item) for key, item in value.items()}, allow_dotted_keys=True
     )
@@ -394,7 +418,7 @@ def _from_plain(value: Any) -> Any:
 
 
 def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
-  """The fields that differ, as lines `config.stages[1].steps: 10 -> 20`, sorted by field."""
+  """Returns the differences as lines `config.stages[1].steps: 10 -> 20`, sorted by field."""
   before, after = _leaves(old), _leaves(new)
   lines = []
   for path in sorted(before.keys() | after.keys()):
@@ -405,7 +429,7 @@ def diff(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def _leaves(config: ConfigDict) -> dict[str, str]:
-  """Every field that holds no further field, and its value as written in Python."""
+  """Returns all fields that contain no other fields, with their values as written in Python."""
   leaves = {}
 
   def walk(value: Any, path: str):
@@ -425,18 +449,19 @@ def _leaves(config: ConfigDict) -> dict[str, str]:
 def check_workdir(
   workdir: str | os.PathLike, config: ConfigDict, may_change: Sequence[str] = ()
 ) -> None:
-  """Claims `workdir` for `config`: writes config.json, or checks the one that is there.
+  """Writes config.json to the workdir of a run, or compares `config` with the file that exists.
 
-  The same config passes: that run is resumed. Every host of a run may call it, at any time.
+  If the config is the same, the existing run can be resumed. All processes of a run may call this
+  function, in any order.
 
   Args:
-    workdir: made if it does not exist.
-    config: the resolved config.
-    may_change: fields (`config.log`, and all below them; `config.stages[].steps` of all stages)
-      that a resumed run may change.
+    workdir: created if it does not exist.
+    config: the config with all overrides applied.
+    may_change: fields that a resumed run may change, including all fields below them.
+      `config.stages[].steps` means this field of all stages.
 
   Raises:
-    WorkdirError: the workdir holds a run with another config; lists the fields.
+    WorkdirError: the workdir contains a run with another config; the message lists the fields.
     UserError: the workdir cannot be written.
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
@@ -470,19 +495,19 @@ def _check_same(path: pathlib.Path, config: ConfigDict, may_change: Sequence[str
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Writes a text file that readers see whole or not at all, also after a kill.
+  """Writes a text file atomically: it is written completely or, after a kill, not at all.
 
   Raises:
-    OSError: the directory is missing, not writable, or full; `path` is as it was.
+    OSError: the directory does not exist, is not writable, or is full; `path` is unchanged.
   """
-  # A name of its own: several hosts may write the same file at once.
+  # The temporary name is unique, because several hosts may write the same file at the same time.
   descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
   try:
     with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from the rest of the group
+    os.chmod(temporary, 0o644)  # mkstemp creates files that only the owner can read
     os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(OSError):

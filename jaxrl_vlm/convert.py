@@ -1,4 +1,4 @@
-"""python -m jaxrl_vlm.convert: Hugging Face directories to Orbax and back."""
+"""Converts models between Hugging Face and Orbax directories: python -m jaxrl_vlm.convert."""
 
 import pathlib
 import shutil
@@ -13,37 +13,46 @@ from jaxrl_vlm import config as config_lib
 from jaxrl_vlm.config import Flag
 from jaxrl_vlm.errors import UserError, validation
 
-ABOUT = """Converts a model: a Hugging Face directory (config.json, *.safetensors) to an Orbax one
-(config.json, params/), an Orbax one back, or a checkpoint of a run to a Hugging Face directory.
-What the source is decides the direction. Prints what was mapped to what."""
+ABOUT = """Converts a model. The type of the source determines the result:
+  Hugging Face directory (config.json, *.safetensors) -> Orbax directory (config.json, params/)
+  Orbax directory -> Hugging Face directory
+  checkpoint of a run -> Hugging Face directory
+Prints which parameter was mapped to which tensors."""
 
 SOURCE = Flag(
   "source",
-  "a Hugging Face directory, an Orbax directory that this command wrote, or "
-  "a checkpoint of a run (runs/mine/checkpoints/100)",
+  "Hugging Face directory, Orbax directory that this command wrote, or "
+  "checkpoint of a run (runs/mine/checkpoints/100)",
   "checkpoints/digits_base",
 )
-TARGET = Flag("target", "directory to write; must not exist or be empty", "converted")
+TARGET = Flag("target", "directory to write; it must be empty or not exist", "converted")
 DTYPE = Flag(
   "dtype",
-  "of the written parameters: float32, bfloat16, or stored: as in the source",
+  "dtype of the written parameters: float32, bfloat16, or stored (as in the source)",
   "bfloat16",
   "stored",
 )
 
-PARAMS = "params"  # of an Orbax directory
+PARAMS = "params"  # subdirectory of an Orbax directory
 
 
 def convert(
   source: str | pathlib.Path, target: str | pathlib.Path, dtype: str = "stored"
 ) -> list[str]:
-  """Writes `target` in the other format than `source` has. See ABOUT and the flags.
+  """Converts a model, as ABOUT describes.
+
+  Args:
+    source: Hugging Face directory, Orbax directory, or checkpoint of a run.
+    target: directory to write. It must be empty or not exist.
+    dtype: dtype of the written parameters: "float32", "bfloat16" or "stored" (as in the source).
 
   Returns:
-    One line for each parameter: ours, its shape and type, and the tensors of transformers' model.
+    One line for each parameter with its path, shape, dtype, and the names of its tensors in the
+    Hugging Face checkpoint; then a line with the totals.
 
   Raises:
-    UserError: a directory that is neither, that is damaged, or a target that is not empty.
+    UserError: the source is of no known type or is damaged, the target is not empty, or the dtype
+      is invalid.
   """
   source, target = pathlib.Path(source), pathlib.Path(target)
   if dtype not in ("stored", "float32", "bfloat16"):
@@ -51,12 +60,12 @@ def convert(
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise UserError(f"--target={target}: exists and is not an empty directory")
   target.parent.mkdir(parents=True, exist_ok=True)
-  # Under another name until it is complete, so that what failed can be repeated.
+  # Write under a temporary name first, so that a failed conversion leaves no incomplete target.
   unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
   try:
     with validation(f"--source={source}: "):
       lines = _convert(source, unfinished, dtype)
-    unfinished.chmod(0o755)  # mkdtemp's is the owner's alone
+    unfinished.chmod(0o755)  # mkdtemp creates directories that only the owner can read
     if target.exists():
       target.rmdir()
     unfinished.rename(target)
@@ -93,15 +102,14 @@ def _convert(source: pathlib.Path, target: pathlib.Path, dtype: str) -> list[str
     models.save_pretrained(target, model, params, processor)
   else:
     raise UserError(
-      f"--source={source}: neither a Hugging Face directory (config.json and "
-      f"*.safetensors), nor an Orbax one (config.json and {PARAMS}/), nor a "
-      "checkpoint of a run (state/)"
+      f"--source={source}: expected a Hugging Face directory (config.json and *.safetensors), an "
+      f"Orbax directory (config.json and {PARAMS}/), or a checkpoint of a run (state/)"
     )
   return list(_mapped(config, params))
 
 
 def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
-  """Model, parameters with adapters folded in, and processor of a run's checkpoint."""
+  """Returns model, parameters with merged adapters, and processor of a checkpoint of a run."""
   import orbax.checkpoint as ocp
 
   from jaxrl_vlm import models, parallel
@@ -110,7 +118,8 @@ def _of_run(checkpoint: pathlib.Path) -> tuple[Any, Any, Any]:
 
   workdir = checkpoint.resolve().parents[1]
   config = config_lib.from_json((workdir / config_lib.CONFIG_FILE).read_text(encoding="utf-8"))
-  config.model.attention = "xla"  # nothing is computed, and the run was perhaps on other devices
+  # No attention is computed, and this machine may not support the kernel of the run.
+  config.model.attention = "xla"
   model, params, processor = load_model(
     config, model_path(config, workdir), parallel.make_mesh({"fsdp": -1})
   )
@@ -152,22 +161,25 @@ def _restore(source: pathlib.Path, config: Any, dtype: str) -> Any:
     types_ = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored.tree)
     wanted = models.abstract_params(config)
     if jax.tree.map(lambda x: x.shape, types_) != jax.tree.map(lambda x: x.shape, wanted):
-      raise ValueError(f"{path}: not the parameters of the model in {source / 'config.json'}")
+      raise ValueError(
+        f"{path}: expected the parameter shapes of the model in {source / 'config.json'}"
+      )
     return saver.restore(path, _typed(types_, dtype))
 
 
-# What holds parameters, in any format; and what says which.
+# Endings of files with parameters, in all common formats, and of their index files.
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
 
 
 def _copy_files(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Everything but the parameters: config, tokenizer, chat template, preprocessors."""
+  """Copies all files except parameters: config, tokenizer, chat template, preprocessors."""
   for file in sorted(source.iterdir()):
     if file.is_file() and not file.name.endswith(_WEIGHTS):
       shutil.copyfile(file, target / file.name)
 
 
 def _mapped(config: Any, params: Any) -> Iterator[str]:
+  """Yields a line for each parameter and one with the totals, see `convert`."""
   from jaxrl_vlm.models import names, weights
 
   flat = weights.by_path(params)

@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: shown as one line, without a traceback."""
+"""Errors that the user can correct. They are shown as one line, without a traceback."""
 
 import contextlib
 import difflib
@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-  """A mistake in flags, config, data or surroundings; the message is one line that says what to do.
+  """A mistake in flags, config, data or environment. The message is one line that says what to do.
 
   `config.run_cli` prints the message on stderr and exits with code 2.
   """
 
 
 class WorkdirError(UserError):
-  """The workdir holds the run of another config."""
+  """The workdir contains a run with another config."""
 
 
 def hint(name: str, valid: Iterable[str]) -> str:
-  """The end of a "no such ..." message: the valid names nearest to `name`, else all of them.
+  """Returns the end of a "no such ..." message: the valid names that are similar to `name`, or all.
 
   >>> hint("vpo", ["grpo", "vppo"])
   "did you mean 'vppo'?"
@@ -31,10 +31,10 @@ def hint(name: str, valid: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def validation(prefix: str = "") -> Iterator[None]:
-  """Turns a ValueError raised inside into a UserError whose message starts with `prefix`.
+  """Converts a ValueError raised inside to a UserError whose message starts with `prefix`.
 
-  Only for code that checks the user's input: a ValueError from anywhere else is a bug and keeps
-  its traceback.
+  Use it only for code that checks user input. A ValueError of other code is a bug and must keep its
+  traceback.
   """
   try:
     yield
@@ -43,5 +43,5 @@ def validation(prefix: str = "") -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-  """`text` with every run of white space, line breaks included, as one space."""
+  """Replaces each sequence of white space, including line breaks, by one space."""
   return " ".join(text.split())

@@ -1,8 +1,9 @@
-"""A model's `config.json`: read, checked, and filled with what transformers takes for granted.
+"""Reads and checks the `config.json` of a model, and adds the default values of transformers.
 
-Files that transformers 4 wrote hold only what differs from the defaults of its classes, so a field
-that is absent has their value. The table below is that of transformers 5.23, of the fields that are
-read here, in `models/families.py` and in `data/families.py`.
+Files written by transformers 4 contain only the fields that differ from the defaults of its config
+classes. A field that is absent therefore has the default value. The tables below contain the
+defaults of transformers 5.23, for the fields that are read here, in `models/families.py` and in
+`data/families.py`.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ _SIGLIP: Json = {
   "layer_norm_eps": 1e-6,
 }
 
-# Under `model_type`: of the whole file, of text_config, of vision_config.
+# Defaults by `model_type`: of the top level, of text_config, and of vision_config.
 DEFAULTS: Mapping[str, tuple[Json, Json, Json]] = {
   "qwen2_vl": (_QWEN, _QWEN2_TEXT, _QWEN2_VISION),
   "qwen2_5_vl": (_QWEN, _QWEN2_TEXT, _QWEN2_5_VISION),
@@ -162,9 +163,10 @@ DEFAULTS: Mapping[str, tuple[Json, Json, Json]] = {
   "qwen3_vl_moe": (_QWEN, _QWEN3_MOE_TEXT, _QWEN3_VISION),
   "gemma3": (_GEMMA3, _GEMMA3_TEXT, _SIGLIP),
 }
-# Older files of these have the decoder's fields at the top level.
+# In older files of these families, the fields of the decoder are at the top level.
 _FLAT = ("qwen2_vl", "qwen2_5_vl")
-# What transformers also writes or reads for a field of the table, and then prefers.
+# Other names that transformers writes or reads for fields of the tables. If a file contains both
+# names, transformers uses the value of the other name.
 _ALIASES = {
   "num_local_experts": "num_experts",
   "num_hidden_layers": "depth",
@@ -173,7 +175,8 @@ _ALIASES = {
   "boi_token_id": "boi_token_index",
   "eoi_token_id": "eoi_token_index",
 }
-# The fields that may be null, by a value of their type. `stop_tokens` checks eos_token_id.
+# Fields that may be null, each with an example value of its type. `stop_tokens` checks
+# eos_token_id.
 _NULLABLE: Json = {
   "num_key_value_heads": 1,
   "head_dim": 1,
@@ -190,7 +193,15 @@ _ROPE: Json = {"rope_theta": 1.0, "factor": 1.0, "mrope_section": (0,)}
 
 
 def parse_json(name: str, content: bytes) -> dict[str, Any]:
-  """The object that a file's content is; ValueError naming the file if it is none."""
+  """Parses a JSON object.
+
+  Args:
+    name: name of the file, for error messages.
+    content: content of the file.
+
+  Raises:
+    ValueError: the content is not a JSON object; the message names the file.
+  """
   try:
     value = json.loads(content)
   except ValueError as error:
@@ -201,10 +212,11 @@ def parse_json(name: str, content: bytes) -> dict[str, Any]:
 
 
 def read(path: str | pathlib.Path) -> dict[str, Any]:
-  """The contents of a directory's `config.json`.
+  """Returns the contents of the `config.json` of a directory.
 
   Raises:
-    FileNotFoundError, ValueError: one line naming the file: there is none, or it is no JSON object.
+    FileNotFoundError: the file does not exist.
+    ValueError: the file is not a JSON object. Both messages are one line that names the file.
   """
   file = pathlib.Path(path) / "config.json"
   if not file.is_file():
@@ -213,16 +225,21 @@ def read(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def complete(config: Json) -> dict[str, Any]:
-  """A `config.json` with every field of `DEFAULTS`, text and vision in sections of their own.
+  """Adds the defaults of all missing fields to the contents of a `config.json`.
 
-  As in transformers, a decoder's fields at the top level count where there is no text_config.
+  As in transformers, older files of Qwen2-VL and Qwen2.5-VL without `text_config` have the fields
+  of the decoder at the top level.
 
   Args:
-    config: the parsed file, which stays as it is.
+    config: the parsed file. It is not modified.
+
+  Returns:
+    A copy with every field of `DEFAULTS`, in which the fields of decoder and vision tower are in
+    `text_config` and `vision_config`.
 
   Raises:
-    ValueError: a family that is not supported, quantised weights, or a field of a wrong type; one
-      line with field, value and what was expected.
+    ValueError: the family is not supported, the weights are quantized, or a field has a wrong type.
+      The message is one line with the field, its value and what was expected.
   """
   family = config.get("model_type")
   if family not in tuple(DEFAULTS):
@@ -234,7 +251,7 @@ def complete(config: Json) -> dict[str, Any]:
   if quantization is not None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     raise ValueError(
-      f"config.json: quantization_config.quant_method={method!r}: quantised checkpoints are not "
+      f"config.json: quantization_config.quant_method={method!r}: quantized checkpoints are not "
       "supported; expected weights in bfloat16, float16 or float32"
     )
   top, text, vision = DEFAULTS[family]
@@ -249,7 +266,15 @@ def complete(config: Json) -> dict[str, Any]:
 
 
 def stop_tokens(config: Json, file: str = "config.json") -> tuple[int, ...]:
-  """`eos_token_id` of a file's contents: one id, several or none; ValueError if it is not that."""
+  """Returns the ids of `eos_token_id`, which may be one id, a list of ids, or absent.
+
+  Args:
+    config: contents of the file.
+    file: name of the file, for error messages.
+
+  Raises:
+    ValueError: the value is neither a token id nor a list of token ids.
+  """
   value = config.get("eos_token_id")
   ids = [] if value is None else value if isinstance(value, list) else [value]
   if any(type(i) is not int or i < 0 for i in ids):
@@ -258,12 +283,18 @@ def stop_tokens(config: Json, file: str = "config.json") -> tuple[int, ...]:
 
 
 def _filled(defaults: Json, given: Any, section: str) -> dict[str, Any]:
-  """`given`, checked, over `defaults`."""
+  """Returns the fields of `given`, and `defaults` for fields that are missing; checks all types.
+
+  Args:
+    defaults: default values of a section.
+    given: the section in the file, or None if it is absent.
+    section: name of the section; "" for the top level.
+  """
   given = {} if given is None else given
   if not isinstance(given, Mapping):
     raise ValueError(f"config.json: {section}={given!r}: expected an object")
   filled = {**defaults, **given}
-  names = {name: name for name in defaults}  # and where each stands in the file
+  names = {name: name for name in defaults}  # the name of each field in the file
   for alias, name in _ALIASES.items():
     if alias in given and name in defaults and alias not in defaults:
       filled[name], names[name] = given[alias], alias
@@ -288,7 +319,7 @@ def _check_rope(name: str, rope: Json) -> None:
 
 
 def _check(name: str, value: Any, example: Any) -> None:
-  """ValueError unless `value` is of the type of `example`."""
+  """Raises ValueError unless `value` has the type of `example` and is in the valid range."""
   number = isinstance(value, int | float) and not isinstance(value, bool)
   match example:
     case bool():

@@ -1,8 +1,9 @@
-"""Metrics of a run: a file of JSON lines, TensorBoard events, and a live display.
+"""Metrics of a run: a JSON-lines file, TensorBoard events, and a live display.
 
-Keys: `train/reward`, `train/reward/<component>`, `train/accuracy`, `train/response_length`,
-`time/tokens_per_second`, `objective/<name>`, `eval/accuracy`, `eval/accuracy/<skill>`. Every record
-has `step`, counted over all stages, and `stage`, such as "sft" or "rl".
+Every record has `step`, counted over all stages, and `stage` ("sft" or "rl"). The other keys are
+metrics, for example `train/reward`, `train/reward/<verifier>`, `train/accuracy`,
+`train/response_length`, `time/tokens_per_second`, `objective/<name>`, `eval/accuracy` and
+`eval/accuracy/<skill>`.
 """
 
 import collections
@@ -34,22 +35,24 @@ Record = dict[str, Any]
 
 
 class MetricsWriter:
-  """Appends records to `metrics.jsonl` and to TensorBoard events; each is on disk on return.
+  """Appends records to `metrics.jsonl` and to TensorBoard events.
 
-  One process of a run writes. A resumed run starts at a step that its earlier life may have passed:
-  records from there on move to `metrics.dropped.jsonl`, so that no step stands twice.
+  Only one process of a run writes. A run that is resumed from a checkpoint repeats the steps after
+  it. The records of these steps are moved to `metrics.dropped.jsonl`, so that `metrics.jsonl`
+  contains no step twice.
 
   Args:
-    workdir: made if it does not exist.
-    start: the first step that this writer will write, 0 for a new run.
-    keep: how many records at most are from before; None: all that are of earlier steps. The
-      evaluation of a step may have been written by an earlier life and be due all the same.
+    workdir: directory of the run. It is created if it does not exist.
+    start: first step that this writer will write; 0 for a new run.
+    keep: maximum number of existing records to keep, because a resumed run can also repeat an
+      evaluation, whose record has a step before `start`. None keeps all records of steps before
+      `start`.
 
   Attributes:
-    records: how many there are.
+    records: number of records in `metrics.jsonl`.
 
   Raises:
-    UserError: a file cannot be written (full disk, permissions); names it.
+    UserError: a file cannot be written (full disk, permissions); the message names the file.
   """
 
   def __init__(self, workdir: str | os.PathLike, start: int = 0, keep: int | None = None):
@@ -62,15 +65,16 @@ class MetricsWriter:
       raise _cannot_write(error, self._path) from error
 
   def write(self, step: int, stage: str, values: Mapping[str, Any]) -> None:
-    """Writes one record.
+    """Writes one record. It is in both files when this method returns.
 
     Args:
-      step: steps finished so far, over all stages.
-      stage: name of the running stage.
-      values: numbers by key; anything that float() takes. NaN and infinities become null.
+      step: number of finished steps, over all stages.
+      stage: kind of the current stage, "sft" or "rl".
+      values: metrics by key, each a number or a value that float() accepts. NaN and infinities are
+        written as null in `metrics.jsonl`.
 
     Raises:
-      UserError: a file cannot be written; names it.
+      UserError: a file cannot be written; the message names the file.
     """
     numbers = {
       key: int(value) if isinstance(value, int) else float(value) for key, value in values.items()
@@ -96,23 +100,23 @@ class MetricsWriter:
 
 
 class _EventFile:
-  """A TensorBoard event file, written in the calling thread.
+  """A TensorBoard event file that is written in the calling thread.
 
-  tensorboardX.SummaryWriter writes in a thread of its own, which a full disk kills; the next flush
-  then waits for it forever.
+  tensorboardX.SummaryWriter writes in a thread of its own. A full disk ends this thread, and the
+  next flush then waits for it forever.
   """
 
   def __init__(self, folder: pathlib.Path, start: int):
     from tensorboardX.event_file_writer import EventsWriter  # slow to import
     from tensorboardX.proto import event_pb2, summary_pb2
 
-    events: Any = event_pb2  # generated at import, unknown to type checkers
+    events: Any = event_pb2  # generated on import, therefore unknown to type checkers
     summaries: Any = summary_pb2
     self._event, self._summary = events.Event, summaries.Summary
     folder.mkdir(exist_ok=True)
-    # The process id keeps two lives within a second from sharing a file.
+    # The suffix makes the name unique if the run is restarted within a second.
     self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}.{time.time_ns()}")
-    # TensorBoard hides what earlier files hold from this step on.
+    # TensorBoard then ignores the events of earlier files from this step on.
     log = events.SessionLog(status=events.SessionLog.START)
     self._writer.write_event(events.Event(wall_time=time.time(), step=start, session_log=log))
     self._writer.flush()
@@ -130,14 +134,20 @@ class _EventFile:
 
 def _cannot_write(error: OSError, path: pathlib.Path) -> UserError:
   return UserError(
-    f"{error.filename or path}: cannot write metrics: {error.strerror}; once that is mended, the"
-    " same command resumes the run"
+    f"{error.filename or path}: cannot write metrics: {error.strerror}; correct this and run the"
+    " same command again to resume the run"
   )
 
 
 def _drop_from(path: pathlib.Path, start: int, keep: int | None) -> int:
-  """Moves records of step >= start, those behind the first `keep`, and a line that a kill cut
-  short, to `DROPPED_FILE`; how many are left."""
+  """Moves records that a resumed run repeats, and incomplete lines, to `DROPPED_FILE`.
+
+  Records are moved if their step is at least `start`, or if they come after the first `keep`
+  records.
+
+  Returns:
+    The number of remaining records.
+  """
   if not path.exists():
     return 0
   kept, dropped = [], []
@@ -148,7 +158,7 @@ def _drop_from(path: pathlib.Path, start: int, keep: int | None) -> int:
     (kept if known else dropped).append(line + "\n")
   if not dropped and text.endswith("\n"):
     return len(kept)
-  # First the copy, then the removal: a kill in between leaves a line in both files, never in none.
+  # Copy before removing: if the process is killed in between, no record is lost.
   with open(path.with_name(DROPPED_FILE), "a", encoding="utf-8") as file:
     file.writelines(dropped)
     file.flush()
@@ -166,12 +176,13 @@ def _parse(line: str) -> Record | None:
 
 
 def read(workdir: str | os.PathLike) -> list[Record]:
-  """The records of a run, in the order written; none if it has written none.
+  """Returns the records of a run in the order in which they were written.
 
-  A last line that is still being written is left out.
+  The list is empty if there is no file. An incomplete last line, which may still be being written,
+  is ignored.
 
   Raises:
-    UserError: a line before the last is not a record.
+    UserError: a line before the last one is not a record.
   """
   path = pathlib.Path(workdir) / METRICS_FILE
   if not path.exists():
@@ -188,7 +199,13 @@ def read(workdir: str | os.PathLike) -> list[Record]:
 
 
 class Change(NamedTuple):
-  """A held-out accuracy (0 to 1) before the last stage and after it; after is None until then."""
+  """A held-out accuracy (0 to 1) before and after the last stage that was evaluated.
+
+  Attributes:
+    name: "overall", or the skill.
+    before: accuracy before the stage.
+    after: accuracy of the last evaluation. None if it was not evaluated again.
+  """
 
   name: str
   before: float
@@ -196,10 +213,19 @@ class Change(NamedTuple):
 
 
 def before_and_after(records: Sequence[Record]) -> list[Change]:
-  """Held-out accuracies, overall first, around the last stage that was evaluated.
+  """Returns the held-out accuracies before and after the last stage that was evaluated.
 
-  Before is that stage's own first evaluation (no training step parts it from the end of the stage
-  ahead), else the last one of a stage of another kind, else the first of the run.
+  *After* is the last evaluation of the run. *Before* is the first evaluation of the same stage,
+  which is recognized because no training step separates it from the evaluation at the end of the
+  previous stage. If there is none, it is the last evaluation of a stage of another kind, or else
+  the first evaluation of the run.
+
+  Args:
+    records: all records of a run, from `read`.
+
+  Returns:
+    The overall accuracy, then the skills in alphabetical order. The list is empty if the run has no
+    evaluation.
   """
   evals = [i for i, record in enumerate(records) if record.get("eval/accuracy") is not None]
   if not evals:
@@ -220,16 +246,19 @@ def before_and_after(records: Sequence[Record]) -> list[Change]:
 
 
 class Progress:
-  """Live display of a run: a bar and a line on a terminal, a line every few steps elsewhere.
+  """Live display of a run.
 
-  with Progress(total=120) as progress:
-    progress.update(12, "rl", {"train/reward": 0.62, ...})
+  On a terminal it shows a progress bar and the current metrics. Otherwise it prints a line every
+  `every` steps.
+
+      with Progress(total=120) as progress:
+        progress.update(12, "rl", {"train/reward": 0.62, ...})
 
   Args:
-    total: steps of all stages together.
-    every: where the output is not a terminal, steps between two lines; the first and the last step
-      of a stage have a line too.
-    stream: where to print; stdout by default.
+    total: number of steps of all stages together.
+    every: number of steps between two lines if the output is not a terminal. The first and the last
+      step of a stage are always printed.
+    stream: output stream; stdout by default.
   """
 
   def __init__(self, total: int, every: int = 10, stream: TextIO | None = None):
@@ -262,18 +291,18 @@ class Progress:
       self.log(self._line)
 
   def update(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None:
-    """Shows one training step.
+    """Shows the metrics of one training step.
 
     Args:
-      step: steps finished so far, over all stages.
-      stage: name of the running stage.
-      metrics: by the keys of this module; those that are absent are not shown.
+      step: number of finished steps, over all stages.
+      stage: kind of the current stage, "sft" or "rl".
+      metrics: metrics by key, as in the records. `describe` selects the ones that are shown.
     """
     new_stage = stage != self._stage
     if new_stage:
       if self._stage and not self._live and self._printed != self._step:
         self.log(self._line)
-      self._clock.clear()  # another stage has another speed
+      self._clock.clear()  # the speed of another stage says nothing about this one
     self._stage, self._step = stage, step
     self._clock.append((step, time.monotonic()))
     seconds = self._seconds_left()
@@ -289,17 +318,20 @@ class Progress:
       self.log(self._line)
 
   def log(self, text: str) -> None:
-    """Prints a line of its own, above the bar where there is one."""
+    """Prints a separate line, above the progress bar if there is one."""
     if self._console.is_terminal:
       self._console.print(text, markup=False)
     else:
-      # Not through rich, which would wrap at 80 columns.
+      # Not with rich, which would wrap the line at 80 columns.
       print(text, file=self._console.file, flush=True)
       if text == self._line:
         self._printed = self._step
 
   def _seconds_left(self) -> float | None:
-    """At the mean speed of the last steps; None until two are known (the first one compiles)."""
+    """Estimates the remaining seconds from the mean time of the last steps.
+
+    None until a second step has ended, because the first step compiles.
+    """
     (first_step, first), (step, now) = self._clock[0], self._clock[-1]
     if step <= first_step:
       return None
@@ -307,7 +339,7 @@ class Progress:
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
-  """The metrics that matter, such as `reward 0.62 (math 0.58 format 1.00)  acc 0.58  len 21`."""
+  """Returns a one-line summary such as `reward 0.62 (math 0.58 format 1.00)  acc 0.58  len 21`."""
   parts = []
   if "train/reward" in metrics:
     prefix = "train/reward/"
@@ -335,7 +367,7 @@ def _number(value: Any) -> str:
 
 
 def _compact(value: float) -> str:
-  """3120 as 3.1k."""
+  """Formats 3120 as 3.1k."""
   for unit, size in (("M", 1e6), ("k", 1e3)):
     if value >= size:
       return f"{value / size:.1f}{unit}"
@@ -343,7 +375,7 @@ def _compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-  """Seconds as 1:40 (minutes) or 2:05:09 (hours)."""
+  """Formats seconds as 1:40 (minutes:seconds) or 2:05:09 (hours:minutes:seconds)."""
   minutes, rest = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -352,12 +384,12 @@ def duration(seconds: float) -> str:
 def results_table(
   changes: Sequence[Change], title: str = "held-out accuracy", stream: TextIO | None = None
 ) -> None:
-  """Prints accuracies before and after in percent, and the gain in points.
+  """Prints a table of accuracies before and after in percent, with the gain in percentage points.
 
   Args:
     changes: from `before_and_after`.
     title: heading of the first column.
-    stream: where to print; stdout by default. Plain text where that is not a terminal.
+    stream: output stream; stdout by default. If it is not a terminal, the table is plain text.
   """
   rows = [[title, "before", "after", "gain"]]
   for change in changes:

@@ -1,7 +1,7 @@
-"""A new, untrained model directory: an architecture and a tokenizer trained on given texts.
+"""Creates a Hugging Face directory of a new model: random weights and a newly trained tokenizer.
 
-For base models that are small enough to be taught from nothing (`configs/digits_base.py`). The
-result is an ordinary Hugging Face directory, so everything after it is the ordinary path.
+This is meant for models that are small enough to be trained from random weights, such as
+`configs/digits_base.py`. A run then loads the directory like that of any other model.
 """
 
 import json
@@ -19,7 +19,8 @@ from jaxrl_vlm.models import weights
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *VISION_TOKENS)
 
-# Each digit alone, words with their leading space; "\boxed{" whole because every answer has it.
+# Splits text before BPE: each digit is a separate piece, words keep their leading space, and
+# "\boxed{" is one piece because every answer contains it.
 _SPLIT = r" ?[a-zA-Z]+| ?[0-9]|\\boxed\{|[^\sa-zA-Z0-9\\]+ ?|\\|\s+"
 
 CHAT_TEMPLATE = (
@@ -34,7 +35,14 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-  """A byte-level BPE with Qwen's special tokens; any text survives encode and decode."""
+  """Trains a byte-level BPE tokenizer with the special tokens and the chat format of Qwen.
+
+  Byte-level means that encoding and decoding any text returns the same text.
+
+  Args:
+    texts: texts to train on.
+    vocab_size: maximum size of the vocabulary, including special tokens.
+  """
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
     [
@@ -63,7 +71,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def _config_json(architecture: Mapping[str, Any], ids: Sequence[int]) -> dict[str, Any]:
-  """`ids` of <|image_pad|>, <|video_pad|>, <|vision_start|>, <|vision_end|>, end and padding."""
+  """Returns the `config.json` of a Qwen2.5-VL model.
+
+  Args:
+    architecture: as in `create`.
+    ids: token ids of <|image_pad|>, <|video_pad|>, <|vision_start|>, <|vision_end|>, of the end of
+      a turn (<|im_end|>), and of padding (<|endoftext|>).
+  """
   text, vision = dict(architecture["text"]), dict(architecture["vision"])
   image, video, start, end, eos, pad = ids
   return {
@@ -92,22 +106,23 @@ def _config_json(architecture: Mapping[str, Any], ids: Sequence[int]) -> dict[st
 
 
 def model_config(architecture: Mapping[str, Any]) -> models.ModelConfig:
-  """What `create` would make, but for the numbers of its special tokens."""
+  """Returns the config of the model that `create` writes, with arbitrary ids of special tokens."""
   return models.from_hf(_config_json(architecture, range(6)))
 
 
 def create(
   path: str | pathlib.Path, architecture: Mapping[str, Any], texts: Iterable[str], seed: int = 0
 ) -> None:
-  """Writes the directory with random weights.
+  """Writes the Hugging Face directory of a new Qwen2.5-VL model with random weights.
 
   Args:
-    path: where to.
-    architecture: `text` and `vision`, as in a `config.json` of Qwen2.5-VL; `tie_word_embeddings`;
-      `min_pixels`, `max_pixels` of images. The vocabulary size of `text` is a ceiling for the
-      tokenizer's.
-    texts: what the tokenizer is trained on.
-    seed: of the weights.
+    path: directory to write. It is created if it does not exist.
+    architecture: `text` and `vision`, the `text_config` and `vision_config` of a `config.json` of
+      Qwen2.5-VL; `tie_word_embeddings`; and `min_pixels` and `max_pixels`, the minimum and maximum
+      area of images. `text["vocab_size"]` is the size of the embeddings and the maximum size of the
+      tokenizer's vocabulary.
+    texts: texts on which the tokenizer is trained.
+    seed: seed of the weights.
   """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
-"""python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""Trains a model: runs all stages of a config in a workdir.
 
-Runs the stages of a config. Started again with the same command, a run continues where its last
-checkpoint left it; a finished run shows its result again.
+    python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+The same command resumes a stopped run from its last checkpoint. For a finished run, it prints the
+result again.
 """
 
-# Nothing here may import jax at module level: processes that grade import this module first.
+# Do not import jax at module level: the reward workers import this module first.
 import contextlib
 import pathlib
 import time
@@ -15,18 +17,24 @@ from jaxrl_vlm import config as config_lib
 from jaxrl_vlm import metrics
 from jaxrl_vlm.errors import UserError
 
-ABOUT = "Trains a vision-language model through the stages of a config."
+ABOUT = "Trains a vision-language model: runs all stages of a config."
 
 
 def train(config, workdir: str | pathlib.Path) -> None:
-  """Runs `config` (as from a config file) in `workdir`, from its beginning or where it stopped.
+  """Runs the stages of a config, from the start or from the last checkpoint.
 
-  In a run of many processes all call this, with the same config and a workdir that all see; the
-  first one prints and writes what there is once. After it, before they end, all call
-  `parallel.leave_processes`, as the command does: who is gone without it is taken for lost.
+  In a run of several processes, every process calls this function with the same config and with a
+  workdir that all of them can read and write. Process 0 prints, and writes the files that exist
+  once. Before a process exits, it must call `parallel.leave_processes`, as the command does.
+  Otherwise the other processes take it for lost.
+
+  Args:
+    config: config of the run, as `get_config()` of a config file returns it.
+    workdir: directory for all files of the run. It is created if it does not exist.
 
   Raises:
-    UserError: something that the user can mend; the message names it. What was saved stays.
+    UserError: a mistake that the user can correct; the message names it. Files that were saved
+      before are kept.
   """
   from jaxrl_vlm import parallel
 
@@ -54,7 +62,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     print(f"{stopped}; the same command continues.")
     return
   except BaseException:
-    with contextlib.suppress(UserError, OSError):  # the first error is the one to tell
+    with contextlib.suppress(UserError, OSError):  # the original error is raised below
       report.write_report(workdir)
     raise
   page = report.write_report(workdir)
@@ -71,17 +79,19 @@ finished in {metrics.duration(time.monotonic() - began)}
 
 
 def _check_the_same(config) -> None:
-  """UserError if processes of the run have other configs."""
+  """Raises UserError if a process of the run has another config than process 0."""
   from jaxrl_vlm import parallel
 
   first, *others = map(config_lib.from_json, parallel.gather(config_lib.to_json(config)))
   for index, other in enumerate(others, 1):
     if lines := config_lib.diff(first, other):
-      raise UserError(f"--config: process {index} of this run has another one ({lines[0]})")
+      raise UserError(
+        f"--config: process {index} of this run has another config than process 0 ({lines[0]})"
+      )
 
 
 def _check_shared(workdir: pathlib.Path) -> None:
-  """UserError if some process of the run does not see what the first one writes."""
+  """Raises UserError if a process of the run does not see the files of process 0."""
   from jaxrl_vlm import parallel
 
   token = f".shared-{uuid.uuid4().hex}"
@@ -101,13 +111,17 @@ def _check_shared(workdir: pathlib.Path) -> None:
 
 
 def _save(run, workdir: pathlib.Path) -> str:
-  """Writes the model and, where nothing but adapters trained, these; a line that says so."""
+  """Writes the final model. If only adapters were trained, also writes them as a PEFT directory.
+
+  Returns:
+    A line of the summary that names the directory of the adapters, or "".
+  """
   from jaxrl_vlm import models
   from jaxrl_vlm.models import lora
 
   params, config, line = run.params, run.model.config, ""
   if config.lora is not None:
-    # Otherwise the adapters do not belong to the model that the run began with.
+    # If other parameters were trained too, the adapters do not fit the start model.
     if not lora.strip(run.trained):
       lora.save_adapter(workdir / "adapter", config, params, run.model_path)
       line = f"\n  adapter      {workdir / 'adapter'} (of {run.model_path})"

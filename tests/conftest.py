@@ -6,7 +6,8 @@ import pathlib
 import jax
 import pytest
 
-from tests import tiny_run
+from tests import compile_once, tiny_run
+from tests.ordinary import ORDINARY
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = tiny_run.xla_flags(8)
@@ -22,6 +23,7 @@ jax.config.update(
   float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
 )
 jax.config.update("jax_enable_compilation_cache", False)
+compile_once.install()
 
 
 @pytest.fixture
@@ -38,12 +40,41 @@ def few_compiled_programs():
   yield
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    compile_once.clear()
     jax.clear_caches()
 
 
-def pytest_collection_modifyitems(items):
-  """Files with long tests first: where files are shared out, none of them is left for the end."""
-  long = dict.fromkeys((item.path for item in items), 0)
+def _mark_exhaustive(items) -> None:
+  """Puts the marker `exhaustive` on all cases that `tests/ordinary.py` does not list."""
+  cases: dict[str, set[str]] = {name: set() for name in ORDINARY}
+  files = set()
   for item in items:
-    long[item.path] += item.get_closest_marker("slow") is not None
-  items.sort(key=lambda item: -long[item.path])
+    file = item.path.relative_to(pathlib.Path(__file__).parent).as_posix()
+    files.add(file)
+    name = f"{file}::{getattr(item, 'originalname', item.name)}"
+    if name not in ORDINARY:
+      continue
+    case = item.callspec.id if hasattr(item, "callspec") else ""
+    cases[name].add(case)
+    if case not in ORDINARY[name]:
+      item.add_marker(pytest.mark.exhaustive)
+  for name, ids in ORDINARY.items():
+    if name.partition("::")[0] in files and (not cases[name] or set(ids) - cases[name]):
+      raise pytest.UsageError(
+        f"tests/ordinary.py: {name!r}: expected ids of its cases {sorted(cases[name])}, got {ids}"
+      )
+
+
+def pytest_collection_modifyitems(config, items):
+  if any("::" in argument for argument in config.args):
+    return  # tests that are named run, whatever their markers
+  _mark_exhaustive(items)
+  if "exhaustive" not in config.option.markexpr:
+    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+  # Files with slow tests first: where processes share the files, none of these starts last.
+  slow = dict.fromkeys((item.path for item in items), 0)
+  for item in items:
+    slow[item.path] += item.get_closest_marker("slow") is not None
+  items.sort(key=lambda item: -slow[item.path])

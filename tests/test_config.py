@@ -1,4 +1,4 @@
-"""Command lines, overrides, and the claim of a config on its workdir."""
+"""Tests command lines, overrides, and the check that a workdir belongs to one config."""
 
 import json
 import os
@@ -87,19 +87,19 @@ def failure(*argv):
     ("--config.stages[0].rewards.math=0.9", lambda c: c.stages[0].rewards.to_dict(), {"math": 0.9}),
   ],
 )
-def test_override(config_file, flag, read, expected):
+def test_override_sets_the_value_with_the_type_of_the_field(config_file, flag, read, expected):
   value = read(load(config_file, flag))
   assert value == expected
   assert type(value) is type(expected)
 
 
-def test_overrides_leave_other_fields_alone_and_the_last_one_wins(config_file):
+def test_overrides_change_no_other_field_and_the_last_one_wins(config_file):
   base = load(config_file)
   config = load(config_file, "--config.stages[0].steps", "10", "--config.seed=1", "--config.seed=2")
   assert config_lib.diff(base, config) == ["config.seed: 0 -> 2", "config.stages[0].steps: 5 -> 10"]
 
 
-def test_override_of_a_reference_changes_what_refers_to_it():
+def test_override_of_a_referenced_field_changes_the_fields_that_refer_to_it():
   config = ConfigDict({"steps": 4, "n": config_dict.placeholder(int)})
   config.warmup = config.get_ref("steps") * 2
   config_lib.override(config, "config.steps", "5")
@@ -153,16 +153,16 @@ def test_override_of_a_reference_changes_what_refers_to_it():
     ("stray", "'stray': flags look like --name=value; see --help"),
   ],
 )
-def test_mistakes_are_one_line_that_names_the_field(config_file, flag, message):
+def test_error_of_a_wrong_flag_is_one_line_that_names_it(config_file, flag, message):
   assert failure(f"--config={config_file}", "--workdir=w", flag) == message
 
 
-def test_missing_flags_come_with_an_example(config_file):
+def test_error_of_a_missing_flag_has_an_example(config_file):
   example = (
     "; example: python -m jaxrl_vlm.train --config=configs/quickstart.py --workdir=runs/quickstart"
   )
   assert failure(f"--config={config_file}") == (
-    "--workdir is missing (directory for everything the run writes)" + example
+    "--workdir is missing (directory for all files of the run)" + example
   )
   assert failure("--workdir=w") == "--config is missing (Python file with get_config())" + example
   assert failure("--workdir=", f"--config={config_file}") == (
@@ -170,7 +170,7 @@ def test_missing_flags_come_with_an_example(config_file):
   )
 
 
-def test_bad_config_files(tmp_path, config_file):
+def test_errors_of_invalid_config_files(tmp_path, config_file):
   def message(name, text=None):
     path = tmp_path / name
     if text is not None:
@@ -194,7 +194,9 @@ def test_bad_config_files(tmp_path, config_file):
   )
 
 
-def test_a_config_imports_its_neighbours_from_any_directory(tmp_path, monkeypatch):
+def test_config_file_imports_files_of_its_directory_from_any_working_directory(
+  tmp_path, monkeypatch
+):
   folder = tmp_path / "recipes_of_this_test"
   folder.mkdir()
   (folder / "common.py").write_text(CONFIG_TEXT)
@@ -258,7 +260,7 @@ def test_workdir_belongs_to_one_config(tmp_path, config_file):
   config_lib.check_workdir(workdir, other, may_change=("config.stages[].steps",))
 
 
-def test_unusable_workdirs(tmp_path, config_file):
+def test_errors_of_unusable_workdirs(tmp_path, config_file):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"^--workdir=.*file: cannot write .*config\.json: "):
     config_lib.check_workdir(tmp_path / "file", load(config_file))

@@ -1,4 +1,4 @@
-"""python -m jaxrl_vlm.convert: both ways, and from a run; nothing is lost on the way."""
+"""Tests python -m jaxrl_vlm.convert: in both directions and from checkpoints, without any loss."""
 
 import json
 import subprocess
@@ -25,13 +25,13 @@ def tensors(path):
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "gemma3"])
-def test_there_and_back(family, tmp_path):
+def test_round_trip_changes_no_parameter_and_no_file(family, tmp_path):
   start, orbax, back = (tmp_path / name for name in ("hf", "orbax", "back"))
   tiny.make_hf(start, family=family, dtype=torch.bfloat16, max_shard_size="200KB")
   lines = convert(start, orbax)
   assert not list(orbax.glob("*.safetensors*"))
   assert convert(orbax, back) == lines
-  # Names as published, so by way of ours.
+  # The files have the published tensor names, so compare them after loading.
   _, before, processor = jv.load_pretrained(start, param_dtype="bfloat16")
   _, after, _ = jv.load_pretrained(back, param_dtype="bfloat16")
   jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -46,7 +46,7 @@ def test_there_and_back(family, tmp_path):
   assert f"{count:,} parameters" in lines[-1] and len(lines) > 30
 
 
-def test_command_prints_what_it_mapped(tmp_path):
+def test_command_prints_the_mapping(tmp_path):
   tiny.make_hf(tmp_path / "hf", family="qwen3_vl_moe")
   done = subprocess.run(
     [
@@ -69,13 +69,13 @@ def test_command_prints_what_it_mapped(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["everything", "adapters", "some of the adapters"])
-def test_checkpoint_of_a_run(kind, tmp_path, one_device):
+def test_converted_checkpoint_equals_the_saved_model(kind, tmp_path, one_device):
   config = tiny_run.get_config() if kind == "everything" else tiny_run.get_lora_config()
   stage = config.stages[-1]
   stage.steps, stage.eval.examples, stage.objective.name = 2, 0, "grpo"
   config.stages = (stage,)
   workdir = tmp_path / "run"
-  if kind == "some of the adapters":  # the others stay as an earlier run left them
+  if kind == "some of the adapters":  # the other adapters come from an earlier run
     train.train(config, tmp_path / "earlier")
     config.model.lora.path = str(tmp_path / "earlier" / "adapter")
     config.model.trainable = ("decoder/layers/*/lora",)
@@ -93,14 +93,14 @@ def test_checkpoint_of_a_run(kind, tmp_path, one_device):
 @pytest.mark.parametrize(
   ("source", "target", "dtype", "message"),
   [
-    ("nothing", "out", "stored", "neither a Hugging Face directory"),
+    ("nothing", "out", "stored", "expected a Hugging Face directory"),
     ("hf", "hf", "stored", "hf: exists and is not an empty directory"),
     ("hf", "out", "int8", "--dtype=int8: expected 'stored', 'float32' or 'bfloat16'"),
     ("broken", "out", "stored", "model.safetensors: no such file"),
     ("llama", "out", "stored", "model_type='llama' is not supported"),
   ],
 )
-def test_mistakes(source, target, dtype, message, tmp_path):
+def test_mistakes_are_one_line_and_write_nothing(source, target, dtype, message, tmp_path):
   tiny.make_hf(tmp_path / "hf")
   for name, content in (("broken", None), ("llama", {"model_type": "llama"})):
     (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""`config.json`: the defaults are those of transformers, and mistakes are named."""
+"""Tests reading `config.json`: defaults equal those of transformers, and errors name the field."""
 
 import copy
 import json
@@ -12,18 +12,18 @@ from jaxrl_vlm.data import families as data_families
 from jaxrl_vlm.models import families as model_families
 from jaxrl_vlm.models.published import CONFIGS
 
-# Fields that not every class of transformers has: null, or what the rest of the file decides.
+# Fields that not every config class of transformers has. They are null or depend on other fields.
 ROPE = {"rope_theta", "rope_local_base_freq", "rope_parameters", "rope_scaling"}
 DERIVED = {"head_dim", "layer_types", "mlp_only_layers", "sliding_window_pattern"}
 
 
-def test_every_family_is_known_everywhere():
+def test_all_modules_support_the_same_families():
   assert set(hf_config.DEFAULTS) == set(data_families.FAMILIES) == set(model_families.FAMILIES)
   assert set(hf_config.DEFAULTS) == {config["model_type"] for config in CONFIGS.values()}
 
 
 @pytest.mark.parametrize("family", hf_config.DEFAULTS)
-def test_defaults_are_those_of_transformers(family):
+def test_defaults_equal_those_of_transformers(family):
   theirs = transformers.AutoConfig.for_model(family)
   parts = (theirs, theirs.text_config, theirs.vision_config)
   for ours, part in zip(hf_config.DEFAULTS[family], parts, strict=True):
@@ -32,7 +32,7 @@ def test_defaults_are_those_of_transformers(family):
         continue
       default = getattr(part, field, None)
       default = tuple(default) if isinstance(default, list) else default
-      # A family without the field is one for which it is off.
+      # If transformers has no such field, our default must be off.
       assert (
         value == default or (not value and not default) or (field == "sliding_window_pattern")
       ), field
@@ -48,7 +48,7 @@ def test_defaults_are_those_of_transformers(family):
     assert vision["rope_theta"] == theirs.vision_config.rope_parameters["rope_theta"]
 
 
-def test_complete_leaves_its_argument_and_keeps_other_fields():
+def test_complete_does_not_modify_its_argument_and_keeps_other_fields():
   config = CONFIGS["Qwen2.5-VL-7B"] | {"architectures": ["A"]}
   before = copy.deepcopy(config)
   whole = hf_config.complete(config)
@@ -64,8 +64,8 @@ def test_complete_leaves_its_argument_and_keeps_other_fields():
   "section",
   [{}, {"text_config": None}, {"text_config": {}}, {"text_config": {"num_hidden_layers": 6}}],
 )
-def test_where_the_decoder_is_as_in_transformers(family, section):
-  """Fields at the top level are the decoder's in older files of the older families only."""
+def test_fields_of_the_decoder_are_found_as_in_transformers(family, section):
+  """Only in older files of the older families are they at the top level."""
   config = {"model_type": family, "hidden_size": 2048, "num_hidden_layers": 12, **section}
   whole = hf_config.complete(config)
   config = copy.deepcopy(config)
@@ -84,7 +84,9 @@ def test_where_the_decoder_is_as_in_transformers(family, section):
   ],
 )
 @pytest.mark.parametrize("both", [False, True])
-def test_other_names_as_in_transformers(family, section, alias, field, both):
+def test_other_names_of_a_field_have_precedence_as_in_transformers(
+  family, section, alias, field, both
+):
   fields = {alias: 8} | ({field: 4} if both else {})
   config = {section: fields} if section else fields
   theirs = transformers.AutoConfig.for_model(family, **copy.deepcopy(config))
@@ -107,7 +109,7 @@ def test_other_names_as_in_transformers(family, section, alias, field, both):
     (
       "qwen2_vl",
       {"quantization_config": {"quant_method": "awq", "bits": 4}},
-      "quantization_config.quant_method='awq': quantised checkpoints are not supported; expected "
+      "quantization_config.quant_method='awq': quantized checkpoints are not supported; expected "
       "weights in bfloat16, float16 or float32",
     ),
     ("qwen2_vl", {"quantization_config": "fp8"}, "quantization_config.quant_method='fp8': quan"),
@@ -161,7 +163,7 @@ def test_other_names_as_in_transformers(family, section, alias, field, both):
     ("gemma3", {"mm_tokens_per_image": None}, "mm_tokens_per_image=None: expected a positive int"),
   ],
 )
-def test_mistakes_are_named(family, fields, message):
+def test_errors_name_the_field_and_its_value(family, fields, message):
   for read in (hf_config.complete, model_families.from_hf, lambda c: data_families.create(c, {})):
     with pytest.raises(ValueError, match=f"^config.json: {re.escape(message)}") as error:
       read({"model_type": family, **fields})
@@ -177,14 +179,14 @@ def test_mistakes_are_named(family, fields, message):
     (b"[]", "config.json: expected a JSON object, got list"),
   ],
 )
-def test_broken_file(content, message, tmp_path):
+def test_error_of_a_file_that_is_no_json_object(content, message, tmp_path):
   (tmp_path / "config.json").write_bytes(content)
   with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
     hf_config.read(tmp_path)
   assert "\n" not in str(error.value)
 
 
-def test_no_file(tmp_path):
+def test_error_of_a_missing_file(tmp_path):
   message = f"{tmp_path}/config.json: no such file; expected a Hugging Face model directory"
   with pytest.raises(FileNotFoundError, match=re.escape(message)):
     hf_config.read(tmp_path)

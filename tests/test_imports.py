@@ -1,4 +1,4 @@
-"""Imports go one way: a part of the package imports only parts below it."""
+"""Checks the order of imports: a part of the package imports only parts of lower layers."""
 
 import ast
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 PACKAGE = "jaxrl_vlm"
 ROOT = pathlib.Path(__file__).parent.parent / PACKAGE
 
-# From the top down. A part is a module or a subpackage of jaxrl_vlm; a new one needs a place here.
+# The layers from top to bottom. A part is a module or subpackage of jaxrl_vlm. Add new parts here.
 LAYERS = (
   {"train", "plan", "convert", "view"},  # entry points: nothing imports them
   {"planning"},
@@ -30,7 +30,7 @@ LAYERS = (
   {"types", "config", "parallel"},
   {"example", "errors", "hf_config"},
 )
-# Within a layer, who else may import whom.
+# Imports that are allowed although both parts are in the same layer: (importing, imported).
 NEIGHBOURS = {
   ("evaluate", "rollout"),
   ("models", "data"),
@@ -39,19 +39,19 @@ NEIGHBOURS = {
   ("memory", "models"),
   ("memory", "packing"),
 }
-# Stricter than the layers: these import nothing else of the package.
+# Parts with stricter rules: the only parts that they may import.
 ONLY = {
   "objectives": {"types"},
   "rewards": {"example", "errors"},
   "types": {"example"},
 }
-# Worker processes import these; they must never load jax, nor what loads it.
+# Worker processes import these parts, which must not load jax, directly or indirectly.
 NO_JAX = ("rewards", "data", "config", "metrics", "train", "plan", "example", "errors", "hf_config")
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
 def part_of(module: str) -> str:
-  """jaxrl_vlm.data.images -> data; the package itself -> ""."""
+  """Returns "data" for jaxrl_vlm.data.images, and "" for the package itself."""
   return module.partition(".")[2].partition(".")[0]
 
 
@@ -63,7 +63,15 @@ def is_type_checking(node: ast.AST) -> bool:
 def imports(
   tree: ast.AST, module: str, known: Mapping[str, ast.AST], loading: bool = False
 ) -> Iterator[str]:
-  """Full names of the modules that a module imports; with `loading` only those it loads at once."""
+  """Yields the full names of all modules that a module imports.
+
+  Args:
+    tree: syntax tree of the module.
+    module: its name.
+    known: syntax trees of all modules of the package, by name.
+    loading: yield only modules that are loaded when this module is imported, and not those that
+      functions import or that are imported for type checking.
+  """
   for node in ast.iter_child_nodes(tree):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -82,7 +90,7 @@ def imports(
 
 
 def violations(sources: Mapping[str, str]) -> list[str]:
-  """What breaks the rules, from module name to source text."""
+  """Returns a message for each import that breaks the rules. `sources`: source text by module."""
   trees = {module: ast.parse(text) for module, text in sources.items()}
   level = {part: depth for depth, layer in enumerate(LAYERS) for part in layer}
   found = []
@@ -92,7 +100,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     part = part_of(module)
     loads[module] = set(imports(tree, module, trees, loading=True))
     if not part:
-      continue  # the public API may name everything; it loads nothing until asked
+      continue  # the public API may import everything, because it does so on first use
     if part not in level:
       found.append(f"{module}: {part} has no place in LAYERS")
       continue
@@ -117,7 +125,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     reached, todo = set(), [module]
     while todo:
       for name in loads.get(todo.pop(), ()):
-        # Importing a.b.c runs a and a.b too.
+        # Importing a.b.c also imports a and a.b.
         pieces = name.split(".")
         for end in range(1, len(pieces) + 1):
           whole = ".".join(pieces[:end])
@@ -134,7 +142,7 @@ def module_name(path: pathlib.Path) -> str:
   return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_package_imports_one_way():
+def test_package_follows_the_import_rules():
   sources = {module_name(path): path.read_text() for path in ROOT.rglob("*.py")}
   assert PACKAGE in sources and f"{PACKAGE}.stages.rl" in sources
   assert violations(sources) == []
@@ -167,7 +175,7 @@ BASE = {
     ("jaxrl_vlm.helpers", "", "helpers has no place in LAYERS"),
   ],
 )
-def test_violation_is_found(module, source, complaint):
+def test_violations_are_found(module, source, complaint):
   assert violations(BASE) == []
   found = violations(BASE | {module: source})
   assert len(found) == 1 and complaint in found[0]
@@ -181,5 +189,5 @@ def test_violation_is_found(module, source, complaint):
     "from jaxrl_vlm.example import Example",
   ],
 )
-def test_allowed_in_data(source):
+def test_imports_that_do_not_load_jax_are_allowed_in_data(source):
   assert violations(BASE | {"jaxrl_vlm.data": source}) == []

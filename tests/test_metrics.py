@@ -1,4 +1,4 @@
-"""Metrics on disk across lives of a run, and what the display prints."""
+"""Tests the metrics files, also of a run that was resumed, and the output of the live display."""
 
 import contextlib
 import importlib
@@ -23,7 +23,7 @@ def test_records_round_trip_and_non_finite_values_are_null(tmp_path):
     writer.write(
       1, "rl", {"train/reward": np.float32(0.5), "n": 3, "nan": math.nan, "inf": -math.inf}
     )
-    # On disk at once: a kill after write() loses nothing.
+    # The record is on disk when write() returns, so a kill afterwards does not lose it.
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
   assert text == (
     '{"step": 1, "stage": "rl", "train/reward": 0.5, "n": 3, "nan": null, "inf": null}\n'
@@ -32,7 +32,7 @@ def test_records_round_trip_and_non_finite_values_are_null(tmp_path):
   assert metrics.read(tmp_path / "no_such_run") == []
 
 
-def test_resume_has_no_duplicates_and_loses_nothing(tmp_path):
+def test_resumed_run_has_no_duplicate_records_and_loses_none(tmp_path):
   with metrics.MetricsWriter(tmp_path) as writer:
     for step in range(1, 7):
       writer.write(step, "rl", {"life": 1})
@@ -58,25 +58,25 @@ def test_resume_has_no_duplicates_and_loses_nothing(tmp_path):
     '{"step": 7, "sta',
   ]
 
-  # Nothing to drop: the file is as it was.
+  # If no record is repeated, the file is unchanged.
   before = (tmp_path / "metrics.jsonl").read_bytes()
   metrics.MetricsWriter(tmp_path, start=8).close()
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path):
+def test_complete_last_line_without_a_line_break_is_kept(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "rl"}')
   with metrics.MetricsWriter(tmp_path, start=2) as writer:
     writer.write(2, "rl", {})
   assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2]
 
 
-def test_tensorboard_events_hold_the_values_and_purge_the_earlier_life(tmp_path):
+def test_tensorboard_events_contain_the_values_and_purge_repeated_steps(tmp_path):
   protos: Any = importlib.import_module("tensorboardX.proto.event_pb2")
   for start in (0, 2):
     with metrics.MetricsWriter(tmp_path, start=start) as writer:
       writer.write(start + 1, "rl", {"train/reward": 0.25 + start})
-  lives = []
+  runs = []
   files = (tmp_path / "tensorboard").iterdir()
   for path in sorted(files, key=lambda path: path.stat().st_mtime_ns):
     data, events = path.read_bytes(), []
@@ -84,44 +84,45 @@ def test_tensorboard_events_hold_the_values_and_purge_the_earlier_life(tmp_path)
       size = int.from_bytes(data[:8], "little")
       events.append(protos.Event.FromString(data[12 : 12 + size]))
       data = data[16 + size :]
-    lives.append(events)
-  assert [events[1].step for events in lives] == [0, 2]
-  assert [events[1].session_log.status for events in lives] == [1, 1]  # START: purge from here on
+    runs.append(events)
+  assert [events[1].step for events in runs] == [0, 2]
+  # Status 1 is START: TensorBoard purges earlier events from this step on.
+  assert [events[1].session_log.status for events in runs] == [1, 1]
   assert [
     (events[2].step, events[2].summary.value[0].tag, events[2].summary.value[0].simple_value)
-    for events in lives
+    for events in runs
   ] == [(1, "train/reward", 0.25), (3, "train/reward", 2.25)]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a disk that is full")
-def test_a_full_disk_names_the_file(tmp_path):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a full disk")
+def test_error_of_a_full_disk_names_the_file(tmp_path):
   writer = metrics.MetricsWriter(tmp_path)
   (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
   with pytest.raises(UserError) as error:
     writer.write(1, "rl", {"x": 1})
   assert str(error.value) == (
-    f"{tmp_path}/metrics.jsonl: cannot write metrics: No space left on device; once that is"
-    " mended, the same command resumes the run"
+    f"{tmp_path}/metrics.jsonl: cannot write metrics: No space left on device; correct this and run"
+    " the same command again to resume the run"
   )
 
 
-def test_a_damaged_file_is_named_with_its_line(tmp_path):
+def test_error_of_a_damaged_file_names_its_line(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "rl"}\noops\n{"step": 2}\n')
   with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a metrics record: 'oops'"):
     metrics.read(tmp_path)
 
 
-def evaluation(step, stage, overall, seeing):
+def evaluation(step, stage, overall, perception):
   return {
     "step": step,
     "stage": stage,
     "eval/accuracy": overall,
-    "eval/accuracy/perception": seeing,
+    "eval/accuracy/perception": perception,
     "eval/accuracy_of_something_else": 1.0,
   }
 
 
-def test_before_is_the_start_of_the_last_stage():
+def test_before_and_after_are_those_of_the_last_stage():
   train = [
     {"step": step, "stage": stage, "train/loss": 1.0}
     for step, stage in ((1, "sft"), (2, "sft"), (3, "rl"), (4, "rl"))
@@ -133,14 +134,14 @@ def test_before_is_the_start_of_the_last_stage():
   )
   expected = [("overall", 0.5, 0.7), ("perception", 0.6, 0.9)]
   assert metrics.before_and_after([start, *train[:2], middle, *train[2:], end]) == expected
-  # Evaluated again by the stage itself, ahead of its first step.
+  # The stage evaluates again before its first step.
   again = evaluation(2, "rl", 0.4, 0.6)
   assert metrics.before_and_after([start, *train[:2], middle, again, *train[2:], end])[0] == (
     "overall",
     0.4,
     0.7,
   )
-  # Two stages of one kind.
+  # Two consecutive stages of the same kind.
   third = [
     evaluation(4, "rl", 0.65, 0.9),
     {"step": 5, "stage": "rl", "train/loss": 1.0},
@@ -168,8 +169,8 @@ STEP = {
 }
 
 
-def test_piped_display_prints_plain_lines(monkeypatch):
-  clock = iter(range(0, 1000, 2))  # a step takes two seconds
+def test_display_prints_plain_lines_if_the_output_is_no_terminal(monkeypatch):
+  clock = iter(range(0, 1000, 2))  # each step takes two seconds
   monkeypatch.setattr(time, "monotonic", lambda: next(clock))
   out = io.StringIO()
   with metrics.Progress(total=8, every=3, stream=out) as progress:
@@ -190,7 +191,7 @@ def test_piped_display_prints_plain_lines(monkeypatch):
 
 
 def on_a_terminal(show, monkeypatch):
-  """What `show(stream)` writes to a pseudo-terminal."""
+  """Returns what `show(stream)` writes to a pseudo-terminal."""
   monkeypatch.setenv("TERM", "xterm-256color")
   monkeypatch.setenv("COLUMNS", "100")
   for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
@@ -199,7 +200,7 @@ def on_a_terminal(show, monkeypatch):
   chunks = []
 
   def collect():
-    with contextlib.suppress(OSError):  # how a pseudo-terminal says that its other end is closed
+    with contextlib.suppress(OSError):  # read() raises it when the other end is closed
       while chunk := os.read(main, 1 << 16):
         chunks.append(chunk)
 
@@ -212,7 +213,7 @@ def on_a_terminal(show, monkeypatch):
   return b"".join(chunks).decode()
 
 
-def test_terminal_display_is_live(monkeypatch):
+def test_display_on_a_terminal_is_live(monkeypatch):
   def show(stream):
     with metrics.Progress(total=8, stream=stream) as progress:
       progress.update(1, "rl", STEP)

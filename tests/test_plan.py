@@ -140,7 +140,7 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
   # Again: nothing is compiled, and the result is the same, as JSON alone.
   again = command(*given, "--json")
   assert again.returncode == 0, again.stderr
-  assert again.stderr.count("compiled before") == len(PROGRAMS)
+  assert again.stderr.count("read from the cache") == len(PROGRAMS)
   assert json.loads(again.stdout) == json.loads(out.read_text())
 
 
@@ -161,10 +161,10 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
   )
   assert done.returncode == 2, done.stderr
   message = done.stderr.splitlines()[-1]
-  assert message.startswith("v5e:2x2: update does not fit (nor ")
-  assert "more than the 15.75 there are: prompts " in message
-  assert "by formula config.stages[0].microbatches=4 helps most" in message
-  assert "v5e:2x4 " in message
+  assert message.startswith("v5e:2x2: update does not fit (also too large, in GiB: ")
+  assert "GiB more than the 15.75 GiB available (prompts " in message
+  assert "by the formulas, config.stages[0].microbatches=4 saves most" in message
+  assert "the slice v5e:2x4 saves " in message
   assert "  NO" in done.stdout
 
 
@@ -197,10 +197,10 @@ def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, 
   done = command(*given, "--topology=v5e:2x2", "--search", f"--out={tmp_path / 'found.json'}")
   assert done.returncode == 0, done.stderr
   found = json.loads((tmp_path / "found.json").read_text())["stages"]
-  tried = [line for line in done.stderr.splitlines() if " s a step: --config.mesh" in line]
+  tried = [line for line in done.stderr.splitlines() if " s per step: --config.mesh" in line]
   assert len(tried) == 2 and "mesh.fsdp=4" in "".join(tried)
   label, _, flags = done.stdout.splitlines()[-1].partition(": ")
-  assert label == "as flags" and flags == tried[0].partition(" a step: ")[2]
+  assert label == "flags" and flags == tried[0].partition(" per step: ")[2]
   assert [stage["mesh"] for stage in found] == 2 * [found[0]["mesh"]]
   again = command(*given, "--topology=v5e:2x2", "--json", *shlex.split(flags))
   assert again.returncode == 0, again.stderr
@@ -337,16 +337,16 @@ def test_slices_have_the_chips_and_links_that_they_should():
 
 
 @pytest.mark.parametrize(
-  ("cost", "rules", "seconds"),
+  ("cost", "resource", "seconds"),
   [
     (Cost(flops=197e12, bytes=1e9), "compute", 1.0),
     (Cost(flops=1e12, bytes=2 * 819e9), "HBM", 2.0),
     (Cost(bytes=1e9, collectives={"all-gather": 2e11, "all-reduce": 1e11}), "ICI", 3.0),
   ],
 )
-def test_the_busiest_rules(cost, rules, seconds):
+def test_the_slowest_resource_determines_the_bound(cost, resource, seconds):
   found = roofline.bound(cost, roofline.find_slice("v5e:4x4"))
-  assert found.rules == rules and found.seconds == pytest.approx(seconds)
+  assert found.resource == resource and found.seconds == pytest.approx(seconds)
 
 
 # -- A step ---------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_frames_and_buckets():
 
 def test_how_a_rollout_goes():
   """6 prompts, 2 at once; 2 begin at a time; 100 tokens in chunks of 32."""
-  runs, shares = step._draw(6, 4, Layout(8, 4), 1, 100, 32, 96)
+  runs, shares = step._rollout_runs(6, 4, Layout(8, 4), 1, 100, 32, 96)
   assert runs == {"prefill": 6, "decode": 12, "compact": 0}
   # Before the four chunks of a response there are 0, 32, 64 and 96 tokens; branches end at 0, 24,
   # 48, 72 and 96.

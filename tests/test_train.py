@@ -1,4 +1,4 @@
-"""The main job in small: the shipped base model, every method, and what a run leaves behind."""
+"""Tests short runs of the shipped base model with every method, and the files that a run writes."""
 
 import json
 import pathlib
@@ -38,7 +38,7 @@ def small(method: str, tmp_path: pathlib.Path, steps: int = 2):
   return config
 
 
-# Metrics that each method's paper plots.
+# Metrics that the paper of each method plots.
 OWN = {
   "grpo": ("objective/ref_kl", "objective/clip_high"),
   "dapo": ("train/tries", "train/kept_groups"),
@@ -70,7 +70,7 @@ def test_every_method_trains(method, tmp_path, capsys, monkeypatch):
       "time/compilations",
     ):
       assert record[key] is not None, key
-    # Two programs, one policy: float32 noise apart.
+    # Sampler and scorer are two programs with the same policy, so only rounding differs.
     assert record["objective/sampler_logp_difference_max"] < 1e-3
     assert record["train/bad_steps"] == 0 and record["train/grad_norm"] > 0
   assert records[1]["time/compilations"] <= records[0]["time/compilations"] + 1
@@ -91,7 +91,7 @@ def test_every_method_trains(method, tmp_path, capsys, monkeypatch):
   assert list((workdir / "tensorboard").iterdir()) and list((workdir / "checkpoints").iterdir())
   sampled = report.read_rollouts(workdir)
   assert sorted(sampled) == [1, 2] and len(sampled[1][0]["samples"]) == 4
-  # It learned something: the parameters moved, by about a learning rate, and stayed finite.
+  # The parameters changed, by about the learning rate, and are finite.
   before, after = (
     jv.load_pretrained(p)[1]["decoder"]["norm"]["scale"] for p in (BASE, workdir / "model")
   )
@@ -127,18 +127,18 @@ def assert_transformers_decodes_the_same(path):
     assert rollout.text[row][0].endswith("}")
 
 
-def test_shipped_base_decodes_the_same_in_transformers():
+def test_shipped_model_decodes_the_same_in_transformers():
   assert_transformers_decodes_the_same(BASE)
 
 
-def test_shipped_base_is_small_and_complete():
+def test_shipped_model_is_small_and_complete():
   files = list(BASE.iterdir())
   assert sum(f.stat().st_size for f in files) <= 8 * 2**20
   config = json.loads((BASE / "config.json").read_text())
   assert config["model_type"] == "qwen2_5_vl"
 
 
-def test_a_typo_is_one_line_before_anything_is_built(tmp_path):
+def test_a_wrong_flag_is_one_line_before_anything_is_written(tmp_path):
   def run(*flags):
     return subprocess.run(
       [
@@ -179,7 +179,7 @@ def test_a_typo_is_one_line_before_anything_is_built(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+def test_error_of_an_unreadable_model_is_one_line(tmp_path, monkeypatch):
   monkeypatch.chdir(ROOT)
   config = small("grpo", tmp_path)
   config.model.path = str(tmp_path)

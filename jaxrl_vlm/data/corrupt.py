@@ -1,9 +1,10 @@
-"""An example with corrupted images: before the processor decodes and resizes them.
+"""Corrupts the images of an example before the processor resizes them.
 
-numpy and Pillow only. `jaxrl_vlm.views` has the same corruptions of processed images, on the
-device; PAPO's released code (`random_patch_blackening` of its trainer) makes them here. Pixels are
-grey levels 0..255 of the image as `decode_image` shows it: turned as its EXIF data says, on white
-where it is transparent, RGB.
+PAPO's released code also corrupts images at this point (`random_patch_blackening` of its trainer).
+`jaxrl_vlm.views` applies the same corruptions to processed images on the device.
+
+This module needs only numpy and Pillow. It corrupts the 8-bit RGB image that `decode_image`
+returns, with the EXIF orientation applied and transparent pixels composited onto white.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ KINDS = ("patches", "blank", "solid", "noise", "blur")
 def black_squares(
   image: Image.Image, rng: np.random.Generator, rate: float, side: int
 ) -> Image.Image:
-  """Blackens squares of `side` x `side` pixels, each with probability `rate`, independently.
+  """Blackens squares of `side` x `side` pixels, each independently with probability `rate`.
 
-  Squares from the upper left corner on, cut at the right and lower border; one draw each, in
-  reading order.
+  The grid of squares begins at the upper left corner and is cut off at the right and lower border.
+  One random number is drawn for each square, row by row.
+
+  Raises:
+    ValueError: `side` is below 1.
   """
   if side < 1:
     raise ValueError(f"side={side!r}: expected a whole number >= 1")
@@ -40,19 +44,19 @@ def black_squares(
 
 
 def grey(image: Image.Image, level: float) -> Image.Image:
-  """Every pixel the same grey; nothing but the size is left."""
+  """Returns an image of the same size whose pixels all have the grey level `level`."""
   return Image.new("RGB", image.size, (round(level),) * 3)
 
 
 def noisy(image: Image.Image, rng: np.random.Generator, std: float) -> Image.Image:
-  """clip(round(x + std · ε), 0, 255), ε ~ N(0, 1) for every pixel and channel."""
+  """Adds Gaussian noise: clip(round(x + std · ε), 0, 255), ε ~ N(0, 1) per pixel and channel."""
   pixels = np.asarray(image)
   drawn = rng.standard_normal(pixels.shape, dtype=np.float32)
   return Image.fromarray(np.rint(pixels + std * drawn).clip(0, 255).astype(np.uint8))
 
 
 def blurred(image: Image.Image, radius: float) -> Image.Image:
-  """Pillow's Gaussian blur: three box filters of together the variance radius²."""
+  """Applies Pillow's Gaussian blur: three box filters whose variances add up to radius²."""
   return image.filter(ImageFilter.GaussianBlur(radius))
 
 
@@ -67,31 +71,32 @@ def corrupt_images(
   noise: float = 189.0,
   blur: float = 6.0,
 ) -> Example:
-  """The example with every image corrupted: the same number of them, sizes, tokens and grids.
+  """Returns the example with every image corrupted.
 
-  The images become PNG files, RGB, without loss. Each has draws of its own, which depend on `seed`
-  and its place among the images alone.
+  The number and the sizes of the images stay the same, and therefore the prompt's tokens and grids
+  too. The corrupted images are RGB PNG files, which are lossless. The random numbers of an image
+  depend only on `seed` and on its index among the images.
 
   Args:
-    example: its images are encoded files (Pillow images and u8 arrays do too).
-    kind: "patches", "blank", "solid", "noise" or "blur", as `objective.mask_kind`.
-    seed: whole numbers >= 0, such as (seed of the run, step, prompt, sample).
-    rate: of patches: the probability of each square; PAPO's is 0.6.
-    patch: of patches: side of a square in pixels; PAPO's is 14.
-    level: of solid: the grey level, 0 to 255.
-    noise: of noise: standard deviation in grey levels.
-    blur: of blur: standard deviation in pixels.
+    example: The example. Its images are encoded files. Pillow images and u8 arrays also work.
+    kind: "patches", "blank", "solid", "noise" or "blur", as in `objective.mask_kind`.
+    seed: Integers >= 0, such as (seed of the run, step, prompt, sample).
+    rate: For "patches": the probability of each square. PAPO uses 0.6.
+    patch: For "patches": side of a square in pixels. PAPO uses 14.
+    level: For "solid": the grey level, 0 to 255.
+    noise: For "noise": standard deviation in grey levels.
+    blur: For "blur": standard deviation in pixels.
 
   Raises:
-    ValueError: no such kind.
-    ImageError: an image does not decode; names the example and the image.
+    ValueError: `kind` is unknown.
+    ImageError: An image does not decode. The message names the example and the image.
   """
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r}: no such corruption of images; {hint(kind, KINDS)}")
   images = []
   for i, encoded in enumerate(example.images):
     image = decode_image(encoded, f"{example.name}, image {i}")
-    # With its length, because (1, 2) and (1, 2, 0) would be the same numbers.
+    # Include the length, because SeedSequence treats (1, 2) and (1, 2, 0) as the same seed.
     rng = np.random.default_rng(np.random.SeedSequence([len(seed), *seed], spawn_key=(i,)))
     if kind == "patches":
       image = black_squares(image, rng, rate, patch)
@@ -107,5 +112,6 @@ def corrupt_images(
 
 def _png(image: Image.Image) -> bytes:
   buffer = io.BytesIO()
-  image.save(buffer, "PNG", compress_level=1)  # it is read once, and soon
+  # A low compression level, because the file is soon read, and only once.
+  image.save(buffer, "PNG", compress_level=1)
   return buffer.getvalue()

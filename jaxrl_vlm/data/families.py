@@ -1,7 +1,8 @@
-"""What differs between the supported architectures before the model: text, sizes, ids.
+"""The differences between supported architectures in preparing prompts: text, sizes and token ids.
 
-A family is `model_type` of `config.json`. Each is a class with what it does otherwise than the one
-it derives from; `Processor` does the rest, which is the same for all.
+There is one class per family. A family is the set of checkpoints with the same `model_type` in
+`config.json`. Each class overrides what it does differently from its base class. `Processor` does
+everything that is the same for all families.
 """
 
 from __future__ import annotations
@@ -15,26 +16,28 @@ from jaxrl_vlm import hf_config
 from jaxrl_vlm.data.images import FixedImageSettings, Grid, ImageSettings, PatchSettings
 from jaxrl_vlm.data.video import Qwen2VideoSettings, Qwen3VideoSettings, Video, VideoSettings
 
-# Grid and time step of each stretch of visual tokens of one image or video.
+# Grid and time step of each contiguous run of visual tokens of one video.
 Stretches = list[tuple[Grid, float]]
 
 
 class Family:
-  """The base, with nothing of its own.
+  """Base class of all families.
 
   Class attributes:
-    IMAGE_MARK, VIDEO_MARK: what the chat template writes for an image and a video, special tokens;
-      VIDEO_MARK is empty where the model takes no videos.
-    IMAGE_TOKEN, VIDEO_TOKEN: stand in the text once for every visual token.
-    START_TOKEN, END_TOKEN: stand around them.
-    ID_FIELDS: fields of config.json with the ids of the four tokens above.
-    END_OF_TURN: special token that ends a response.
-    MROPE: whether visual tokens have ids of time, row and column; else they count on as text does.
+    IMAGE_MARK, VIDEO_MARK: Special tokens that the chat template writes for an image and a video.
+      VIDEO_MARK is empty if the model accepts no videos.
+    IMAGE_TOKEN, VIDEO_TOKEN: Special tokens that occur in the text once for every visual token.
+    START_TOKEN, END_TOKEN: Special tokens before and after the visual tokens.
+    ID_FIELDS: Maps the names of the four token attributes above to the fields of config.json that
+      contain their ids.
+    END_OF_TURN: Special token that ends a response.
+    MROPE: Whether visual tokens have position ids for time, row and column. Otherwise their
+      positions are consecutive, as in text.
 
   Attributes:
-    config: the contents of `config.json`, completed by `hf_config`.
-    vision: its `vision_config`.
-    processor_config: the contents of `processor_config.json`.
+    config: Contents of `config.json`, completed by `hf_config`.
+    vision: Its `vision_config`.
+    processor_config: Contents of `processor_config.json`.
   """
 
   IMAGE_MARK: ClassVar[str]
@@ -43,7 +46,7 @@ class Family:
   VIDEO_TOKEN: ClassVar[str] = ""
   START_TOKEN: ClassVar[str]
   END_TOKEN: ClassVar[str]
-  ID_FIELDS: ClassVar[Mapping[str, str]]  # from the names of the attributes above
+  ID_FIELDS: ClassVar[Mapping[str, str]]
   END_OF_TURN: ClassVar[str]
   MROPE: ClassVar[bool] = False
 
@@ -53,44 +56,78 @@ class Family:
     self.vision: Mapping[str, Any] = config["vision_config"]
 
   def image_settings(self, preprocessor: Mapping[str, Any], file: str) -> PatchSettings:
-    """From `preprocessor`, the contents of `file`; ValueError where the model does not fit it."""
+    """Creates the image settings.
+
+    Args:
+      preprocessor: Contents of `file`.
+      file: Name of the file, used in error messages.
+
+    Raises:
+      ValueError: The file does not fit the model that `config` describes.
+    """
     raise NotImplementedError
 
   def video_settings(
     self, video: Mapping[str, Any], file: str, images: PatchSettings
   ) -> VideoSettings | None:
-    """From `video`, the contents of `file`, with the patches of `images`."""
+    """Creates the video settings, or returns None if the model accepts no videos.
+
+    Args:
+      video: Contents of `file`.
+      file: Name of the file, used in error messages.
+      images: The image settings. The patches of a video must have the same sizes.
+
+    Raises:
+      ValueError: The file contradicts `images` or itself.
+    """
     raise NotImplementedError
 
   def image_text(self, views: int) -> str:
-    """What takes the place of IMAGE_MARK; IMAGE_TOKEN once for each of the image's views."""
+    """Returns the text that replaces IMAGE_MARK, with IMAGE_TOKEN once for each view.
+
+    Args:
+      views: Number of pictures that the model receives for the image: the image and its crops.
+    """
     raise NotImplementedError
 
   def video_text(self, times: np.ndarray) -> str:
-    """What takes the place of VIDEO_MARK; VIDEO_TOKEN once for each of `video_stretches`.
+    """Returns the text that replaces VIDEO_MARK, with VIDEO_TOKEN once for each stretch.
 
     Args:
-      times: f[frames]; seconds from the start, the middle of each temporal patch.
+      times: f[frames]. The middle of each temporal patch, in seconds from the start of the video.
     """
     raise NotImplementedError
 
   def video_stretches(self, grid: Grid, video: Video, count: int) -> Stretches:
-    """The uninterrupted stretches of visual tokens of a video, of which `count` frames are seen."""
+    """Returns the grid and the time step of each contiguous run of visual tokens of a video.
+
+    Args:
+      grid: (frames, rows, columns) of patches of the video.
+      video: The video before frames are sampled.
+      count: Number of frames that were sampled from it.
+    """
     raise NotImplementedError
 
   def window_size(self, images: PatchSettings) -> int | None:
-    """Side of a vision attention window in pixels; None where there are no windows."""
+    """Returns the side of a vision attention window in pixels, or None without windows."""
     return None
 
   def vision_ids(self, special_ids: Mapping[str, int]) -> dict[str, int]:
-    """From the keys of ID_FIELDS to ids, which must be the same in tokenizer and config.json."""
+    """Maps the keys of ID_FIELDS to token ids.
+
+    Args:
+      special_ids: Maps the special tokens of the tokenizer to their ids.
+
+    Raises:
+      ValueError: The tokenizer lacks one of the tokens, or config.json has another id for it.
+    """
     ids = {}
     for name, field in self.ID_FIELDS.items():
       text = getattr(self, name)
       if text not in special_ids:
         raise ValueError(
-          f"tokenizer.json: no special token {text!r}: expected one, for config.json has "
-          f"model_type={self.config['model_type']!r}"
+          f"tokenizer.json: no special token {text!r}: expected one, because config.json "
+          f"has model_type={self.config['model_type']!r}"
         )
       ids[name] = special_ids[text]
       if self.config[field] != ids[name]:
@@ -101,16 +138,28 @@ class Family:
     return ids
 
   def expect(self, file: str, field: str, value: Any, expected: Any) -> None:
-    """Raises ValueError unless a field of vision_config is `expected`."""
+    """Raises ValueError unless a field of vision_config equals `expected`.
+
+    Args:
+      file: Name of the file that requires `expected`.
+      field: Name of the field of vision_config.
+      value: What `file` contains, as text for the error message.
+      expected: The value that the field must have.
+    """
     found = self.vision[field]
     if found != expected:
       raise ValueError(
-        f"config.json: vision_config.{field}={found}: expected {expected}, for {file} has {value}"
+        f"config.json: vision_config.{field}={found}: expected {expected}, because {file} has "
+        f"{value}"
       )
 
 
 class Qwen2VL(Family):
-  """Marks are the tokens themselves; every temporal patch of a video is one time step."""
+  """Family of Qwen2-VL.
+
+  The chat template writes the visual token itself as the mark. Each temporal patch of a video is
+  one time step.
+  """
 
   IMAGE_MARK = IMAGE_TOKEN = "<|image_pad|>"
   VIDEO_MARK = VIDEO_TOKEN = "<|video_pad|>"
@@ -144,7 +193,7 @@ class Qwen2VL(Family):
     for field in ("patch_size", "temporal_patch_size", "merge_size"):
       value, expected = getattr(settings.images, field), getattr(images, field)
       if value != expected:
-        raise ValueError(f"{file}: {field}={value}: expected {expected}, as for images")
+        raise ValueError(f"{file}: {field}={value}: expected {expected}, the value for images")
     return settings
 
   def image_text(self, views: int) -> str:
@@ -158,7 +207,7 @@ class Qwen2VL(Family):
 
 
 class Qwen25VL(Qwen2VL):
-  """Window attention; the time steps of a video follow the clock."""
+  """Family of Qwen2.5-VL: window attention, and time steps proportional to seconds of video."""
 
   def window_size(self, images: PatchSettings) -> int | None:
     size = self.vision["window_size"]
@@ -172,16 +221,17 @@ class Qwen25VL(Qwen2VL):
   def video_stretches(self, grid: Grid, video: Video, count: int) -> Stretches:
     sampled_fps = count / len(video.frames) * video.fps
     temporal = self.vision["temporal_patch_size"]
-    # The product of float32, as transformers hands the seconds on.
+    # Multiply in float32, because transformers passes on the seconds of a grid step in float32.
     step = self.vision["tokens_per_second"] * np.float32(temporal / sampled_fps)
     return [(grid, float(step))]
 
 
 class Qwen3VL(Qwen2VL):
-  """Every temporal patch of a video is preceded by its time in words, and is like an image.
+  """Family of Qwen3-VL, dense and mixture-of-experts.
 
-  As in transformers 5.23, the START_TOKEN and END_TOKEN that the chat template writes around
-  VIDEO_MARK stay around all of them; transformers 4.57 left that outer pair out.
+  Each temporal patch of a video is treated like an image, and its time precedes it as text. As in
+  transformers 5.23, the START_TOKEN and END_TOKEN that the chat template writes around VIDEO_MARK
+  stay around the whole video. Transformers 4.57 removed this outer pair.
   """
 
   VIDEO_DEFAULTS = Qwen3VideoSettings()
@@ -196,7 +246,11 @@ class Qwen3VL(Qwen2VL):
 
 
 class Gemma3(Family):
-  """Images of one size, a fixed number of tokens each, in the text between empty lines."""
+  """Family of Gemma 3.
+
+  All images have the same size and the same number of visual tokens. An empty line precedes and
+  follows each image in the text. Videos are not supported.
+  """
 
   IMAGE_MARK = START_TOKEN = "<start_of_image>"
   IMAGE_TOKEN = "<image_soft_token>"
@@ -221,8 +275,8 @@ class Gemma3(Family):
     length = self.processor_config.get("image_seq_length", tokens)
     if length != tokens:
       raise ValueError(
-        f"processor_config.json: image_seq_length={length}: expected {tokens}, for config.json has "
-        f"mm_tokens_per_image={tokens}"
+        f"processor_config.json: image_seq_length={length}: expected {tokens}, because "
+        f"config.json has mm_tokens_per_image={tokens}"
       )
     settings = FixedImageSettings(patch_size=patch, merge_size=rows // across)
     settings = settings.updated(preprocessor, file)
@@ -231,7 +285,7 @@ class Gemma3(Family):
       self.expect(file, "image_size", size, value)
     for field in ("patch_size", "merge_size", "temporal_patch_size"):
       if preprocessor.get(field) is not None:
-        raise ValueError(f"{file}: {field}={preprocessor[field]}: not a field of Gemma 3")
+        raise ValueError(f"{file}: {field}={preprocessor[field]}: Gemma 3 has no such field")
     return settings
 
   def video_settings(self, video: Mapping[str, Any], file: str, images: PatchSettings) -> None:
@@ -241,7 +295,7 @@ class Gemma3(Family):
     picture = f"\n\n{self.START_TOKEN}{self.IMAGE_TOKEN}{self.END_TOKEN}\n\n"
     if views == 1:
       return picture
-    # The words of the released model's processor.
+    # The wording of the released model's processor.
     crops = " ".join([picture] * (views - 1))
     return (
       f"Here is the original image {picture} and here are some crops to help you see better {crops}"
@@ -258,15 +312,28 @@ FAMILIES: Mapping[str, type[Family]] = {
 
 
 def create(config: Mapping[str, Any], processor_config: Mapping[str, Any]) -> Family:
-  """The family of a `config.json`; raises as `hf_config.complete`."""
+  """Creates the family of a `config.json`. Raises what `hf_config.complete` raises.
+
+  Args:
+    config: Contents of `config.json`.
+    processor_config: Contents of `processor_config.json`.
+  """
   config = hf_config.complete(config)
   return FAMILIES[config["model_type"]](config, processor_config)
 
 
 def group_times(indices: Sequence[int] | np.ndarray, fps: float, size: int) -> np.ndarray:
-  """f[ceil(t / size)]; seconds from the start of frames i[t], the middle of every `size` of them.
+  """Returns the time of each temporal patch: the middle between its first and last frame.
 
-  The last frame is repeated to fill the last group.
+  The last frame is repeated to fill the last temporal patch.
+
+  Args:
+    indices: i[t]. Indices of the sampled frames in the video.
+    fps: Frames per second of the video.
+    size: Number of frames in a temporal patch.
+
+  Returns:
+    f[ceil(t / size)]. Seconds from the start of the video.
   """
   seconds = np.asarray(indices) / fps
   seconds = np.append(seconds, np.repeat(seconds[-1:], -len(seconds) % size)).reshape(-1, size)

@@ -1,7 +1,8 @@
-"""Where the patches and visual tokens of a prompt are: everything about them but their pixels.
+"""Computes everything about the patches and visual tokens of a prompt that needs no pixels.
 
-numpy only. What the device would otherwise have to compute from values (rotary ids, attention
-windows, which visual token goes where) is computed here.
+This is position ids, attention windows, and the order of visual tokens. They depend on the values
+of image sizes and tokens, so the host computes them, and the device never has to. This module needs
+only numpy.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from jaxrl_vlm.data.images import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Visual:
-  """An image, a video, or the part of one that stands in the text without interruption.
+  """A contiguous run of visual tokens: an image, a video, or a section of a video.
 
   Attributes:
-    grid: (frames, rows, columns) of patches; a frame is one temporal patch.
-    token_id: stands in the text once for every visual token.
-    time_step: distance of its frames in M-RoPE ids; need not be whole.
+    grid: (frames, rows, columns) of patches. A frame is one temporal patch.
+    token_id: Id of the visual tokens.
+    time_step: Difference between the M-RoPE time ids of consecutive frames. It may be fractional.
   """
 
   grid: Grid
@@ -32,15 +33,25 @@ class Visual:
 def lay_out_patches(
   grids: Sequence[Grid], merge_size: int, patch_size: int, window_size: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Where each patch is, what image it is of, and with which patches it attends.
+  """Computes the position, image size, frame and attention window of each patch.
 
-  Windows are squares of window_size pixels, rounded down to whole visual tokens, cut at the right
-  and lower border. Equals `get_vision_position_ids` and, as a partition, `get_vision_window_index`
-  of transformers; without window_size a frame is one window.
+  A window is a square with sides of `window_size` pixels, rounded down to whole visual tokens.
+  Windows are cut off at the right and lower border. If `window_size` is None, each frame is one
+  window. Positions equal `get_vision_position_ids` of transformers. Windows contain the same patches
+  as those of `get_vision_window_index`.
+
+  Args:
+    grids: (frames, rows, columns) of patches of each image or video.
+    merge_size: Square root of the number of patches in one visual token.
+    patch_size: Side of a patch in pixels.
+    window_size: Side of an attention window in pixels, or None.
 
   Returns:
-    patch_positions i32[N, 2] (row, column), patch_grids i32[N, 2] (rows, columns of the image),
-    patch_segments i32[N] (frames, from 1), patch_windows i32[N] (from 1, all images together).
+    A tuple of
+      patch_positions: i32[N, 2]; row and column of the patch in its image.
+      patch_grids: i32[N, 2]; rows and columns of patches of its image.
+      patch_segments: i32[N]; number of its frame, counted from 1 through all images.
+      patch_windows: i32[N]; number of its attention window, counted from 1 through all images.
   """
   positions = [np.zeros((0, 2), np.int32)]
   sizes = [np.zeros((0, 2), np.int32)]
@@ -54,7 +65,7 @@ def lay_out_patches(
     down, across = -(-rows // side), -(-cols // side)
     grid = np.indices((rows, cols), dtype=np.int32)
     grid = grid.reshape(2, rows // merge_size, merge_size, cols // merge_size, merge_size)
-    grid = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)  # the patches of one token adjacent
+    grid = grid.transpose(1, 3, 2, 4, 0).reshape(-1, 2)  # the patches of one token are adjacent
     window = grid[:, 0] // side * across + grid[:, 1] // side
     for _ in range(frames):
       positions.append(grid)
@@ -74,19 +85,23 @@ def lay_out_patches(
 def expand_visuals(
   ids: np.ndarray, visuals: Sequence[Visual], merge_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Each image or video token becomes as many as it stands for, and all tokens get M-RoPE ids.
+  """Repeats each image or video token once per visual token, and computes M-RoPE position ids.
 
-  A text token has one id on all three axes; visual tokens have (time, row, column) ids from where
-  the text stopped, and the text goes on after the larger of rows and columns, even if the time went
-  further. Equals `get_rope_index` of the Qwen models in transformers.
+  A text token has the same id on all three axes. The visual tokens of an image or video have (time,
+  row, column) ids that begin after the last text id. The next text token continues after the larger
+  of rows and columns, even if the time ids reached further. The result equals `get_rope_index` of
+  the Qwen models in transformers.
 
   Args:
-    ids: i32[l], with the `token_id` of each of the `visuals` once, in their order.
-    visuals: what the tokens stand for.
-    merge_size: merge_size² patches are one visual token.
+    ids: i32[l]; contains the `token_id` of each element of `visuals` once, in their order.
+    visuals: The runs of visual tokens.
+    merge_size: Square root of the number of patches in one visual token.
 
   Returns:
-    tokens i32[L], positions i32[L, 3], feature_index i32[L] (-1 for text).
+    A tuple of
+      tokens: i32[L].
+      positions: i32[L, 3].
+      feature_index: i32[L]; index of the visual token among all visual tokens, -1 for text.
   """
   tokens, positions, features = [], [], []
   start = position = feature = 0
@@ -104,7 +119,7 @@ def expand_visuals(
     frames, rows, cols = visual.grid
     rows, cols = rows // merge_size, cols // merge_size
     grid = np.indices((frames, rows, cols)).reshape(3, -1).T
-    # In float32, as transformers computes it, because the product is cut to a whole number.
+    # Multiply in float32 as transformers does, because the product is truncated to an integer.
     grid[:, 0] = grid[:, 0].astype(np.float32) * np.float32(visual.time_step)
     tokens.append(np.full(len(grid), visual.token_id))
     positions.append(grid + position)

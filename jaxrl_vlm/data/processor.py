@@ -1,8 +1,8 @@
-"""Chat messages, images and videos to `Prompt` arrays.
+"""Turns chat messages, images and videos into `Prompt` arrays.
 
-The tokenizer, the chat template and all sizes come from the Hugging Face directory; what its
-architecture does in its own way is in `families.py`, messages become ids in `chat.py`, and what
-is known of visual tokens without their pixels is in `layout.py`.
+The tokenizer, the chat template and all sizes come from the Hugging Face directory. `families.py`
+contains what differs between architectures, `chat.py` turns messages into token ids, and
+`layout.py` computes everything about patches and visual tokens that does not depend on pixels.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
   from jaxrl_vlm.types import Prompt
 
 IMAGE_MARK = "<image>"  # in Example.question
-# Up to the largest image that the published checkpoints allow.
+# The largest buckets fit the largest image that the published checkpoints allow.
 PROMPT_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 PATCH_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 
 class PromptTooLong(ValueError):
-  """A prompt, or its images, exceeds the largest bucket; nothing is ever cut."""
+  """Raised if a prompt or its images exceed the largest bucket. Prompts are never truncated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
-  """One prompt in numpy, not padded: a row of `Prompt`, whose fields it has.
+  """One prompt as numpy arrays without padding. `Prompt` documents the fields.
 
   Attributes:
-    name: of the example, for error messages.
+    name: Name of the example, used in error messages.
     tokens: i32[L].
     positions: i32[L, 3].
-    next_position: the id of the first response token.
+    next_position: Position id of the first response token.
     feature_index: i32[L].
     patches: f32[N, C·t·p·p].
     patch_positions: i32[N, 2].
     patch_grids: i32[N, 2].
-    patch_segments: i32[N], from 1.
-    patch_windows: i32[N], from 1.
+    patch_segments: i32[N]. Segments are numbered from 1.
+    patch_windows: i32[N]. Windows are numbered from 1.
   """
 
   name: str
@@ -70,19 +70,23 @@ class Processor:
   """Tokenizer, chat template and image settings of one checkpoint.
 
   Attributes:
-    tokenizer: the Hugging Face tokenizer.
-    family: what its architecture does otherwise than others.
-    image_settings: sizes and normalisation of images.
-    video_settings: which frames of a video are seen, and how; None where it takes no videos.
-    window_size: side of a vision attention window in pixels; None where the tower has no windows.
-    image_token_id, video_token_id: stand in `tokens` for visual tokens; there may be no video.
-    vision_start_token_id, vision_end_token_id: around them.
-    end_token_id: `<|im_end|>` or `<end_of_turn>`, which ends every response.
-    eos_token_ids: ids that end sampling, `end_token_id` first.
-    pad_token_id: fills tokens after the end.
-    image_token_ids_never_sampled: ids a sampler must suppress, sorted: a generated image token
-      would have no image features behind it.
-    prompt_buckets, patch_buckets: the padded lengths a batch may have, ascending.
+    tokenizer: The Hugging Face tokenizer.
+    family: The parts of prompt preparation that are specific to the architecture.
+    image_settings: Sizes and normalisation of images.
+    video_settings: Sampling, sizes and normalisation of video frames. None if the model accepts no
+      videos.
+    window_size: Side of a vision attention window in pixels. None if the vision tower has no
+      windows.
+    image_token_id: Id in `tokens` of every visual token of an image.
+    video_token_id: Id in `tokens` of every visual token of a video. None if the model accepts no
+      videos.
+    vision_start_token_id, vision_end_token_id: Ids of the tokens before and after visual tokens.
+    end_token_id: Id of `<|im_end|>` or `<end_of_turn>`, which ends every response.
+    eos_token_ids: Ids that end sampling, `end_token_id` first.
+    pad_token_id: Id that fills `tokens` after the end.
+    image_token_ids_never_sampled: Ids that a sampler must suppress, sorted. A generated image token
+      would have no image features.
+    prompt_buckets, patch_buckets: The padded lengths that a batch may have, ascending.
   """
 
   def __init__(
@@ -94,7 +98,7 @@ class Processor:
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
   ):
-    """Use `from_pretrained`."""
+    """Creates a processor from loaded files. Use `from_pretrained` instead."""
     self.tokenizer = tokenizer
     self.family = family
     self._files = files
@@ -138,7 +142,7 @@ class Processor:
       if count > largest:
         cause, remedy = self.image_settings.bound(largest * patches)
         raise ValueError(
-          f"{image_file}: {cause} is up to {count} {what} of one image, but the largest of "
+          f"{image_file}: {cause} allows up to {count} {what} per image, but the largest of "
           f"config.{field} is {largest}; {remedy}"
         )
 
@@ -152,12 +156,19 @@ class Processor:
     prompt_buckets: Sequence[int] = PROMPT_BUCKETS,
     patch_buckets: Sequence[int] = PATCH_BUCKETS,
   ) -> Processor:
-    """Reads a Hugging Face directory; `min_pixels` and `max_pixels` override its own.
+    """Creates a processor from a Hugging Face directory.
+
+    Args:
+      path: The directory.
+      min_pixels: Smallest area of an image in pixels. None keeps the directory's value.
+      max_pixels: Largest area of an image in pixels. None keeps the directory's value.
+      prompt_buckets: The padded numbers of prompt tokens that a batch may have.
+      patch_buckets: The padded numbers of image patches that a batch may have.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: the files contradict each other, ask for what is not supported, or allow images
-        that fit no bucket; names file, field, value and what was expected.
+      FileNotFoundError: A file is missing.
+      ValueError: The files contradict each other, request something that is not supported, or
+        allow images that fit no bucket. The message names file, field, value and what was expected.
     """
     import transformers  # slow to import
 
@@ -172,9 +183,9 @@ class Processor:
     return cls(tokenizer, family, files, prompt_buckets=prompt_buckets, patch_buckets=patch_buckets)
 
   def save_pretrained(self, path: str | pathlib.Path) -> None:
-    """Writes the files that were read, unchanged but for the pixel bounds that were overridden.
+    """Writes the files that were read. Only overridden pixel bounds are changed.
 
-    `config.json`, which `from_pretrained` also needs, is the model's to write.
+    `from_pretrained` also needs `config.json`, which is written with the model.
     """
     self._files.write(path)
 
@@ -184,19 +195,20 @@ class Processor:
     images: Sequence[Any] | None = None,
     videos: Sequence[Any] | None = None,
   ) -> Prompt:
-    """One conversation or a list of them -> `Prompt` with numpy leaves, P = conversations.
+    """Encodes one conversation or a list of P conversations as a `Prompt` of numpy arrays.
 
     Args:
-      messages: dicts with `role` and `content`, the content a string or a list of
+      messages: Dicts with `role` and `content`. The content is a string or a list of
         `{"type": "image"}`, `{"type": "video"}` and `{"type": "text", "text": ...}`.
-      images: bytes, Pillow images or u8[H, W, 3] arrays in order of appearance; for a list of
-        conversations, one such list for each.
-      videos: `Video`s, likewise.
+      images: Bytes, Pillow images or u8[H, W, 3] arrays in order of appearance. For a list of
+        conversations, a list of images for each conversation.
+      videos: `Video` objects in order of appearance, or a list of them for each conversation.
 
     Raises:
-      ImageError, PromptTooLong: both name the conversation by its index.
-      ValueError: the number of images or videos is not what the messages say, or the model takes
-        no videos.
+      ImageError: An image or video cannot be used. The message names the conversation by its index.
+      PromptTooLong: A conversation fits no bucket. The message names it by its index.
+      ValueError: The number of images or videos differs from the number in the messages, or the
+        model accepts no videos.
     """
     if not messages:
       raise ValueError("messages=[]: expected at least one message")
@@ -220,10 +232,15 @@ class Processor:
     )
 
   def encode(self, example: Example, system: str | None = None) -> EncodedPrompt:
-    """The question of an example as a user turn, after a system turn when given.
+    """Encodes the question of an example as a user turn.
 
-    Raises: as `__call__`; also ValueError when the question has `<image>` marks and their number
-      is not the number of images.
+    Args:
+      example: The example. Without any `<image>` mark in its question, the images come first.
+      system: Text of a system turn before the user turn, or None for no system turn.
+
+    Raises:
+      ValueError: The question has `<image>` marks and their number differs from the number of
+        images. Also raises what `__call__` raises.
     """
     name = example.name
     pieces = example.question.split(IMAGE_MARK)
@@ -253,10 +270,20 @@ class Processor:
     name: str = "conversation",
     videos: Sequence[Video] = (),
   ) -> EncodedPrompt:
-    """One conversation up to the header of the assistant's turn; raises as `__call__`."""
+    """Encodes one conversation, followed by the header of the assistant's turn.
+
+    Args:
+      messages: As in `__call__`.
+      images: As in `__call__`, for one conversation.
+      name: What error messages call the conversation.
+      videos: As in `__call__`, for one conversation.
+
+    Raises:
+      ImageError, PromptTooLong, ValueError: As in `__call__`.
+    """
     family, settings = self.family, self.image_settings
     if self.video_settings is None and (videos or has_video(messages)):
-      raise ValueError(f"{name}: a video, but {family.config['model_type']} takes only images")
+      raise ValueError(f"{name}: got a video, but {family.config['model_type']} takes only images")
     chat = self._chat.render(messages, name)
     pieces = chat.pieces
     for mark, given, what in (
@@ -282,7 +309,8 @@ class Processor:
       patches += more
       visuals += stretches
 
-    # Only now, because what took the places of the marks may merge with the text around it.
+    # Tokenize after all marks are replaced, because the new text and the text around it may form
+    # common tokens.
     ids = np.asarray(self._chat.encode(chat), np.int32)
     tokens, positions, feature_index = expand_visuals(ids, visuals, settings.merge_size)
     if not family.MROPE:
@@ -311,25 +339,28 @@ class Processor:
   def _encode_image(
     self, image: ImageLike, name: str
   ) -> tuple[list[np.ndarray], list[Visual], str]:
-    """Patches of its views, where they stand, and the text they stand in."""
+    """Encodes an image: the patches and grids of its views, and the text that replaces its mark."""
     views = self.image_settings.views(decode_image(image, name))
     encoded = [preprocess_image(view, self.image_settings, name) for view in views]
     visuals = [Visual(grid, self.image_token_id) for _, grid in encoded]
     return [patches for patches, _ in encoded], visuals, self.family.image_text(len(views))
 
   def _encode_video(self, video: Video, name: str) -> tuple[list[np.ndarray], list[Visual], str]:
-    """Patches of its frames, where they stand, and the text they stand in."""
+    """Encodes a video: its patches and grids, and the text that replaces its mark."""
     assert self.video_settings is not None and self.video_token_id is not None
     patches, grid, indices = preprocess_video(video, self.video_settings, name)
     visuals = [
-      Visual(part, self.video_token_id, step)
-      for part, step in self.family.video_stretches(grid, video, len(indices))
+      Visual(stretch, self.video_token_id, step)
+      for stretch, step in self.family.video_stretches(grid, video, len(indices))
     ]
     times = families.group_times(indices, video.fps, self.image_settings.temporal_patch_size)
     return [patches], visuals, self.family.video_text(times)
 
   def sizes(self, prompts: Sequence[EncodedPrompt]) -> list[int]:
-    """The buckets of tokens and of patches that rows fit into; the smallest for no rows."""
+    """Returns the smallest prompt bucket and the smallest patch bucket that fit all prompts.
+
+    Without prompts, these are the smallest buckets.
+    """
     return [
       min(bucket for bucket in buckets if bucket >= max(map(len, lengths), default=0))
       for buckets, lengths in (
@@ -344,12 +375,17 @@ class Processor:
     prompt_length: int | None = None,
     num_patches: int | None = None,
   ) -> Prompt:
-    """Rows -> `Prompt` [P, ...], padded to the given sizes or to the smallest buckets that fit.
+    """Stacks P encoded prompts into a `Prompt` whose arrays begin with an axis P.
 
-    Without any image there is still the smallest bucket of patches, all padding.
+    If no prompt has an image, the batch still has the smallest bucket of patches, all padding.
+
+    Args:
+      prompts: The encoded prompts, at least one.
+      prompt_length: Number of tokens to pad to. By default the smallest bucket that fits.
+      num_patches: Number of patches to pad to. By default the smallest bucket that fits.
 
     Raises:
-      PromptTooLong: a row does not fit; names the example, its size and the limit.
+      PromptTooLong: A prompt does not fit. The message names the example, its size and the limit.
     """
     from jaxrl_vlm.types import Prompt  # imports jax, which data workers must not
 
@@ -394,18 +430,21 @@ class Processor:
 
   @property
   def black_patch(self) -> np.ndarray:
-    """f32[C·t·p·p]; a black patch as images are normalised."""
+    """A black patch, normalised like the patches of images: f32[C·t·p·p]."""
     settings = self.image_settings
     mean, std = (np.array(v, np.float32) for v in (settings.image_mean, settings.image_std))
     black = -mean / std
     return np.repeat(black, settings.patch_dim // len(black))
 
   def encode_target(self, text: str) -> list[int]:
-    """Token ids of a response to imitate, `end_token_id` last; special tokens in it stay text."""
+    """Returns the token ids of a target response, followed by `end_token_id`.
+
+    Special tokens in `text` are encoded as ordinary text.
+    """
     return [*self._chat.encode_plain(text), self.end_token_id]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-    """i[T] -> text without special tokens."""
+    """Decodes token ids i[T] to text without special tokens."""
     ids = np.asarray(ids).tolist()
     return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 

@@ -1,8 +1,9 @@
-"""Videos, as frames that are already decoded, to the patches that a Qwen vision tower reads.
+"""Turns videos into the patches that a Qwen vision tower takes as input.
 
-numpy and Pillow only. Which frames are taken and to what size they are resized equals
-`Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor` of transformers; those resize with torchvision,
-so a pixel may differ from theirs by a grey level, rarely two.
+A video is a sequence of frames; this module does not decode video files. It needs only numpy and
+Pillow. The sampled frames and their new size equal those of `Qwen2VLVideoProcessor` and
+`Qwen3VLVideoProcessor` in transformers. These classes resize with torchvision, so pixels may differ
+by one grey level, rarely by two.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from jaxrl_vlm.data.images import (
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-  """Frames of one size, in order, at equal distances in time.
+  """Frames of the same size, in order and equally spaced in time.
 
   Attributes:
     frames: u8[T, H, W, 3], or a sequence of bytes, Pillow images or u8[H, W, 3] arrays.
-    fps: frames per second of `frames`; which of them the model sees is decided later.
+    fps: Frames per second of `frames`. The processor may sample only some of them.
   """
 
   frames: np.ndarray | Sequence[ImageLike]
@@ -41,16 +42,18 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class VideoSettings:
-  """How videos become patches; the fields of a `video_preprocessor_config.json`.
+  """Settings of a `video_preprocessor_config.json`. Subclasses add the rules of each family.
 
   Attributes:
-    images: sizes, pixel bounds and normalisation of frames.
-    do_sample_frames: take some of the frames, by the fields below; otherwise all.
-    fps: frames to take of each second.
-    num_frames: frames to take of a video, whatever its length; excludes `fps`.
-    min_frames, max_frames: limits of what `fps` asks for.
-    cap_pixels_per_frame: bound the pixels of long videos by `max_video_tokens`.
-    max_video_tokens: see `frame_size`.
+    images: Sizes, pixel bounds and normalisation of frames.
+    do_sample_frames: Whether to sample frames by the fields below. Otherwise all frames are used.
+    fps: Number of frames to sample per second.
+    num_frames: Number of frames to sample, independent of the length of the video. Only one of
+      `fps` and `num_frames` may be set.
+    min_frames, max_frames: Bounds of the number of frames that follows from `fps`.
+    cap_pixels_per_frame: Whether `max_video_tokens` bounds the size of frames.
+    max_video_tokens: Largest number of visual tokens. Qwen2-VL and Qwen2.5-VL count the whole
+      video, and use 90 % of this number. Qwen3-VL counts one frame.
   """
 
   images: ImageSettings
@@ -63,7 +66,15 @@ class VideoSettings:
   max_video_tokens: int = 128_000
 
   def updated(self, config: Mapping[str, Any], file: str) -> Self:
-    """With what `config`, the contents of `file`, says about the fields; null says nothing."""
+    """Returns a copy with the values that `config` gives to the fields of this class.
+
+    Args:
+      config: Contents of `file`. Fields that are absent or null keep their current value.
+      file: Name of the file, used in error messages.
+
+    Raises:
+      ValueError: Both `fps` and `num_frames` are set, or a setting of images is not supported.
+    """
     names = {f.name for f in dataclasses.fields(self)} - {"images"}
     values = {k: v for k, v in config.items() if k in names and v is not None}
     out = dataclasses.replace(self, images=self.images.updated(config, file), **values)
@@ -72,17 +83,34 @@ class VideoSettings:
     return out
 
   def frame_indices(self, total: int, fps: float) -> np.ndarray:
-    """i[t]; which of `total` frames at `fps` frames per second are taken. May raise ValueError."""
+    """Returns the indices i[t] of the frames to sample.
+
+    Args:
+      total: Number of frames of the video.
+      fps: Frames per second of the video.
+
+    Raises:
+      ValueError: The video has too few frames, or the settings are incomplete.
+    """
     raise NotImplementedError
 
   def frame_size(self, count: int, height: int, width: int) -> tuple[int, int]:
-    """The (height, width) that `count` frames are resized to. May raise ValueError."""
+    """Returns the (height, width) in pixels that the sampled frames are resized to.
+
+    Args:
+      count: Number of sampled frames.
+      height: Height of a frame in pixels.
+      width: Width of a frame in pixels.
+
+    Raises:
+      ValueError: The frames are too narrow or too few.
+    """
     raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen2VideoSettings(VideoSettings):
-  """Pixel bounds are of one frame."""
+  """Settings of Qwen2-VL and Qwen2.5-VL. The pixel bounds apply to each frame."""
 
   images: ImageSettings = ImageSettings(min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28)
 
@@ -98,9 +126,8 @@ class Qwen2VideoSettings(VideoSettings):
     else:
       raise ValueError("do_sample_frames=True: expected fps or num_frames, but both are null")
     if not 0 < count <= total:
-      raise ValueError(f"{total} frames at {fps:g} per second: cannot take {count} of them")
-    # In float32 and without regard to `count`, as transformers does it: rounding sometimes makes
-    # one index more.
+      raise ValueError(f"{total} frames at {fps:g} per second: cannot sample {count} of them")
+    # As in transformers, in float32 and not limited to `count`: rounding sometimes adds one index.
     return np.arange(0, total, total / count).astype(np.float32).astype(np.int64)
 
   def frame_size(self, count: int, height: int, width: int) -> tuple[int, int]:
@@ -114,7 +141,7 @@ class Qwen2VideoSettings(VideoSettings):
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VideoSettings(VideoSettings):
-  """Pixel bounds are of all frames together."""
+  """Settings of Qwen3-VL. The pixel bounds apply to all frames of a video together."""
 
   images: ImageSettings = ImageSettings(
     patch_size=16,
@@ -128,7 +155,7 @@ class Qwen3VideoSettings(VideoSettings):
   max_video_tokens: int = 768
 
   def updated(self, config: Mapping[str, Any], file: str) -> Self:
-    # As in transformers: those are of images and say nothing about videos.
+    # As in transformers, these two fields apply only to images. The bounds of videos are in `size`.
     config = {k: v for k, v in config.items() if k not in ("min_pixels", "max_pixels")}
     return super().updated(config, file)
 
@@ -162,12 +189,22 @@ def fit_volume(
   min_pixels: int,
   max_pixels: int,
 ) -> tuple[int, int]:
-  """The frame size, multiples of `factor`, that brings the pixels of `count` frames within bounds.
+  """Returns the (height, width) at which the pixels of all frames together lie within bounds.
 
   Equals `smart_resize` of transformers (models/qwen3_vl/video_processing_qwen3_vl.py).
 
+  Args:
+    count: Number of frames.
+    height: Height of a frame in pixels.
+    width: Width of a frame in pixels.
+    temporal_factor: Number of frames in a temporal patch. `count` is rounded to a multiple of it.
+    factor: Number of pixels that both sides become a multiple of.
+    min_pixels: Smallest number of pixels of all frames.
+    max_pixels: Largest number of pixels of all frames.
+
   Raises:
-    ValueError: fewer frames than `temporal_factor`; one side is more than 200 times the other.
+    ValueError: There are fewer frames than `temporal_factor`, or one side is more than 200 times as
+      long as the other.
   """
   if count < temporal_factor:
     raise ValueError(f"{count} frames: expected at least {temporal_factor}")
@@ -194,32 +231,42 @@ def fit_volume(
 def preprocess_video(
   video: Video, settings: VideoSettings, name: str = "video"
 ) -> tuple[np.ndarray, Grid, np.ndarray]:
-  """The taken frames of a video as patches; the last frame is repeated to fill a temporal patch.
+  """Samples frames of a video and cuts them into patches.
+
+  The last frame is repeated to fill the last temporal patch.
+
+  Args:
+    video: The video.
+    settings: Settings of the checkpoint.
+    name: What error messages call the video.
 
   Returns:
-    patches f32[N, C·t·p·p], their grid (frames, rows, cols), indices i[t] of the taken frames.
+    The patches f32[N, C·t·p·p], their grid (frames, rows, columns), and the indices i[t] of the
+    sampled frames.
 
   Raises:
-    ImageError: a frame does not decode or has another size than the first, there are too few
-      frames, or an aspect ratio above 200. The message starts with `name`.
+    ImageError: A frame does not decode or differs in size from the first one, there are too few
+      frames, or the aspect ratio exceeds 200. The message starts with `name`.
   """
   if not isinstance(video, Video):
     raise ImageError(f"{name}: expected a Video, got {type(video).__name__}")
   total = len(video.frames)
   if not total or not 0 < video.fps < math.inf:
-    raise ImageError(f"{name}: {total} frames at fps={video.fps}: expected at least one, fps > 0")
+    raise ImageError(
+      f"{name}: {total} frames at fps={video.fps}: expected at least one and fps > 0"
+    )
   try:
     indices = settings.frame_indices(total, video.fps)
   except ValueError as error:
     raise ImageError(f"{name}: {error}") from error
-  # A frame may be taken several times.
+  # A frame may be sampled several times.
   decoded = {i: decode_image(video.frames[i], f"{name}, frame {i}") for i in set(indices.tolist())}
   frames = [decoded[i] for i in indices.tolist()]
   for index, frame in zip(indices, frames, strict=True):
     if frame.size != frames[0].size:
       raise ImageError(
         f"{name}, frame {index}: size {frame.width}x{frame.height}: expected "
-        f"{frames[0].width}x{frames[0].height}, that of the first frame"
+        f"{frames[0].width}x{frames[0].height}, the size of the first frame"
       )
   try:
     height, width = settings.frame_size(len(frames), frames[0].height, frames[0].width)
@@ -227,8 +274,8 @@ def preprocess_video(
     raise ImageError(f"{name}: {error}") from error
   images = settings.images
   frames += frames[-1:] * (-len(frames) % images.temporal_patch_size)
-  # First across, then down, each rounded to grey levels, as torchvision does it. In one call Pillow
-  # takes the cheaper order, which differs visibly where the picture is noisy.
+  # As in torchvision, resize horizontally and then vertically, and round to grey levels after each.
+  # A single call of Pillow would use the cheaper order, whose result differs visibly for noise.
   across = [frame.resize((width, frame.height), images.RESAMPLE) for frame in frames]
   pixels = np.stack([np.asarray(f.resize((width, height), images.RESAMPLE)) for f in across])
   grid = (

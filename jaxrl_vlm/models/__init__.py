@@ -1,4 +1,4 @@
-"""Flax models by family, and Hugging Face directories in and out."""
+"""Flax models of all supported families; loading and saving Hugging Face directories."""
 
 import pathlib
 from collections.abc import Sequence
@@ -41,7 +41,14 @@ __all__ = [
 def dummy_prompt(
   config: ModelConfig, num_prompts: int = 1, length: int = 8, num_patches: int | None = None
 ) -> Prompt:
-  """A Prompt of the right shapes, for initialisation and for compiling ahead of time."""
+  """Returns placeholder prompts of the right shapes, to initialise a model or compile a program.
+
+  Args:
+    config: config of the model.
+    num_prompts: P.
+    length: Lp, which is also the length of each prompt.
+    num_patches: N. None means the patches of one visual token.
+  """
   n = config.vision.spatial_merge_size**2 if num_patches is None else num_patches
   ids = np.ones((num_prompts, n), np.int32)
   return Prompt(
@@ -58,20 +65,28 @@ def dummy_prompt(
   )
 
 
-# What is computed in float32 whatever the dtype of activations; all else is cast to that first.
+# Patterns of the parameters of computations that are in float32 whatever the dtype of activations:
+# norms, and the table of positions of the vision tower. All other parameters are cast to the dtype
+# of activations before they are used.
 _FLOAT32 = ("scale", "*norm*/bias", "positions")
 
 
 def abstract_params(
   config: ModelConfig, dtype: str = "float32", trainable: Sequence[str] = ()
 ) -> Params:
-  """Shapes and dtypes of the parameters; nothing is allocated.
+  """Returns the shapes and dtypes of the parameters, without allocating them.
 
-  Those that `trainable` (patterns; () is all) leaves out have the dtype of activations in place
-  of `dtype`, where that does not change the results.
+  Args:
+    config: config of the model.
+    dtype: dtype of the trainable parameters.
+    trainable: patterns of the trainable parameters (`models/patterns.py`); () means all. The other
+      parameters have the dtype of activations, except where this would change the results.
+
+  Returns:
+    A pytree of ShapeDtypeStructs.
   """
-  alone = VLM(config.replace(mesh=None))
-  shapes = jax.eval_shape(lambda: alone.init(jax.random.key(0), dummy_prompt(config))["params"])
+  model = VLM(config.replace(mesh=None))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), dummy_prompt(config))["params"])
 
   def one(keys, x):
     path = weights.path_of(keys)
@@ -82,14 +97,20 @@ def abstract_params(
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:
-  """Random float32 parameters, Flax's initialisers."""
+  """Returns random float32 parameters from Flax's initialisers."""
   return jax.jit(lambda k: VLM(config).init(k, dummy_prompt(config))["params"])(key)
 
 
 def from_directory(
   path: str | pathlib.Path, dtype: str | None = None, remat: str = "dots"
 ) -> ModelConfig:
-  """The architecture of a Hugging Face directory. `dtype` None: as in `load_pretrained`."""
+  """Reads the architecture of a Hugging Face directory.
+
+  Args:
+    path: the directory.
+    dtype: dtype of activations. None means bfloat16 on accelerators and float32 on CPU.
+    remat: what layers keep for the backward pass (see `ModelConfig`).
+  """
   config = hf_config.read(path)
   generation = pathlib.Path(path) / "generation_config.json"
   stops: tuple[int, ...] = ()
@@ -117,22 +138,25 @@ def load_pretrained(
 
   Args:
     path: the directory.
-    dtype: of activations; None means bfloat16 on accelerators and float32 on CPU.
-    param_dtype: of the parameters.
-    remat: what layers keep for the backward pass: "none" (computed again, everything is kept),
-      "dots" or "full" (see `ModelConfig`).
-    lora: adapters to add, which change nothing yet.
-    trainable: patterns (`models/patterns.py`); parameters that they leave out lie in `dtype`.
-      () is all.
-    seed: of the adapters.
-    shardings: a pytree like the parameters: where each goes; None is the default device.
-    **processor_options: of `Processor.from_pretrained`: buckets, pixel limits.
+    dtype: dtype of activations. None means bfloat16 on accelerators and float32 on CPU.
+    param_dtype: dtype of the trainable parameters.
+    remat: what layers keep for the backward pass: "none" keeps everything (nothing is recomputed),
+      "dots" keeps the results of matrix products and attention, "full" keeps only the inputs of
+      layers.
+    lora: adapters to add. They are initialised so that they do not change the output of the model.
+    trainable: patterns of the trainable parameters (`models/patterns.py`); () means all. The other
+      parameters are stored in `dtype`, except those that are used in float32.
+    seed: seed of the initial adapters.
+    shardings: the sharding of each parameter, as a pytree like the parameters. None places all on
+      the default device.
+    **processor_options: options of `Processor.from_pretrained`, such as buckets and pixel limits.
 
   Returns:
-    model, params, processor.
+    The model, its parameters and its processor.
 
   Raises:
-    FileNotFoundError, ValueError: one line naming the file and what is wrong with it.
+    FileNotFoundError, ValueError: a file is missing or invalid. The message is one line that names
+      the file and the problem.
   """
   from jaxrl_vlm.data.processor import Processor
 
@@ -145,8 +169,8 @@ def load_pretrained(
     adapters = lora_lib.init_adapters(shapes, jax.random.key(seed), shardings)
     params = lora_lib.merge(params, adapters)
   processor = Processor.from_pretrained(path, **processor_options)
-  # The files of the model do not name every vision token, nor always the one that ends a turn, by
-  # which a supervised target ends; the tokenizer does.
+  # The model files do not list all vision tokens. They do not always list the token that ends a
+  # turn either, which is the last token of a supervised target. The tokenizer knows both.
   banned = {*config.suppressed_tokens, *processor.image_token_ids_never_sampled}
   stops = dict.fromkeys((*config.stop_tokens, *processor.eos_token_ids))
   config = config.replace(
@@ -160,10 +184,11 @@ def load_pretrained(
 def save_pretrained(
   path: str | pathlib.Path, model: VLM, params: Params, processor: "Processor"
 ) -> None:
-  """Writes a Hugging Face directory that transformers loads to the same logits.
+  """Writes a Hugging Face directory with which transformers computes the same logits.
 
-  Adapters are folded into the weights. Parameters are written in the dtype they have, which
-  config.json then says. In a run of many hosts all call this, and the first writes.
+  Adapters are merged into the weights. Parameters are written in the dtype that they have, and
+  config.json names it. In a run of several processes, all must call this function; process 0
+  writes.
   """
   weights.save_params(path, model.config, lora_lib.merged(params, model.config))
   if jax.process_index() == 0:

@@ -36,7 +36,7 @@ class Entry:
 
   @property
   def turned(self) -> bool:
-    """Whether the parts that `read` returns are still to be transposed (devices do it faster)."""
+    """Whether the parts that `read` returns are still to be transposed (on the device)."""
     return self.kind == "linear"
 
   def names(self) -> list[str]:

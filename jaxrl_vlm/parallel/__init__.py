@@ -1,4 +1,7 @@
-"""Meshes and shardings. The distributed engine is JAX's own: GSPMD over a named mesh."""
+"""Meshes, shardings, and runs of several processes.
+
+JAX distributes the programs over the devices of a named mesh (GSPMD).
+"""
 
 from jaxrl_vlm.parallel.mesh import (
   AXES,

@@ -1,4 +1,4 @@
-"""The mesh of a run and where every array lives on it."""
+"""The mesh of a run, and the shardings of arrays on it."""
 
 import math
 import re
@@ -12,23 +12,25 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-# `slice` splits the prompts of a batch alone: between slices, which only a slow network connects,
-# nothing passes but the sum of gradients. `fsdp` splits prompts and parameters; `tensor` splits
-# heads, hidden units and vocabulary.
+# Axes of the mesh. `slice` shards only the prompts of a batch, so that the slow network between TPU
+# slices transfers nothing but the sum of gradients. `fsdp` shards prompts and parameters, and
+# `tensor` shards heads, hidden units and vocabulary.
 AXES = ("slice", "fsdp", "tensor")
-ROWS = ("slice", "fsdp")  # what prompts are split over
+ROWS = ("slice", "fsdp")  # the axes that shard prompts
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
-# Axes of the mesh that split each logical axis of parameters; `config.sharding` overrides them.
+# The mesh axes that shard each logical axis of parameters. `config.sharding` overrides them.
 RULES: Rules = (("hidden", ("tensor",)), ("vocab", ("fsdp", "tensor")), ("width", ("fsdp",)))
 
-# While responses are drawn in a layout of their own: nothing is gathered for a token.
+# For rollouts with their own sharding (`config.rollout.tensor`). No parameters are sharded over
+# `fsdp`, so that decoding does not gather weights for every token.
 ROLLOUT_RULES: Rules = (("hidden", ("tensor",)), ("vocab", ("tensor",)), ("width", ()))
 
-# Logical axes of parameters: `width` is that of the residual stream, `hidden` is heads and hidden
-# units. What matches first holds; it counts from the last axis, so that the leading axis of stacked
-# layers needs no name. All others lie whole on every device.
+# Logical axes of parameters: `width` is the residual stream, `hidden` is heads and hidden units.
+# The first pattern that matches the path of a parameter applies. Its names refer to the last axes
+# of the array, so the leading axis of stacked layers needs no name. All other parameters are
+# replicated.
 _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
   (r"embed/embedding", ("vocab", "width")),
   (r"head", ("width", "vocab")),
@@ -43,17 +45,18 @@ _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def rules_of(sharding: Mapping[str, Sequence[str]]) -> Rules:
-  """`config.sharding` as rules; what it leaves out is as in `RULES`.
+  """Returns the rules of `config.sharding`. Logical axes that are not in it are as in `RULES`.
+
+  Args:
+    sharding: mesh axes for each logical axis.
 
   Raises:
-    ValueError: no such logical axis, or none of the mesh; names both and what there is.
+    ValueError: a logical axis or a mesh axis does not exist. The message lists the valid ones.
   """
   rules = dict(RULES)
   for name, axes in sharding.items():
     if name not in rules:
-      raise ValueError(
-        f"config.sharding.{name}: no such axis of parameters; they are {', '.join(rules)}"
-      )
+      raise ValueError(f"config.sharding.{name}: no such axis; expected one of {', '.join(rules)}")
     if isinstance(axes, str) or not set(axes) <= set(AXES) or len(set(axes)) < len(axes):
       raise ValueError(
         f"config.sharding.{name}={axes!r}: expected a tuple of some of {', '.join(AXES)}"
@@ -63,16 +66,17 @@ def rules_of(sharding: Mapping[str, Sequence[str]]) -> Rules:
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh over all devices, of which neighbours are neighbours in the machine.
+  """Returns a mesh of all devices. Devices that are adjacent in the mesh are adjacent in the
+  hardware.
 
   Args:
-    axes: sizes of `slice`, `fsdp` and `tensor` (default 1, -1, 1); one of them may be -1: whatever
-      is left.
-    devices: default all of this run.
+    axes: sizes of `slice`, `fsdp` and `tensor` (default 1, -1, 1). One of them may be -1, which
+      stands for all remaining devices.
+    devices: the devices; by default all devices of this run.
 
   Raises:
-    ValueError: a size is not a number of devices, or they do not multiply to that of all, or
-      `slice` is not the number of TPU slices.
+    ValueError: a size is invalid, the product of the sizes is not the number of devices, or `slice`
+      is not the number of TPU slices.
   """
   devices = jax.devices() if devices is None else devices
   sizes = {name: axes.get(name, default) for name, default in zip(AXES, (1, -1, 1), strict=True)}
@@ -97,22 +101,25 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
     )
   elif devices[0].platform == "tpu":
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-  else:  # in their own order, which is that of their processes
+  else:  # in the order of JAX, in which the devices of a process are adjacent
     placed = np.asarray(devices).reshape(shape)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
-  """The same devices in the same order with another size of `tensor`, at the cost of `fsdp`.
+  """Returns a mesh of the same devices in the same order with another size of `tensor`.
+
+  The size of `slice` stays the same, and `fsdp` becomes smaller as `tensor` becomes larger.
 
   Raises:
-    ValueError: it is no multiple of what it was, or does not divide the devices of a slice.
+    ValueError: `tensor` is not a multiple of its size in `mesh`, or does not divide the number of
+      devices of a slice.
   """
   slices, was = mesh.shape["slice"], mesh.shape["tensor"]
   if tensor < 1 or tensor % was or (mesh.size // slices) % tensor:
     raise ValueError(
       f"config.rollout.tensor={tensor}: expected a multiple of config.mesh.tensor={was} that "
-      f"divides the {mesh.size // slices} devices of a slice, or 0 for the layout of training"
+      f"divides the {mesh.size // slices} devices of a slice, or 0 for the sharding of training"
     )
   return Mesh(
     mesh.devices.reshape(slices, -1, tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES)
@@ -120,17 +127,24 @@ def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
 
 
 def rows(mesh: Mesh) -> int:
-  """Into how many parts the prompts of a batch are split."""
+  """Returns R, the number of shards of a batch of prompts."""
   return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def split_over(
   mesh: Mesh, rules: Rules, name: str, size: int, taken: Sequence[str] = ()
 ) -> tuple[str, ...]:
-  """The axes of the mesh that split a logical axis of this size.
+  """Returns the mesh axes that shard a logical axis of parameters.
 
-  Not those `taken` by another axis of the same array; then as many, from the last on, as divide the
-  size evenly.
+  Starting from the axes in `rules` that are not `taken`, the first axes are dropped until the
+  product of the remaining ones divides `size`.
+
+  Args:
+    mesh: the mesh.
+    rules: mesh axes for each logical axis.
+    name: name of the logical axis.
+    size: size of the logical axis.
+    taken: mesh axes that already shard another axis of the same array.
   """
   axes = tuple(axis for axis in dict(rules)[name] if axis not in taken)
   while size % math.prod(mesh.shape[axis] for axis in axes):
@@ -144,7 +158,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Spec:
       taken: list[str] = []
       spec: list[Any] = [None] * len(shape)
       first = len(shape) - len(names)
-      for i in sorted(range(len(names)), key=lambda i: names[i] != "vocab"):  # it chooses first
+      for i in sorted(range(len(names)), key=lambda i: names[i] != "vocab"):  # vocab first
         name, size = names[i], shape[first + i]
         axes = split_over(mesh, rules, name, size, taken) if name else ()
         taken += axes
@@ -154,7 +168,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> Spec:
 
 
 def param_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
-  """Shardings for a pytree of parameters, or of anything that mirrors one (optimizer state)."""
+  """Returns the shardings of parameters, or of a pytree that mirrors them (optimizer state)."""
 
   def one(keys, leaf):
     path = "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
@@ -164,9 +178,9 @@ def param_shardings(mesh: Mesh, tree: Any, rules: Rules = RULES) -> Any:
 
 
 def constrained(mesh: Mesh | None, a: jax.Array, *axes: Any) -> jax.Array:
-  """An array within a program, split over the mesh as `PartitionSpec(*axes)`.
+  """Constrains the sharding of an array in a jitted function to `PartitionSpec(*axes)`.
 
-  As it is where there is nothing to split it over.
+  Without a mesh, or with a mesh of one device, the array is returned unchanged.
   """
   if mesh is None or mesh.size == 1:
     return a
@@ -174,45 +188,53 @@ def constrained(mesh: Mesh | None, a: jax.Array, *axes: Any) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Arrays whose leading axis is P prompts."""
+  """Returns the sharding of arrays whose leading axis is P prompts."""
   return NamedSharding(mesh, Spec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of arrays that every device stores completely."""
   return NamedSharding(mesh, Spec())
 
 
 def reordered(mesh: Mesh, tree: Any, order: jax.Array) -> Any:
-  """Rows [P, ...] of arrays that are split as `batch_sharding` says, in another order i32[P].
+  """Permutes the rows of arrays [P, ...] with `batch_sharding`: row i of the result is order[i].
 
-  None goes from one slice to another. Within a slice shards go round in a ring: no device ever
-  holds all of them.
+  `order` must not move rows between slices. Within a slice, the shards are passed around in a ring
+  of devices, so that a device never holds the whole batch.
+
+  Args:
+    mesh: the mesh.
+    tree: pytree of arrays [P, ...].
+    order: i32[P], a permutation.
   """
   size = mesh.shape["fsdp"]
   if rows(mesh) == 1:
     return jax.tree.map(lambda a: jnp.take(a, order, axis=0), tree)
 
   def local(order, tree):
-    here = len(order) // rows(mesh)
-    me, first = jax.lax.axis_index("fsdp"), jax.lax.axis_index("slice") * size * here
-    mine = jax.lax.dynamic_slice_in_dim(order, first + me * here, here) - first
+    count = len(order) // rows(mesh)  # rows of a shard
+    device, first = jax.lax.axis_index("fsdp"), jax.lax.axis_index("slice") * size * count
+    # The rows that this device needs, as indices in the slice.
+    wanted = jax.lax.dynamic_slice_in_dim(order, first + device * count, count) - first
 
-    def take(into, shards, i):  # `shards` of the device i places further
-      at = mine - (me + i) % size * here
-      found = (at >= 0) & (at < here)
+    def take(result, shards, i):
+      """Copies the wanted rows from `shards`, which are those of the device `device` + i."""
+      index = wanted - (device + i) % size * count
+      found = (index >= 0) & (index < count)
 
-      def one(into, shard):
-        taken = jnp.take(shard, jnp.clip(at, 0, here - 1), axis=0)
-        return jnp.where(found.reshape(-1, *[1] * (taken.ndim - 1)), taken, into)
+      def from_shard(result, shard):
+        taken = jnp.take(shard, jnp.clip(index, 0, count - 1), axis=0)
+        return jnp.where(found.reshape(-1, *[1] * (taken.ndim - 1)), taken, result)
 
-      return jax.tree.map(one, into, shards)
+      return jax.tree.map(from_shard, result, shards)
 
     def step(i, state):
-      taken, passing = state
-      passing = jax.lax.ppermute(
-        passing, "fsdp", [(source, (source - 1) % size) for source in range(size)]
+      result, shards = state
+      shards = jax.lax.ppermute(
+        shards, "fsdp", [(source, (source - 1) % size) for source in range(size)]
       )
-      return take(taken, passing, i), passing
+      return take(result, shards, i), shards
 
     return jax.lax.fori_loop(1, size, step, (take(tree, tree, 0), tree))[0]
 

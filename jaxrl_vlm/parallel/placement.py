@@ -1,4 +1,4 @@
-"""Which rows of a batch are this process's, and how arrays of the host come onto a mesh."""
+"""The rows of a batch that this process holds, and copying arrays from the host to a mesh."""
 
 import dataclasses
 import functools
@@ -14,12 +14,13 @@ from jaxrl_vlm.parallel.mesh import batch_sharding
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Which prompts of a batch are this process's.
+  """The rows (prompts) of a batch that this process holds.
 
   Attributes:
-    count: P, of all processes together.
-    here: those that its devices hold, ascending.
-    owned: those of them that it answers for: several processes may hold the same.
+    count: P, the rows of all processes together.
+    here: indices of the rows that are on devices of this process, ascending.
+    owned: the rows of `here` that this process is responsible for. Several processes can hold the
+      same row; the first of them owns it.
   """
 
   count: int
@@ -27,15 +28,16 @@ class Rows:
   owned: tuple[int, ...]
 
   def spread(self, values: list[Any]) -> list[Any]:
-    """Values of the rows `here` at their places among P; the others are None."""
-    found: list[Any] = [None] * self.count
+    """Returns a list of P entries with the values of the rows `here`, and None for other rows."""
+    spread: list[Any] = [None] * self.count
     for row, value in zip(self.here, values, strict=True):
-      found[row] = value
-    return found
+      spread[row] = value
+    return spread
 
 
 @functools.lru_cache(maxsize=64)
 def own_rows(mesh: Mesh, count: int) -> Rows:
+  """Returns the rows of a batch of `count` prompts that this process holds."""
   holders: list[set[int]] = [set() for _ in range(count)]
   for device, index in batch_sharding(mesh).devices_indices_map((count,)).items():
     for row in range(*index[0].indices(count)):
@@ -49,44 +51,51 @@ def own_rows(mesh: Mesh, count: int) -> Rows:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-  """`jax.device_put` of host arrays that every process has whole."""
+  """Copies host arrays to devices. Every process must have the same, complete arrays.
 
-  def one(sharding, part):
+  Args:
+    tree: pytree of host arrays.
+    shardings: a sharding, or a pytree of shardings that is a prefix of `tree`.
+  """
+
+  def one(sharding, subtree):
     if sharding.is_fully_addressable:
-      return jax.device_put(part, sharding)
+      return jax.device_put(subtree, sharding)
     # device_put would compare the arrays of all processes.
-    return jax.tree.map(lambda a: _placed(np.shape(a), sharding, np.asarray(a).__getitem__), part)
+    return jax.tree.map(
+      lambda a: _placed(np.shape(a), sharding, np.asarray(a).__getitem__), subtree
+    )
 
   return jax.tree.map(one, shardings, tree, is_leaf=lambda s: isinstance(s, jax.sharding.Sharding))
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-  """Moves a pytree of host arrays with leading axis P, which every process has whole."""
+  """Copies a pytree of host arrays [P, ...] to the mesh. Every process has the complete arrays."""
   return put(tree, batch_sharding(mesh))
 
 
 def put_rows(mesh: Mesh, tree: Any, rows: Rows) -> Any:
-  """Moves host arrays of the rows `here` onto the mesh: [len(rows.here), ...] -> [P, ...]."""
+  """Copies host arrays of the rows `here` to the mesh: [len(rows.here), ...] -> [P, ...]."""
   sharding = batch_sharding(mesh)
   if sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
-  place = {row: i for i, row in enumerate(rows.here)}
+  position = {row: i for i, row in enumerate(rows.here)}
 
   def one(a):
-    def part(index):
-      return a[[place[row] for row in range(*index[0].indices(rows.count))]]
+    def shard(index):
+      return a[[position[row] for row in range(*index[0].indices(rows.count))]]
 
-    return _placed((rows.count, *a.shape[1:]), sharding, part)
+    return _placed((rows.count, *a.shape[1:]), sharding, shard)
 
   return jax.tree.map(one, tree)
 
 
-def _placed(shape: tuple[int, ...], sharding: Any, part: Callable) -> jax.Array:
-  return jax.make_array_from_callback(shape, sharding, part)
+def _placed(shape: tuple[int, ...], sharding: Any, shard: Callable) -> jax.Array:
+  return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def everywhere(mesh: Mesh, key: jax.Array) -> jax.Array:
-  """A random key, the same in all processes, for programs on the mesh."""
+  """Replicates a random key, which is the same in all processes, on the mesh."""
   if mesh.is_multi_process:
     data = put(
       np.asarray(jax.random.key_data(key)),
@@ -97,11 +106,11 @@ def everywhere(mesh: Mesh, key: jax.Array) -> jax.Array:
 
 
 def taken(array: jax.Array) -> dict[int, np.ndarray]:
-  """The rows of a batch that this process holds, by number."""
+  """Returns the rows of a batch that this process holds, on the host, by index in the batch."""
   if array.is_fully_addressable:
     return dict(enumerate(np.asarray(array)))
-  found = {}
+  values = {}
   for shard in array.addressable_shards:
     rows = range(*shard.index[0].indices(array.shape[0]))
-    found |= dict(zip(rows, np.asarray(shard.data), strict=True))
-  return found
+    values |= dict(zip(rows, np.asarray(shard.data), strict=True))
+  return values

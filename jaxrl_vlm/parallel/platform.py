@@ -1,4 +1,4 @@
-"""Which backend an ordinary run uses, and where compiled programs are kept."""
+"""Chooses the backend of a run, and the cache of compiled programs."""
 
 import glob
 import importlib.util
@@ -6,13 +6,13 @@ import os
 
 
 def choose_platform() -> None:
-  """Keeps an installed libtpu from disturbing machines without a TPU.
+  """Prevents JAX from looking for a TPU on machines that have libtpu but no TPU.
 
-  Call before the first use of jax.
+  Call it before the first use of jax.
 
-  libtpu is also a compiler that runs anywhere (the extra `plan`), but JAX takes its presence for
-  a TPU, complains and waits. Where no TPU device exists this names the other platforms to JAX.
-  An explicit JAX_PLATFORMS is left alone.
+  libtpu may be installed only as a compiler (the extra `plan`). JAX takes its presence for a TPU,
+  waits for it, and prints warnings. If the machine has no TPU device, this function sets
+  `jax_platforms` to the other platforms. If JAX_PLATFORMS is set, nothing changes.
   """
   if os.environ.get("JAX_PLATFORMS"):
     return
@@ -20,8 +20,8 @@ def choose_platform() -> None:
     return
   import jax
 
-  # A platform that is named must be there: a GPU counts only with JAX's plugin for it (the extra
-  # `gpu`), and where another plugin is installed the choice is left to JAX.
+  # JAX fails if a platform in `jax_platforms` does not work. So a GPU counts only if JAX's plugin
+  # for it is installed (the extra `gpu`), and with a ROCm plugin the choice is left to JAX.
   def installed(*names: str) -> bool:
     return any(importlib.util.find_spec(name) for name in names)
 
@@ -34,19 +34,21 @@ def choose_platform() -> None:
 
 
 def cache_compilations() -> None:
-  """Keeps compiled programs on disk, so that a repeated or resumed run starts at once.
+  """Caches compiled programs on disk, so that a repeated or resumed run reads them from there.
 
-  In $JAXRL_VLM_CACHE/xla or ~/.cache/jaxrl_vlm/xla; JAX_COMPILATION_CACHE_DIR overrides it. Call
-  once all processes of the run have joined. On several CPU devices nothing is kept: XLA for CPU
-  forgets the order of the collectives of a program when it writes it, so that devices which read
-  it begin with different ones and wait for each other for ever.
+  The directory is $JAXRL_VLM_CACHE/xla, or ~/.cache/jaxrl_vlm/xla by default.
+  JAX_COMPILATION_CACHE_DIR overrides it. Call it after all processes of the run have joined.
+
+  With several CPU devices, nothing is cached. XLA for CPU does not store the order of the
+  collectives of a program, so devices that run a cached program can start with different
+  collectives and wait for each other forever.
   """
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
   if jax.default_backend() == "cpu" and jax.device_count() > 1:
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it looks at that once
+    compilation_cache.reset_cache()  # JAX reads the option only when the cache is initialized
   elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     cache = os.environ.get("JAXRL_VLM_CACHE") or "~/.cache/jaxrl_vlm"
     jax.config.update("jax_compilation_cache_dir", os.path.join(os.path.expanduser(cache), "xla"))

@@ -1,2 +1,5 @@
-"""What `jaxrl_vlm.plan` stands on: programs of a stage as shapes, compiled for TPUs that are not
-there, and what their text says of memory, FLOPs and collectives."""
+"""Plans for `jaxrl_vlm.plan`: compiles the programs of a stage for TPUs, on a machine without one.
+
+`step` lists the programs as shapes. `compiled` compiles them and reads their memory. `hlo` counts
+FLOPs and collectives in the compiled text, and `roofline` estimates the time.
+"""

@@ -1,11 +1,14 @@
-"""What a compiled program does, read from its text: FLOPs, bytes of memory, bytes of collectives.
+"""Counts the FLOPs, memory traffic and collective traffic of a compiled program from its HLO text.
 
-XLA's own count (`compiled.cost_analysis()`) takes the body of a loop once, and knows no
-collectives. Here every loop counts as often as it runs, a condition as its dearest branch, or as
-the caller says how often each is taken. All numbers are of one device.
+All numbers are per device. They differ from XLA's own count (`compiled.cost_analysis()`), which
+counts the body of a loop once and does not count collectives:
 
-FLOPs are those of products of matrices (`dot`, and `convolution`, which is what becomes of them on
-TPU), 2 for a multiplication and its addition. Kernels (custom calls) are opaque: they are listed.
+- A loop counts as often as it runs.
+- A conditional counts as its most expensive branch, or as the average of its branches if the caller
+  passes how often each one is taken.
+- FLOPs are those of matrix products: `dot` instructions, and `convolution` instructions, into which
+  the TPU compiler turns them. A multiplication and its addition count as 2 FLOPs.
+- The FLOPs inside custom kernels (custom calls) are unknown. The kernels are only listed.
 """
 
 import collections
@@ -21,7 +24,8 @@ import numpy as np
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "bf16": 16, "tf32": 32, "c64": 64, "c128": 128}
-# What moves nothing by itself: names for what is there, and ends of what has been counted.
+# Instructions that move no data: they refer to existing values, or finish an operation that is
+# already counted.
 _FREE = {
   "parameter",
   "constant",
@@ -43,16 +47,17 @@ _NAME = r"%?([\w.\-]+)"
 
 @dataclasses.dataclass
 class Cost:
-  """What one device does in one run of a program.
+  """The work of one device in one run of a program.
 
   Attributes:
-    flops: of products of matrices.
-    bytes: read from and written to the device's memory by instructions that are not part of
-      another one; what lies in memory on the chip does not count.
-    collectives: by kind, bytes that the device sends: of an array of n bytes in a group of g
-      devices n (g-1)/g to gather, to scatter or to swap it, twice that to sum it everywhere.
-    kernels: how often each custom call runs, by name.
-    unknown: loops of which the text does not say how often they run.
+    flops: FLOPs of matrix products.
+    bytes: bytes that instructions read from and write to the device's memory (HBM). A fused
+      instruction counts only through its fusion. Arrays in on-chip memory do not count.
+    collectives: bytes that the device sends, by kind of collective. With g devices and an unsharded
+      array of n bytes, this is n (g-1)/g for all-gather, reduce-scatter and all-to-all, and
+      2n (g-1)/g for all-reduce. For collective-permute, it is the bytes of the operand.
+    kernels: how often each custom kernel runs, by name.
+    unknown: number of loops whose trip count the text does not determine.
   """
 
   flops: float = 0.0
@@ -81,11 +86,11 @@ class Cost:
 
   @property
   def sent(self) -> float:
-    """Bytes that the device sends in all collectives."""
+    """Bytes that the device sends in all collectives together."""
     return sum(self.collectives.values())
 
-  def dearest(self, other: "Cost") -> "Cost":
-    """The larger of each number."""
+  def maximum(self, other: "Cost") -> "Cost":
+    """Returns the larger of both costs for each number."""
     return Cost(
       max(self.flops, other.flops),
       max(self.bytes, other.bytes),
@@ -95,33 +100,49 @@ class Cost:
     )
 
 
-def _merged(a: Mapping[str, float], b: Mapping[str, float], how: Any) -> dict[str, float]:
-  return {key: how((a.get(key, 0.0), b.get(key, 0.0))) for key in (*a, *b)}
+def _merged(a: Mapping[str, float], b: Mapping[str, float], combine: Any) -> dict[str, float]:
+  return {key: combine((a.get(key, 0.0), b.get(key, 0.0))) for key in (*a, *b)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """An array: its dimensions, the bits of a number, and whether it lies in the device's memory."""
+  """Shape of an array.
+
+  Attributes:
+    dims: its dimensions.
+    bits: bits per element.
+    in_hbm: whether it is stored in the device's memory (HBM), not in on-chip memory.
+  """
 
   dims: tuple[int, ...]
   bits: int
-  here: bool = True
+  in_hbm: bool = True
 
   @property
   def bytes(self) -> float:
-    return math.prod(self.dims) * self.bits / 8 if self.here else 0.0
+    return math.prod(self.dims) * self.bits / 8 if self.in_hbm else 0.0
 
 
 @dataclasses.dataclass
 class Instruction:
-  """A line of a computation; `rest` is what stands behind the operands."""
+  """One instruction (line) of a computation.
+
+  Attributes:
+    name: its name.
+    op: its opcode, e.g. "dot".
+    shapes: shapes of its results.
+    operands: names of its operands.
+    arguments: the text in the parentheses after the opcode.
+    attributes: the text after these parentheses.
+    root: whether it is the root of its computation.
+  """
 
   name: str
   op: str
   shapes: tuple[Shape, ...]
   operands: tuple[str, ...]
-  inside: str
-  rest: str
+  arguments: str
+  attributes: str
   root: bool
 
   @property
@@ -129,26 +150,33 @@ class Instruction:
     return sum(shape.bytes for shape in self.shapes)
 
   def called(self, *keys: str) -> list[str]:
-    """Computations that the attributes `keys` name."""
+    """Returns the names of the computations in the attributes `keys`."""
     names: list[str] = []
     for key in keys:
-      found = re.search(rf"[ ,]{key}=(?:\{{([^}}]*)\}}|{_NAME})", self.rest)
-      if found:
-        names += re.findall(_NAME, found[1] if found[1] is not None else found[2])
+      match = re.search(rf"[ ,]{key}=(?:\{{([^}}]*)\}}|{_NAME})", self.attributes)
+      if match:
+        names += re.findall(_NAME, match[1] if match[1] is not None else match[2])
     return names
 
   def numbers(self, key: str) -> list[int]:
-    """The attribute `key={1,2}`."""
-    found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.rest)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+    """Returns the numbers of an attribute of the form `key={1,2}`, or [] if it is absent."""
+    match = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.attributes)
+    return [int(n) for n in match[1].split(",") if n] if match else []
 
   def number(self, key: str, default: int = 1) -> int:
-    found = re.search(rf"\b{key}=(\d+)", self.rest)
-    return int(found[1]) if found else default
+    """Returns the number of an attribute of the form `key=1`, or `default` if it is absent."""
+    match = re.search(rf"\b{key}=(\d+)", self.attributes)
+    return int(match[1]) if match else default
 
 
 @dataclasses.dataclass
 class Computation:
+  """A computation (function) of a program: its instructions by name.
+
+  `users` maps the name of an instruction to the instructions that take its result as an operand,
+  each with the position of that operand.
+  """
+
   instructions: dict[str, Instruction]
 
   def __post_init__(self):
@@ -159,7 +187,7 @@ class Computation:
 
   @functools.cached_property
   def parameters(self) -> dict[int, Instruction]:
-    return {int(i.inside): i for i in self.instructions.values() if i.op == "parameter"}
+    return {int(i.arguments): i for i in self.instructions.values() if i.op == "parameter"}
 
   @functools.cached_property
   def root(self) -> Instruction:
@@ -167,17 +195,17 @@ class Computation:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-  found = []
+  shapes = []
   for kind, dims, layout in _SHAPE.findall(text):
     digits = re.search(r"\d+", kind)
     bits = _BITS[kind] if kind in _BITS else int(digits[0]) if digits else 0
     sizes = tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)
-    found.append(Shape(sizes, bits, not re.search(r"S\([1-9]", layout)))
-  return tuple(found)
+    shapes.append(Shape(sizes, bits, not re.search(r"S\([1-9]", layout)))
+  return tuple(shapes)
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the bracket that opens at `start` closes."""
+  """Returns the position of the parenthesis that closes the one at `start`."""
   depth = 0
   for i in range(start, len(text)):
     if text[i] == "(":
@@ -195,24 +223,30 @@ def _instruction(line: str) -> Instruction | None:
     return None
   text = line[head.end() :]
   end = _closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
-  found = re.match(r"\s*([\w\-]+)\(", text[end:])
-  if not found:
+  opcode = re.match(r"\s*([\w\-]+)\(", text[end:])
+  if not opcode:
     return None
-  opening = end + found.end() - 1
+  opening = end + opcode.end() - 1
   close = _closing(text, opening)
-  inside = re.sub(r"/\*.*?\*/", "", text[opening + 1 : close])
+  arguments = re.sub(r"/\*.*?\*/", "", text[opening + 1 : close])
   operands: tuple[str, ...] = ()
-  if found[1] not in ("parameter", "constant"):
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside))
-    if not operands and inside and "[" not in inside:
-      operands = tuple(name.strip() for name in inside.split(","))
+  if opcode[1] not in ("parameter", "constant"):
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    if not operands and arguments and "[" not in arguments:
+      operands = tuple(name.strip() for name in arguments.split(","))
   return Instruction(
-    head[2], found[1], _shapes(text[:end]), operands, inside, text[close + 1 :], bool(head[1])
+    head[2], opcode[1], _shapes(text[:end]), operands, arguments, text[close + 1 :], bool(head[1])
   )
 
 
 class Program:
-  """The computations of a program's text."""
+  """A compiled program, parsed from its HLO text (`compiled.as_text()`).
+
+  Attributes:
+    devices: number of devices that run it.
+    computations: its computations by name.
+    entry: name of the computation that is the program.
+  """
 
   def __init__(self, text: str):
     partitions, replicas = (
@@ -228,60 +262,72 @@ class Program:
         name, lines = head[2], {}
         if head[1]:
           self.entry = name
-      elif line.rstrip() == "}" and name:  # attributes of kernels go over several lines
+      elif line.rstrip() == "}" and name:  # attributes of kernels span several lines
         self.computations[name] = Computation(lines)
         name = ""
-      elif name and (found := _instruction(line)) is not None:
-        lines[found.name] = found
+      elif name and (instruction := _instruction(line)) is not None:
+        lines[instruction.name] = instruction
 
-  # -- Loops and groups ---------------------------------------------------------------------------
+  # -- Loops and devices --------------------------------------------------------------------------
 
-  def trips(self, loop: Instruction, inside: Computation) -> int | None:
-    """How often a loop runs; None if the text does not say so.
+  def trips(self, loop: Instruction, parent: Computation) -> int | None:
+    """Returns how often a loop runs.
 
-    From what the compiler notes, or from a counter that the condition compares with a constant
-    from above; what else ends the loop earlier is not looked at.
+    The trip count is the one that the compiler states (`known_trip_count`). If there is none, it is
+    computed from a counter that the condition of the loop compares with a constant upper limit. In
+    that case, other conditions that can end the loop earlier are ignored.
+
+    Args:
+      loop: a `while` instruction.
+      parent: the computation that contains it.
+
+    Returns:
+      The number of iterations, or None if the text does not determine it.
     """
-    noted = re.search(r"known_trip_count\D*(\d+)", loop.rest)
-    if noted:
-      return int(noted[1])
+    known = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
+    if known:
+      return int(known[1])
     condition = self.computations.get((loop.called("condition") or [""])[0])
     if condition is None:
       return None
     for compare in self._compares(condition):
-      direction = re.search(r"direction=(\w+)", compare[1].rest)
+      direction = re.search(r"direction=(\w+)", compare[1].attributes)
       if direction is None or direction[1] not in ("LT", "LE", "GT", "GE"):
         continue
-      where, instruction = compare
-      sides = [self._value(where, name, loop, inside) for name in instruction.operands]
+      scope, instruction = compare
+      sides = [self._value(scope, name, loop, parent) for name in instruction.operands]
       if direction[1] in ("GT", "GE"):
         sides.reverse()
       (counter, start), (_, limit) = sides
       if counter is not None and start is not None and limit is not None:
-        way = max(0, limit - start + (direction[1] in ("LE", "GE")))
-        return -(-way // self._stride(loop, counter, inside))
+        distance = max(0, limit - start + (direction[1] in ("LE", "GE")))
+        return -(-distance // self._stride(loop, counter, parent))
     return None
 
-  def _stride(self, loop: Instruction, counter: int, inside: Computation) -> int:
-    """What a loop's body adds to its counter: more than 1 where XLA has unrolled it."""
+  def _stride(self, loop: Instruction, counter: int, parent: Computation) -> int:
+    """Returns what a loop's body adds to its counter: more than 1 if XLA has unrolled the loop."""
     body = self.computations[loop.called("body")[0]]
     if body.root.op != "tuple":
       return 1
-    total, at = 0, body.instructions.get(body.root.operands[counter])
-    while at is not None and at.op in (*_ALIASES, "add"):
-      following = at.operands[0]
-      if at.op == "add":
-        values = [self._value(body, name, loop, inside) for name in at.operands]
-        # The one that is no number, or else the counter itself, leads on.
+    total, instruction = 0, body.instructions.get(body.root.operands[counter])
+    while instruction is not None and instruction.op in (*_ALIASES, "add"):
+      following = instruction.operands[0]
+      if instruction.op == "add":
+        values = [self._value(body, name, loop, parent) for name in instruction.operands]
+        # One operand is a constant increment. Follow the other one back to the counter.
         follow = next(
-          (i for i, (number, value) in enumerate(values) if number == counter or value is None), 0
+          (i for i, (index, value) in enumerate(values) if index == counter or value is None), 0
         )
-        total, following = total + (values[1 - follow][1] or 0), at.operands[follow]
-      at = body.instructions.get(following)
+        total, following = total + (values[1 - follow][1] or 0), instruction.operands[follow]
+      instruction = body.instructions.get(following)
     return max(total, 1)
 
   def _compares(self, condition: Computation) -> Iterator[tuple[Any, Instruction]]:
-    """Comparisons of a condition, within its fusions too."""
+    """Yields the comparisons of a condition and of its fusions, each with its scope.
+
+    The scope of a comparison is what `_value` needs to resolve its operands: the condition, or for
+    a comparison in a fusion (fused computation, condition, fusion instruction).
+    """
     for instruction in condition.instructions.values():
       if instruction.op == "compare":
         yield condition, instruction
@@ -292,76 +338,85 @@ class Program:
             yield (inner, condition, instruction), nested
 
   def _value(
-    self, where: Any, name: str, loop: Instruction, inside: Computation
+    self, scope: Any, name: str, loop: Instruction, parent: Computation
   ) -> tuple[int | None, int | None]:
-    """(its number in the loop's state, the integer it is before the loop) of an operand."""
-    here, *outer = where if isinstance(where, tuple) else (where,)
-    instruction = here.instructions.get(name)
+    """Returns the index of a value in the loop's state and its integer value before the loop.
+
+    Each of the two is None if it is unknown. The index of a constant is None.
+    """
+    computation, *outer = scope if isinstance(scope, tuple) else (scope,)
+    instruction = computation.instructions.get(name)
     while instruction is not None and instruction.op in _ALIASES:
-      instruction = here.instructions.get(instruction.operands[0])
+      instruction = computation.instructions.get(instruction.operands[0])
     if instruction is None:
       return None, None
     if instruction.op == "constant":
       return None, _integer(instruction)
     if instruction.op == "parameter" and outer:
-      return self._value(outer[0], outer[1].operands[int(instruction.inside)], loop, inside)
+      return self._value(outer[0], outer[1].operands[int(instruction.arguments)], loop, parent)
     if instruction.op != "get-tuple-element":
       return None, None
-    number, state = instruction.number("index", 0), inside.instructions.get(loop.operands[0])
+    index, state = instruction.number("index", 0), parent.instructions.get(loop.operands[0])
     if state is None or state.op != "tuple":
-      return number, None
-    first = inside.instructions.get(state.operands[number])
+      return index, None
+    first = parent.instructions.get(state.operands[index])
     while first is not None and first.op in _ALIASES:
-      first = inside.instructions.get(first.operands[0])
-    return number, _integer(first) if first is not None and first.op == "constant" else None
+      first = parent.instructions.get(first.operands[0])
+    return index, _integer(first) if first is not None and first.op == "constant" else None
 
-  def group(self, instruction: Instruction) -> int:
-    """How many devices a collective is among."""
-    rest = instruction.rest
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-      return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest):
-      return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[(.*?)\].*?\{([^}]*)\}", rest):
-      sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-      used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])
-      return math.prod(int(part) if part else sizes[axis] for axis, part in used)
+  def group_size(self, instruction: Instruction) -> int:
+    """Returns how many devices take part in a collective together (its replica group)."""
+    attributes = instruction.attributes
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+      return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+      return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[(.*?)\].*?\{([^}]*)\}", attributes):
+      sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", match[1])}
+      used = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", match[2])
+      return math.prod(int(size) if size else sizes[axis] for axis, size in used)
     return self.devices
 
   # -- Cost ---------------------------------------------------------------------------------------
 
   def cost(self, steps: float = 1, shares: Mapping[str, Sequence[float]] | None = None) -> Cost:
-    """See `analyse`."""
+    """Returns the cost of the program, see `analyse`."""
     done: dict[tuple[str, bool], Cost] = {}
 
-    def of(name: str, fused: bool) -> Cost:
+    def of_computation(name: str, fused: bool) -> Cost:
       if (name, fused) not in done:
-        here, total, under_way = self.computations[name], Cost(), set()
-        for instruction in here.instructions.values():
-          cost = one(instruction, here, fused)
-          # A collective that goes on while several fusions compute stands in each of them.
+        computation, total, counted = self.computations[name], Cost(), set()
+        for instruction in computation.instructions.values():
+          cost = of_instruction(instruction, computation, fused)
+          # A collective that overlaps with several fusions appears in each of them.
           if cost.collectives and (channels := self._channels(instruction)):
-            if channels <= under_way:
+            if channels <= counted:
               cost = dataclasses.replace(cost, collectives={})
-            under_way |= channels
+            counted |= channels
           total = total + cost
         done[name, fused] = total
       return done[name, fused]
 
-    def one(instruction: Instruction, here: Computation, fused: bool) -> Cost:
+    def of_instruction(instruction: Instruction, parent: Computation, fused: bool) -> Cost:
       op = instruction.op
       if op == "while":
-        count = self.trips(instruction, here)
+        count = self.trips(instruction, parent)
         (body,) = instruction.called("body")
         (condition,) = instruction.called("condition")
         if count is not None:
-          return of(body, fused) * count + of(condition, fused) * (count + 1)
-        return of(body, fused) * steps + of(condition, fused) * (steps + 1) + Cost(unknown=1)
+          return of_computation(body, fused) * count + of_computation(condition, fused) * (
+            count + 1
+          )
+        return (
+          of_computation(body, fused) * steps
+          + of_computation(condition, fused) * (steps + 1)
+          + Cost(unknown=1)
+        )
       if op == "conditional":
         return self._chosen(
           instruction,
           [
-            of(name, fused)
+            of_computation(name, fused)
             for name in instruction.called(
               "branch_computations", "true_computation", "false_computation"
             )
@@ -370,72 +425,78 @@ class Program:
         )
       if op in ("call", "async-start"):
         inner = instruction.called("to_apply", "calls")
-        return sum((of(name, fused) for name in inner), Cost())
+        return sum((of_computation(name, fused) for name in inner), Cost())
       cost = Cost()
       if op == "fusion":
         (inner,) = instruction.called("calls")
-        cost = of(inner, True)
+        cost = of_computation(inner, True)
         if inner.startswith("all-reduce-scatter") and "all-reduce" in cost.collectives:
-          # Of a sum everywhere each keeps its own part: half of what it would send.
-          moved = dict(cost.collectives)
-          moved["reduce-scatter"] = moved.get("reduce-scatter", 0) + moved.pop("all-reduce") / 2
-          cost = dataclasses.replace(cost, collectives=moved)
+          # Each device keeps only its shard of the sum, and sends half of what an all-reduce sends.
+          kinds = dict(cost.collectives)
+          kinds["reduce-scatter"] = kinds.get("reduce-scatter", 0) + kinds.pop("all-reduce") / 2
+          cost = dataclasses.replace(cost, collectives=kinds)
       kind = op.removesuffix("-start")
       if kind in COLLECTIVES:
-        sent = self._sent(kind, instruction, here)
+        sent = self._sent(kind, instruction, parent)
         cost = cost + Cost(collectives={kind: sent} if sent else {})
       elif op == "dot":
-        cost = cost + Cost(flops=_dot(instruction, here))
+        cost = cost + Cost(flops=_dot(instruction, parent))
       elif op == "convolution":
-        cost = cost + Cost(flops=_convolution(instruction, here))
+        cost = cost + Cost(flops=_convolution(instruction, parent))
       elif op == "custom-call":
-        target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+        target = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
         if target and target[1] == "tpu_custom_call":
           cost = cost + Cost(kernels={re.sub(r"[.\d]+$", "", instruction.name): 1.0})
         elif target and target[1] in _FREE_CALLS:
           return cost
       if not fused:
-        cost = cost + Cost(bytes=self.moved(instruction, here))
+        cost = cost + Cost(bytes=self.bytes_moved(instruction, parent))
       return cost
 
-    return of(self.entry, False)
+    return of_computation(self.entry, False)
 
   def _channels(self, instruction: Instruction) -> set[str]:
-    """Channels of collectives that a fusion only takes a part of."""
+    """Returns the channels of the asynchronous collectives that a fusion overlaps with."""
     names = instruction.called("calls") if instruction.op == "fusion" else []
     return {
       channel
       for name in names
       if name.startswith("async_collective_fusion")
       for inner in self.computations[name].instructions.values()
-      for channel in re.findall(r"channel_id=(\d+)", inner.rest)
+      for channel in re.findall(r"channel_id=(\d+)", inner.attributes)
     }
 
   def _chosen(
     self, instruction: Instruction, branches: list[Cost], shares: Mapping[str, Sequence[float]]
   ) -> Cost:
-    name = re.search(r'op_name="([^"]*)"', instruction.rest)
+    """Returns the cost of a conditional from the costs of its branches."""
+    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
     for end, weights in shares.items():
       if name and name[1].endswith(end) and len(weights) == len(branches):
         return sum((b * w for b, w in zip(branches, weights, strict=True)), Cost())
-    return functools.reduce(Cost.dearest, branches)
+    return functools.reduce(Cost.maximum, branches)
 
-  def _sent(self, kind: str, instruction: Instruction, here: Computation) -> float:
-    """Bytes that a device sends; those in memory on the chip too."""
-    given = [s for name in instruction.operands for s in here.instructions[name].shapes]
-    size = sum(math.prod(s.dims) * s.bits / 8 for s in given)
+  def _sent(self, kind: str, instruction: Instruction, parent: Computation) -> float:
+    """Returns the bytes that a device sends in a collective, from HBM or on-chip memory."""
+    shapes = [s for name in instruction.operands for s in parent.instructions[name].shapes]
+    size = sum(math.prod(s.dims) * s.bits / 8 for s in shapes)
     if kind == "collective-permute":
       return size
-    group = self.group(instruction)
+    devices = self.group_size(instruction)
     if kind == "all-gather":
-      return size * (group - 1)  # each has a part
-    return size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+      return size * (devices - 1)  # the operand is one shard of the result
+    return size * (devices - 1) / devices * (2 if kind == "all-reduce" else 1)
 
-  def moved(self, instruction: Instruction, here: Computation) -> float:
-    """Bytes that an instruction reads from and writes to the device's memory."""
+  def bytes_moved(self, instruction: Instruction, parent: Computation) -> float:
+    """Returns the bytes that an instruction reads from and writes to the device's memory.
+
+    Args:
+      instruction: the instruction.
+      parent: the computation that contains it.
+    """
     op, operands = (
       instruction.op,
-      [here.instructions[n] for n in instruction.operands if n in here.instructions],
+      [parent.instructions[n] for n in instruction.operands if n in parent.instructions],
     )
     if op in _FREE or op.endswith(("-done", "-update")):
       return 0.0
@@ -445,9 +506,9 @@ class Program:
       return 2 * operands[1].bytes
     if op == "scatter":
       return 2 * sum(o.bytes for o in operands[len(operands) // 2 + 1 :])
-    if op.endswith("-start"):  # what is given stands in the result too
-      given = sum(o.bytes for o in operands)
-      return given + max(instruction.bytes - given, 0.0)
+    if op.endswith("-start"):  # the result includes the operands
+      read = sum(o.bytes for o in operands)
+      return read + max(instruction.bytes - read, 0.0)
     if op == "fusion":
       (inner,) = instruction.called("calls")
       read = sum(self._read(inner, i, o.bytes) for i, o in enumerate(operands))
@@ -455,21 +516,27 @@ class Program:
     return instruction.bytes + sum(o.bytes for o in operands)
 
   def _read(self, name: str, number: int, most: float) -> float:
-    """What a fusion reads of an operand of so many bytes: all of it, or only slices."""
-    here = self.computations[name]
-    parameter = here.parameters.get(number)
+    """Returns the bytes that a fusion reads of one operand: all of it, or only slices.
+
+    Args:
+      name: the fused computation.
+      number: index of the operand.
+      most: bytes of the operand.
+    """
+    fused = self.computations[name]
+    parameter = fused.parameters.get(number)
     if parameter is None or not most:
       return 0.0
     total, todo = 0.0, [parameter.name]
     while todo:
-      at = todo.pop()
-      for user, position in here.users[at]:
+      value = todo.pop()
+      for user, position in fused.users[value]:
         if user.op in ("bitcast", "reshape") and not user.root:
           todo.append(user.name)
         elif user.op in ("dynamic-slice", "slice", "gather") and position == 0:
           total += user.bytes
         elif user.op == "dynamic-update-slice" and position == 0:
-          pass  # it is changed where it lies
+          pass  # updated in place, not read
         elif user.op == "fusion":
           total += self._read(user.called("calls")[0], position, most)
         else:
@@ -477,58 +544,67 @@ class Program:
     return min(total, most)
 
   def _written(self, name: str, most: float) -> float:
-    """What a fusion writes, whose result has so many bytes: all of it, or a slice."""
-    here = self.computations[name]
+    """Returns the bytes that a fusion writes: all of its result, or only slices of it.
 
-    def one(instruction: Instruction) -> float:
+    Args:
+      name: the fused computation.
+      most: bytes of the result.
+    """
+    fused = self.computations[name]
+
+    def of_result(instruction: Instruction) -> float:
       while instruction.op == "bitcast":
-        instruction = here.instructions[instruction.operands[0]]
+        instruction = fused.instructions[instruction.operands[0]]
       if instruction.op == "dynamic-update-slice":
-        return here.instructions[instruction.operands[1]].bytes
+        return fused.instructions[instruction.operands[1]].bytes
       if instruction.op == "fusion":
         return self._written(instruction.called("calls")[0], instruction.bytes)
       return instruction.bytes
 
-    root = here.root
-    parts: Iterable[Instruction] = [root]
+    root = fused.root
+    results: Iterable[Instruction] = [root]
     if root.op == "tuple":
-      parts = [here.instructions[name] for name in root.operands]
-    return min(most, sum(map(one, parts)))
+      results = [fused.instructions[name] for name in root.operands]
+    return min(most, sum(map(of_result, results)))
 
 
 def _integer(constant: Instruction) -> int | None:
-  return int(constant.inside) if re.fullmatch(r"-?\d+", constant.inside) else None
+  return int(constant.arguments) if re.fullmatch(r"-?\d+", constant.arguments) else None
 
 
-def _dot(instruction: Instruction, here: Computation) -> float:
-  left = here.instructions[instruction.operands[0]].shapes[0].dims
+def _dot(instruction: Instruction, parent: Computation) -> float:
+  left = parent.instructions[instruction.operands[0]].shapes[0].dims
   summed = math.prod(left[i] for i in instruction.numbers("lhs_contracting_dims"))
   return 2.0 * math.prod(instruction.shapes[0].dims) * summed
 
 
-def _convolution(instruction: Instruction, here: Computation) -> float:
-  """Pairs of numbers that meet: what falls into padding or between dilated ones does not count."""
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
-  window = re.search(r"window=\{([^}]*)\}", instruction.rest)
-  assert labels, instruction.rest
-  left, right = (here.instructions[name].shapes[0].dims for name in instruction.operands[:2])
-  out = instruction.shapes[0].dims
-  given = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+def _convolution(instruction: Instruction, parent: Computation) -> float:
+  """Returns the FLOPs of a convolution.
 
-  def of(key: str, axis: int, default: str) -> str:
-    return given[key].split("x")[axis] if key in given else default
+  Only products of an input element and a window element count. Window elements that fall into
+  padding, or between elements of a dilated input, have no product.
+  """
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+  window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+  assert labels, instruction.attributes
+  left, right = (parent.instructions[name].shapes[0].dims for name in instruction.operands[:2])
+  out = instruction.shapes[0].dims
+  options = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
+
+  def option(key: str, axis: int, default: str) -> str:
+    return options[key].split("x")[axis] if key in options else default
 
   pairs = 1
   for axis, label in enumerate(c for c in labels[3] if c.isdigit()):
-    low, _ = of("pad", axis, "0_0").split("_")
-    pairs *= _met(
+    low, _ = option("pad", axis, "0_0").split("_")
+    pairs *= _pairs(
       left[labels[1].index(label)],
       right[labels[2].index(label)],
       out[labels[3].index(label)],
-      int(of("stride", axis, "1")),
+      int(option("stride", axis, "1")),
       int(low),
-      int(of("lhs_dilate", axis, "1")),
-      int(of("rhs_dilate", axis, "1")),
+      int(option("lhs_dilate", axis, "1")),
+      int(option("rhs_dilate", axis, "1")),
     )
   features = out[labels[3].index("f")] * right[labels[2].index("i")]
   rows = left[labels[1].index("b")] // instruction.number("batch_group_count")
@@ -536,26 +612,37 @@ def _convolution(instruction: Instruction, here: Computation) -> float:
 
 
 @functools.lru_cache(maxsize=4096)
-def _met(size: int, kernel: int, out: int, stride: int, low: int, spread: int, reach: int) -> int:
-  """Positions of one axis at which a number of the window meets one of the input."""
-  most = (size - 1) * spread
-  ends = np.arange(out) * stride - low
+def _pairs(
+  size: int, kernel: int, out: int, stride: int, padding: int, lhs_dilation: int, rhs_dilation: int
+) -> int:
+  """Returns the number of products of an input and a window element along one axis.
+
+  Args:
+    size, kernel, out: lengths of the input, the window and the output.
+    stride: stride of the window.
+    padding: padding before the input.
+    lhs_dilation, rhs_dilation: dilations of the input and of the window.
+  """
+  last = (size - 1) * lhs_dilation
+  starts = np.arange(out) * stride - padding
   total = 0
   for k in range(kernel):
-    at = ends + k * reach
-    total += int(((at >= 0) & (at <= most) & (at % spread == 0)).sum())
+    positions = starts + k * rhs_dilation
+    inside = (positions >= 0) & (positions <= last) & (positions % lhs_dilation == 0)
+    total += int(inside.sum())
   return total
 
 
 def analyse(
   text: str, steps: float = 1, shares: Mapping[str, Sequence[float]] | None = None
 ) -> Cost:
-  """What one device does in one run of a program.
+  """Returns the work of one device in one run of a compiled program.
 
   Args:
     text: `compiled.as_text()`.
-    steps: how often loops run of which the text does not say it.
-    shares: how often each branch of a condition is taken, from 0 to 1, by the end of the name
-      that JAX gives to the condition; of others every number is that of the dearest branch.
+    steps: trip count of loops whose trip count the text does not determine.
+    shares: how often each branch of a conditional is taken, from 0 to 1. The key is the end of the
+      name that JAX gives to the conditional. Other conditionals count as their most expensive
+      branch, separately for each number of the cost.
   """
   return Program(text).cost(steps, shares)

@@ -1,9 +1,13 @@
-"""TPU chips and slices, and how fast a program could run on them at best.
+"""TPU chips and slices, and a roofline model: a lower bound on the time of a program on them.
 
-A program takes at least as long as the busiest of three: the matrix units with its FLOPs, the
-memory with its bytes, the links to the neighbours with what its collectives send. It is a bound: it
-takes for granted that the three work at once, each at its full speed, and knows nothing of what is
-not a product of matrices.
+A program takes at least as long as its slowest resource needs:
+
+- the matrix units, for its FLOPs;
+- the memory (HBM), for the bytes that it reads and writes;
+- the links to neighbouring chips (ICI), for the bytes that its collectives send.
+
+The bound assumes that all three work at the same time, each at its peak rate. It ignores all
+computation other than matrix products.
 """
 
 import dataclasses
@@ -18,18 +22,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One chip of a generation of TPUs.
+  """One chip of a TPU generation.
 
   Attributes:
-    name: "v5e" ...
-    flops: of bfloat16 in a second.
-    memory: bytes that programs can have; what libtpu's compiler names as available.
-    bandwidth: of the memory, bytes in a second.
-    link: bytes that one link to a neighbour sends in a second.
-    slices: the shapes that can be had, from 4 to 256 chips.
-    around: links lead around along a side of a slice that is a multiple of this, if `cubes` asks
-      nothing else.
-    cubes: only where all sides are such.
+    name: the generation, e.g. "v5e".
+    flops: peak bfloat16 FLOPs per second.
+    memory: bytes available to programs, as reported by libtpu's compiler.
+    bandwidth: bytes per second of the memory.
+    link: bytes per second that one link to a neighbour sends.
+    slices: the available slice shapes with 4 to 256 chips.
+    wraparound: a side of a slice has wraparound links if its length is a multiple of this number.
+    all_sides: whether a slice has wraparound links only if all of its sides qualify.
   """
 
   name: str
@@ -38,16 +41,17 @@ class Chip:
   bandwidth: float
   link: float
   slices: tuple[str, ...]
-  around: int
-  cubes: bool
+  wraparound: int
+  all_sides: bool
 
 
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 
-# From docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (November 2026). A link's rate is half of
-# the chip's bidirectional bandwidth by its ports: 300, 200, 600 and 400 GB/s one way by 6, 4, 6
-# and 4. Memory: libtpu 0.0.44, "available HBM" in its message where a program is too large.
+# From docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e (November 2026). The rate of a link is half
+# of the chip's bidirectional bandwidth divided by its ports: 300, 200, 600 and 400 GB/s in one
+# direction, divided by 6, 4, 6 and 4. Memory is the "available HBM" in the error message of
+# libtpu 0.0.44 for a program that is too large.
 CHIPS: Mapping[str, Chip] = {
   chip.name: chip
   for chip in (
@@ -61,7 +65,12 @@ CHIPS: Mapping[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-  """Chips that are connected by their own links."""
+  """TPU chips that are connected by their own links (ICI).
+
+  Attributes:
+    chip: the chips.
+    sides: number of chips along each side.
+  """
 
   chip: Chip
   sides: tuple[int, ...]
@@ -76,21 +85,23 @@ class Slice:
 
   @property
   def links(self) -> int:
-    """Of the chip with the fewest: one in a corner, or any where all links lead around."""
-    round_trip = [side % self.chip.around == 0 for side in self.sides]
-    if self.chip.cubes and not all(round_trip):
-      round_trip = [False] * len(self.sides)
+    """Number of links of the chip with the fewest, for example of a chip in a corner."""
+    wraps = [side % self.chip.wraparound == 0 for side in self.sides]
+    if self.chip.all_sides and not all(wraps):
+      wraps = [False] * len(self.sides)
     return sum(
-      0 if side == 1 else 2 if leads else 1
-      for side, leads in zip(self.sides, round_trip, strict=True)
+      0 if side == 1 else 2 if wrap else 1 for side, wrap in zip(self.sides, wraps, strict=True)
     )
 
 
 def find_slice(name: str) -> Slice:
-  """The slice that `--topology` names, e.g. "v5e:4x4".
+  """Returns the slice of a name, the value of `--topology`.
+
+  Args:
+    name: e.g. "v5e:4x4".
 
   Raises:
-    UserError: there is none of this name; says which there are.
+    UserError: there is no such slice. The message lists the valid names.
   """
   generation, _, sides = name.partition(":")
   chip = CHIPS.get(generation)
@@ -101,15 +112,19 @@ def find_slice(name: str) -> Slice:
 
 
 def find_chip(name: str) -> Chip:
-  """The generation of a name, e.g. "v5e"."""
+  """Returns the chip of a generation, e.g. "v5e".
+
+  Raises:
+    UserError: there is no such generation.
+  """
   if name not in CHIPS:
     raise UserError(f"--topology={name}: no such TPU; {hint(name, CHIPS)}")
   return CHIPS[name]
 
 
 def _near(name: str, every: list[str]) -> str:
-  found = hint(name, every)
-  return f"{found.removesuffix('?')}? " if found.startswith("did you mean") else ""
+  nearest = hint(name, every)
+  return f"{nearest.removesuffix('?')}? " if nearest.startswith("did you mean") else ""
 
 
 def _listed(chip: Chip | None) -> str:
@@ -118,13 +133,19 @@ def _listed(chip: Chip | None) -> str:
 
 
 def slices(chip: Chip) -> list[Slice]:
-  """All of a generation, the smallest first."""
+  """Returns the available slices of a generation, the smallest first."""
   return [Slice(chip, tuple(map(int, sides.split("x")))) for sides in chip.slices]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """Seconds that a program takes at least, by what it waits for."""
+  """The least seconds that a program takes on each resource.
+
+  Attributes:
+    compute: seconds of the matrix units.
+    memory: seconds of the memory (HBM).
+    links: seconds of the links (ICI).
+  """
 
   compute: float
   memory: float
@@ -132,18 +153,24 @@ class Bound:
 
   @property
   def seconds(self) -> float:
+    """The least seconds of the program: those of its slowest resource."""
     return max(self.compute, self.memory, self.links)
 
   @property
-  def rules(self) -> str:
-    """What takes longest: "compute", "HBM" or "ICI"."""
+  def resource(self) -> str:
+    """The slowest resource: "compute", "HBM" or "ICI"."""
     return max(
       ("compute", self.compute), ("HBM", self.memory), ("ICI", self.links), key=lambda pair: pair[1]
     )[0]
 
 
-def bound(cost: Cost, where: Slice) -> Bound:
-  """The least time of a program with this cost on every chip of a slice."""
-  chip = where.chip
-  links = cost.sent / (where.links * chip.link) if where.links else 0.0
+def bound(cost: Cost, tpu_slice: Slice) -> Bound:
+  """Returns the least time of a program on a slice.
+
+  Args:
+    cost: work of one chip.
+    tpu_slice: the slice. The chip with the fewest links counts.
+  """
+  chip = tpu_slice.chip
+  links = cost.sent / (tpu_slice.links * chip.link) if tpu_slice.links else 0.0
   return Bound(cost.flops / chip.flops, cost.bytes / chip.bandwidth, links)

@@ -1,7 +1,7 @@
-"""The programs of a stage as shapes: nothing is allocated, nothing runs.
+"""Lists the programs of a stage for a plan. Only shapes are used: nothing is allocated or run.
 
-Each comes with how often a step runs it, the FLOPs that the mathematics asks for, and what the
-devices hold besides its arguments while it runs.
+Each program comes with the number of times that a step runs it, its model FLOPs, and the bytes that
+are in use on each device besides its arguments while it runs.
 """
 
 import collections
@@ -33,50 +33,51 @@ from jaxrl_vlm.types import Experience, Prompt, TokenStats
 
 
 @dataclasses.dataclass
-class Piece:
+class StageProgram:
   """One program of a stage.
 
   Attributes:
-    name: of the program, e.g. "update".
-    part: of the step that it belongs to: "see", "rollout", "scores", "update", or "" if it is not
-      part of every step.
-    lower: the program before it is compiled.
-    times: how often a step runs it.
-    flops: model FLOPs of one run, on all devices together.
-    kernels: FLOPs of attention in one run, on all devices, if kernels compute it.
-    alive: bytes on each device that are there while it runs but are not its arguments.
-    places: by number of the argument, where what outlives the program lies: it counts also where
-      the program has no use for all of it.
-    steps: how often its loops run whose length the data decide.
-    shares: how often the branches of its conditions are taken (`planning.hlo`).
+    name: name of the program, e.g. "update".
+    phase: phase of a step: "see" (the vision tower), "rollout", "scores" or "update". "" if the
+      program is not part of every step.
+    lower: returns the lowered program, ready to be compiled.
+    runs: number of times that a step runs it.
+    flops: model FLOPs of one run, summed over all devices.
+    kernels: FLOPs of attention that kernels compute in one run, summed over all devices.
+    beside: bytes in use on each device while it runs that are not its arguments.
+    shardings: shardings of the arguments that outlive the program, by position of the argument.
+      These arguments occupy memory even if the program does not use all of them.
+    steps: trip count of the loops whose trip count depends on the data.
+    shares: how often each branch of its conditionals is taken (see `hlo.analyse`).
   """
 
   name: str
-  part: str
+  phase: str
   lower: Callable[[], Any]
-  times: float = 0.0
+  runs: float = 0.0
   flops: float = 0.0
   kernels: float = 0.0
-  alive: float = 0.0
-  places: Mapping[int, Any] = dataclasses.field(default_factory=dict)
+  beside: float = 0.0
+  shardings: Mapping[int, Any] = dataclasses.field(default_factory=dict)
   steps: float = 1.0
   shares: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Stage:
-  """The programs of a stage.
+  """The programs of a stage and what they have in common.
 
   Attributes:
-    pieces: all of them.
+    programs: all programs of the stage.
     tokens: response tokens of a step.
-    holds: bytes on each device by what it holds during the whole stage.
-    facts: numbers that the programs follow from, for people.
-    refusal: why the run itself would refuse such prompts, "" if it would not.
-    needs: bytes beside what the stage holds, by formula (`memory.py`), of the update and scores.
+    holds: bytes in use on each device during the whole stage, by kind, e.g. "optimizer".
+    facts: sizes of the plan to print, e.g. the mesh and the number of prompts.
+    refusal: the error with which a run would refuse these prompts; "" if it would accept them.
+    needs: bytes that update and scores need on each device in addition to `holds`, by the formulas
+      of `memory.py`.
   """
 
-  pieces: list[Piece]
+  programs: list[StageProgram]
   tokens: float
   holds: dict[str, float]
   facts: dict[str, Any]
@@ -85,10 +86,13 @@ class Stage:
 
 
 def architecture(config: ConfigDict) -> models.ModelConfig:
-  """The model of a config as a TPU computes it, from `config.json` alone, or from a published name.
+  """Returns the model of a config as a TPU computes it.
+
+  It needs no weights. It is read from the `config.json` of `config.model.path`, or is that of the
+  published model with this name if there is no such directory.
 
   Raises:
-    UserError: there is no such directory, and it is not named like a published model.
+    UserError: there is no such directory, and the name is not that of a published model.
   """
   settings = config.model
   dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
@@ -96,12 +100,12 @@ def architecture(config: ConfigDict) -> models.ModelConfig:
     if settings.scratch:
       from jaxrl_vlm import scratch
 
-      found = scratch.model_config(settings.scratch.to_dict()).replace(
+      model = scratch.model_config(settings.scratch.to_dict()).replace(
         dtype=dtype, remat=settings.remat
       )
     elif pathlib.Path(settings.path).is_dir():
       try:
-        found = models.from_directory(settings.path, dtype, settings.remat)
+        model = models.from_directory(settings.path, dtype, settings.remat)
       except OSError as error:
         raise ValueError(str(error)) from error
     else:
@@ -112,20 +116,20 @@ def architecture(config: ConfigDict) -> models.ModelConfig:
           f"config.model.path={settings.path!r}: expected a directory with config.json, or the "
           f"name of a published model; {hint(last, CONFIGS)}"
         )
-      found = models.from_hf(CONFIGS[max(names, key=len)], dtype=dtype, remat=settings.remat)
+      model = models.from_hf(CONFIGS[max(names, key=len)], dtype=dtype, remat=settings.remat)
   with validation():
-    return found.replace(lora=lora_of(config), rules=parallel.rules_of(config.sharding.to_dict()))
+    return model.replace(lora=lora_of(config), rules=parallel.rules_of(config.sharding.to_dict()))
 
 
 def weights(model: models.ModelConfig) -> float:
-  """Bytes of all parameters in the dtype of activations."""
+  """Returns the bytes of all parameters in the dtype of activations."""
   return sum(
     x.size * x.dtype.itemsize for x in jax.tree.leaves(models.abstract_params(model, model.dtype))
   )
 
 
 def frame(model: models.ModelConfig, patches: int) -> flops.Frame:
-  """Rows and columns of the squarest image of so many patches."""
+  """Returns the rows and columns of the image with this many patches that is closest to square."""
   merge = model.vision.spatial_merge_size
   tokens = patches // merge**2
   rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
@@ -135,7 +139,15 @@ def frame(model: models.ModelConfig, patches: int) -> flops.Frame:
 def buckets(
   config: ConfigDict, model: models.ModelConfig, length: int = 0, patches: int = 0
 ) -> tuple[int, int]:
-  """Length and patches of prompts: as given, or the largest of the config that go together."""
+  """Returns the number of tokens and of patches of each prompt.
+
+  Args:
+    config: config of the run.
+    model: `architecture(config)`.
+    length: number of tokens; 0 for the largest prompt bucket.
+    patches: number of patches; 0 for the largest patch bucket whose visual tokens fit in `length`,
+      or the smallest patch bucket if none fits.
+  """
   length = length or max(config.prompt_buckets)
   most = length * model.vision.spatial_merge_size**2
   fits = [n for n in config.patch_buckets if n <= most]
@@ -143,7 +155,16 @@ def buckets(
 
 
 class _Shapes:
-  """Sizes of a stage and the shapes of what its programs take."""
+  """Sizes of a stage, and the shapes of the arguments of its programs.
+
+  Attributes:
+    prompts, group, tokens: P, G, T.
+    length, patches: Lp and N.
+    number, ids, mask: shapes [P, G, T] of float32, int32 and bool arrays.
+    rewards: shape f32[P, G].
+    sizes: the five sizes in the order of the arguments of `Programs.update_bytes`.
+    key: shape of a random key.
+  """
 
   def __init__(
     self,
@@ -167,7 +188,7 @@ class _Shapes:
     return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
 
   def prompt(self, rows: int = 1) -> Prompt:
-    """Without visual tokens; so many rows for each prompt."""
+    """Returns the shapes of a batch with `rows` rows for each prompt, without visual tokens."""
     count = self.prompts * rows
     one = models.dummy_prompt(self.model, 1, self.length, self.patches)
     one = dataclasses.replace(one, patches=one.patches.astype(jnp.dtype(self.model.dtype)))
@@ -177,31 +198,41 @@ class _Shapes:
     return TokenStats(self.number, self.number, self.number if full else None)
 
 
-def _placed(tree: Any, place: Any) -> Any:
-  """Shapes with where they lie; `place`: of all of them, or a pytree like them."""
-  if isinstance(place, NamedSharding):
-    place = jax.tree.map(lambda _: place, tree)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, place)
+def _placed(tree: Any, sharding: Any) -> Any:
+  """Adds shardings to a pytree of shapes: one for all, or a pytree of the same structure."""
+  if isinstance(sharding, NamedSharding):
+    sharding = jax.tree.map(lambda _: sharding, tree)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+  )
 
 
-def size(tree: Any, place: Any) -> float:
-  """Bytes of a pytree of shapes on each device."""
-  if isinstance(place, NamedSharding):
-    place = jax.tree.map(lambda _: place, tree)
-  return memory.held(tree, place)
+def size(tree: Any, sharding: Any) -> float:
+  """Returns the bytes of a pytree of shapes on each device.
+
+  Args:
+    tree: arrays or shapes.
+    sharding: one sharding for all of them, or a pytree of the same structure.
+  """
+  if isinstance(sharding, NamedSharding):
+    sharding = jax.tree.map(lambda _: sharding, tree)
+  return memory.held(tree, sharding)
 
 
 class Plan:
-  """The programs of stage `index` of a config on a mesh of TPUs that need not be there.
+  """The programs of one stage of a config on a mesh of TPUs, which need not exist.
 
   Args:
-    config: of the run.
-    index: of the stage.
+    config: config of the run.
+    index: index of the stage in `config.stages`.
     model: `architecture(config)`.
-    devices: of a topology.
-    usable: bytes of a device.
-    length, patches: of every prompt.
-    response_tokens: of every response; 0 is max_tokens.
+    devices: devices of a topology (`compiled.topology`).
+    usable: bytes of memory of a device.
+    length, patches: number of tokens and of patches of each prompt.
+    response_tokens: number of tokens of each response; 0 for max_tokens.
+
+  Raises:
+    UserError: the config is invalid for this mesh, or `response_tokens` is out of range.
   """
 
   def __init__(
@@ -233,9 +264,10 @@ class Plan:
       raise UserError(
         f"{field}.prompts_per_step={stage.prompts_per_step}: expected a multiple of minibatches "
         f"x microbatches x mesh.slice x mesh.fsdp = {stage.get('minibatches', 1)} x "
-        f"{stage.microbatches} x {rows} = {splits}; fewer microbatches, or mesh.tensor, will do"
+        f"{stage.microbatches} x {rows} = {splits}; use fewer microbatches, or a larger "
+        "config.mesh.tensor"
       )
-    self.rows, self.at_once = rows, 0
+    self.rows, self.groups_at_once = rows, 0
     self.mean = response_tokens or stage.max_tokens
     if not 1 <= self.mean <= stage.max_tokens:
       raise UserError(
@@ -249,7 +281,7 @@ class Plan:
     self.programs = self._programs()
     self.params_at = parallel.param_shardings(self.mesh, self.abstract, model.rules)
     self.batch_at = parallel.batch_sharding(self.mesh)
-    self.whole = parallel.replicated(self.mesh)
+    self.replicated = parallel.replicated(self.mesh)
     self.frozen = lora.split(self.abstract, trainable_of(config))[1]
     self.frozen_at = parallel.param_shardings(self.mesh, self.frozen, model.rules)
     self._measure()
@@ -284,41 +316,47 @@ class Plan:
     )
 
   def _measure(self) -> None:
-    """Bytes of what outlives programs."""
+    """Computes the bytes on each device of the arrays that outlive programs, `holds`."""
     programs, objective = self.programs, self.programs.objective
-    state, places = programs.abstract_state, programs.state_shardings
+    state, shardings = programs.abstract_state, programs.state_shardings
     views = (*objective.views, *objective.grad_views)
-    trained = size(state.params, places.params)
+    trained = size(state.params, shardings.params)
     self.holds = {
       "parameters": trained + size(self.frozen, self.frozen_at),
-      "optimizer": size(state, places) - trained,
+      "optimizer": size(state, shardings) - trained,
       "reference": trained if "ref" in views else 0.0,
     }
     self.prompt = self.shapes.prompt()
-    self.seen: Prompt = self.prompt
+    self.seen: Prompt = self.prompt  # in an RL stage, with visual tokens
     if self.stage.kind == "rl":
       self.seen = jax.eval_shape(programs.see, self.abstract, self.prompt)
-    self.one_prompt = size(self.seen, self.batch_at)
-    ahead = self.config.pipeline == "one_step_off"
-    self.prompts_held = 1 + ahead
+    self.batch_bytes = size(self.seen, self.batch_at)
+    # With one_step_off, the prompts of the next step are in memory too.
+    one_step_off = self.config.pipeline == "one_step_off"
+    self.batches_held = 1 + one_step_off
+    # Rows per prompt that the host has corrupted; 0 if programs on the device make the masked view.
     self.masked_rows = 0
     if "masked" in views and objective.mask_on == "original":
       random = objective.mask_kind in ("patches", "noise") and objective.mask_per == "sample"
       self.masked_rows = self.shapes.group if random else 1
     self.holds["prompts"] = (
-      self.prompts_held * self.one_prompt
+      self.batches_held * self.batch_bytes
       + size(self.shapes.prompt(self.masked_rows), self.batch_at)
       if self.stage.kind == "rl"
       else 0.0
     )
 
   def plan(self) -> Stage:
-    """All programs of the stage."""
-    pieces, refusals = [], []
+    """Returns all programs of the stage.
+
+    If a run would refuse the prompts, because they do not fit by the formulas of `memory.py`, the
+    reason is in `Stage.refusal`. Programs whose sizes cannot be determined then are left out.
+    """
+    listed, refusals = [], []
     make = self._rl if self.stage.kind == "rl" else self._sft
     for group in make():
       try:
-        pieces += list(group())
+        listed += list(group())
       except UserError as error:
         refusals.append(str(error))
     shapes, stage = self.shapes, self.stage
@@ -343,7 +381,7 @@ class Plan:
       "parts": float(np.mean(packing.used)),
     }
     return Stage(
-      pieces,
+      listed,
       float(shapes.prompts * shapes.group * self.mean),
       self.holds,
       facts,
@@ -353,10 +391,10 @@ class Plan:
 
   # -- Stages -------------------------------------------------------------------------------------
 
-  def _sft(self) -> list[Callable[[], Iterator[Piece]]]:
+  def _sft(self) -> list[Callable[[], Iterator[StageProgram]]]:
     return [self._init, self._update, self._evaluation]
 
-  def _rl(self) -> list[Callable[[], Iterator[Piece]]]:
+  def _rl(self) -> list[Callable[[], Iterator[StageProgram]]]:
     return [
       self._init,
       self._see,
@@ -369,58 +407,66 @@ class Plan:
 
   @functools.cached_property
   def packing(self) -> Any:
-    """Of responses that are all as long as the mean; arrays on the host."""
+    """The packing of responses that all have the same length (`mean`), as arrays on the host."""
     shapes = self.shapes
     mask = np.zeros((shapes.prompts, shapes.group, shapes.tokens), bool)
     mask[..., : self.mean] = True
     return self.programs.packed(mask)
 
   def _packing(self) -> Any:
-    """Shapes of the packing, where `Programs.pack` puts it."""
+    """Returns the shapes of the packing with the shardings that `Programs.pack` gives it."""
     packing = self.packing
     index = NamedSharding(self.mesh, Spec(None, None, parallel.ROWS))
     return jax.tree.map(
       lambda a, s: jax.ShapeDtypeStruct(np.shape(a), jnp.asarray(a).dtype, sharding=s),
       packing,
       dataclasses.replace(
-        packing, index=index, used=self.whole, order=None if packing.order is None else self.whole
+        packing,
+        index=index,
+        used=self.replicated,
+        order=None if packing.order is None else self.replicated,
       ),
     )
 
-  def _others(self, *held: str, prompts: float = 0.0) -> float:
-    """Bytes of all that is held but `held`; `prompts`: how many of those are among them."""
-    rest = sum(count for name, count in self.holds.items() if name not in held)
-    return rest - prompts * self.one_prompt
+  def _others(self, *arguments: str, prompts: float = 0.0) -> float:
+    """Returns the bytes of `holds` that are not arguments of a program.
 
-  def _init(self) -> Iterator[Piece]:
-    state, places = self.programs.abstract_state, self.programs.state_shardings
-    params = _placed(state.params, places.params)
-    yield Piece(
+    Args:
+      *arguments: names of the entries of `holds` that are arguments.
+      prompts: number of batches of prompts that are arguments.
+    """
+    rest = sum(count for name, count in self.holds.items() if name not in arguments)
+    return rest - prompts * self.batch_bytes
+
+  def _init(self) -> Iterator[StageProgram]:
+    state, shardings = self.programs.abstract_state, self.programs.state_shardings
+    params = _placed(state.params, shardings.params)
+    yield StageProgram(
       "init_state",
       "",
       lambda: self.programs.init_state.lower(params),
-      alive=size(self.frozen, self.frozen_at) + self.holds["reference"],
-      places={0: places.params},
+      beside=size(self.frozen, self.frozen_at) + self.holds["reference"],
+      shardings={0: shardings.params},
     )
 
-  def _see(self) -> Iterator[Piece]:
+  def _see(self) -> Iterator[StageProgram]:
     shapes, programs = self.shapes, self.programs
     count = shapes.prompts * sum(flops.vision(self.model, f) for f in self.frames)
-    # What dynamic sampling has kept is seen once more.
-    yield Piece(
+    # With dynamic sampling, the program runs again for the prompts of the accepted groups.
+    yield StageProgram(
       "see",
       "see",
       lambda: programs.see.lower(self.abstract, self.prompt),
-      times=1 + programs.objective.filter_groups,
+      runs=1 + programs.objective.filter_groups,
       flops=count,
-      kernels=self._of_frames(),
-      alive=self._others("parameters", prompts=1),
-      places={0: self.params_at, 1: self.batch_at},
-      shares=self._tower(),
+      kernels=self._frame_attention(),
+      beside=self._others("parameters", prompts=1),
+      shardings={0: self.params_at, 1: self.batch_at},
+      shares=self._tower_shares(),
     )
 
-  def _rollouts(self) -> Iterator[Piece]:
-    """Of the step, and of its greedy baselines."""
+  def _rollouts(self) -> Iterator[StageProgram]:
+    """Yields the programs of the rollout of a step, and of the rollout of its greedy baselines."""
     for name in ("rollout", "rollout_greedy"):
       sampler = getattr(self.programs, name, None)
       if sampler is not None:
@@ -433,7 +479,7 @@ class Plan:
         )
 
   def evaluation_sampler(self) -> Any:
-    """What draws the answers of the stage's evaluations."""
+    """Returns the sampler that generates the responses of the stage's evaluations."""
     field = f"config.stages[{self.index}]"
     with validation(f"{field}: "):
       sampling = evaluate.sampling(self.stage)
@@ -447,7 +493,7 @@ class Plan:
       samples_field=f"{field}.eval.samples",
     )
 
-  def _evaluation(self) -> Iterator[Piece]:
+  def _evaluation(self) -> Iterator[StageProgram]:
     settings = self.stage.eval
     if not settings.examples:
       return
@@ -456,111 +502,138 @@ class Plan:
     yield from self._rollout("eval", "", sampler, shapes.prompt(), settings.batch)
 
   def _rollout(
-    self, prefix: str, part: str, sampler: Any, prompt: Prompt, prompts: int
-  ) -> Iterator[Piece]:
+    self, prefix: str, phase: str, sampler: Any, prompt: Prompt, prompts: int
+  ) -> Iterator[StageProgram]:
+    """Yields the programs of a sampler.
+
+    Args:
+      prefix: prefix of the names of the programs.
+      phase: "rollout", or "" if the sampler is not part of every step.
+      sampler: the sampler.
+      prompt: shapes of the prompts.
+      prompts: number of prompts.
+    """
     lowered = sampler.lower(self.abstract, prompt)
-    group, length, own = sampler.sampling.num_samples, self.shapes.length, part != ""
+    group, length, in_step = sampler.sampling.num_samples, self.shapes.length, phase != ""
     rows = parallel.rows(sampler.mesh)
     args = lowered["prefill"].args_info[0]
-    prefilled, state = args[3].shape[1], args[2]
+    prefill_size, state = args[3].shape[1], args[2]
     layout = Layout(state.used.shape[1], state.length.shape[1])
-    runs, reached = _draw(
-      prompts // rows, group, layout, prefilled, self.mean, sampler.chunk, state.k.shape[-2]
+    runs, branch_shares = _rollout_runs(
+      prompts // rows, group, layout, prefill_size, self.mean, sampler.chunk, state.k.shape[-2]
     )
-    unseen = () if prompt.features is not None else self.frames
-    models_flops = {
-      "prefill": rows * prefilled * flops.prefill(self.model, length, unseen),
+    frames = () if prompt.features is not None else self.frames
+    model_flops = {
+      "prefill": rows * prefill_size * flops.prefill(self.model, length, frames),
       "decode": prompts
       * flops.responses(self.model, [self.mean] * group, length)
       / max(runs["decode"], 1),
     }
-    kernels = rows * prefilled * self._of_prompt()
-    here = self._others("parameters")
-    given = self.one_prompt if own else 0
-    places: dict[str, dict[int, Any]] = {
+    kernels = rows * prefill_size * self._prompt_attention()
+    others = self._others("parameters")
+    # The prompts of a step are in `holds`, those of an evaluation are not.
+    prompt_bytes = self.batch_bytes if in_step else 0
+    shardings: dict[str, dict[int, Any]] = {
       "reshard": {0: self.params_at, 1: self.batch_at},
       "prefill": {0: sampler.params_at, 1: sampler.batch_at},
       "decode": {0: sampler.params_at},
     }
     if sampler.reshard is None:
-      alive = {"prefill": here - given, "decode": here, "compact": here + self.holds["parameters"]}
-    else:  # the copies, besides what they are of
-      weights, light = lowered["reshard"].out_info
-      weights, light = size(weights, sampler.params_at), size(light, sampler.batch_at)
-      here += self.holds["parameters"]
-      alive = {
-        "reshard": here - given - self.holds["parameters"],
-        "prefill": here,
-        "decode": here + light,
-        "compact": here + light + weights,
+      beside = {
+        "prefill": others - prompt_bytes,
+        "decode": others,
+        "compact": others + self.holds["parameters"],
+      }
+    else:  # the resharded copies, in addition to the parameters and prompts
+      weights, prompt_copy = lowered["reshard"].out_info
+      weights = size(weights, sampler.params_at)
+      prompt_copy = size(prompt_copy, sampler.batch_at)
+      others += self.holds["parameters"]
+      beside = {
+        "reshard": others - prompt_bytes - self.holds["parameters"],
+        "prefill": others,
+        "decode": others + prompt_copy,
+        "compact": others + prompt_copy + weights,
       }
       runs["reshard"] = 1
     for name, program in lowered.items():
-      shares = {**self._tower(), **({"layers/cond": reached} if name == "decode" else {})}
-      yield Piece(
+      shares = {
+        **self._tower_shares(),
+        **({"layers/cond": branch_shares} if name == "decode" else {}),
+      }
+      yield StageProgram(
         "_".join(filter(None, (prefix, name))),
-        part,
+        phase,
         lambda program=program: program,
-        times=runs.get(name, 0) if own else 0,
-        flops=models_flops.get(name, 0.0),
+        runs=runs.get(name, 0) if in_step else 0,
+        flops=model_flops.get(name, 0.0),
         kernels=kernels if name == "prefill" else 0.0,
-        alive=alive.get(name, here),
-        places=places.get(name, {}),
+        beside=beside.get(name, others),
+        shardings=shardings.get(name, {}),
         shares=shares,
         steps=sampler.chunk,
       )
-    if own:
-      self.at_once = layout.sequences // group * rows
+    if in_step:
+      self.groups_at_once = layout.sequences // group * rows
 
   def _unseen(self, prompt: Prompt) -> Prompt:
+    """Removes the visual tokens if the update trains the vision tower and so recomputes them."""
     return dataclasses.replace(prompt, features=None) if self.programs.trains_vision else prompt
 
-  def _forward(self, rows: int = 1, sees: bool = False) -> tuple[float, float]:
-    """Model FLOPs, and those of attention, of all prompts with `rows` rows and their responses."""
+  def _forward(self, rows: int = 1, vision: bool = False) -> tuple[float, float]:
+    """Returns the FLOPs of scoring the responses to all prompts.
+
+    Args:
+      rows: number of rows for each prompt, which differ in their image.
+      vision: whether the vision tower runs too.
+
+    Returns:
+      Model FLOPs, and the FLOPs of attention that kernels compute.
+    """
     shapes, model = self.shapes, self.model
-    frames = self.frames if sees else ()
-    reading = rows * flops.prefill(model, shapes.length - 1, frames)
-    answering = flops.responses(model, [self.mean] * shapes.group, shapes.length)
-    kernels = rows * self._of_prompt() + self._of_responses()
+    frames = self.frames if vision else ()
+    prefill = rows * flops.prefill(model, shapes.length - 1, frames)
+    responses = flops.responses(model, [self.mean] * shapes.group, shapes.length)
+    kernels = rows * self._prompt_attention() + self._response_attention()
     return (
-      shapes.prompts * (reading + answering),
-      shapes.prompts * kernels + (rows * self._of_frames() if sees else 0.0),
+      shapes.prompts * (prefill + responses),
+      shapes.prompts * kernels + (rows * self._frame_attention() if vision else 0.0),
     )
 
-  def _scores(self) -> Iterator[Piece]:
+  def _scores(self) -> Iterator[StageProgram]:
     programs, shapes, objective = self.programs, self.shapes, self.programs.objective
     packing, steps = self._packing(), float(np.mean(self.packing.used))
-    where = {0: self.params_at, 1: self.batch_at}
+    usual = {0: self.params_at, 1: self.batch_at}
 
-    def piece(name, program, *args, cost, places=where, given=("parameters",)):
+    def scoring(name, program, *args, cost, shardings=usual, arguments=("parameters",)):
       counted, kernels = cost
-      return Piece(
+      return StageProgram(
         name,
         "scores",
         lambda: program.lower(*args),
-        times=1,
+        runs=1,
         flops=counted,
         kernels=kernels,
-        alive=self._others(*given, prompts=1),
-        places=places,
+        beside=self._others(*arguments, prompts=1),
+        shardings=shardings,
         steps=steps,
-        shares=self._tower(),
+        shares=self._tower_shares(),
       )
 
     batch = shapes.ids, shapes.mask
     if programs.scores_old:
-      yield piece(
+      yield scoring(
         "score", programs.score, self.abstract, self.seen, *batch, packing, cost=self._forward()
       )
-    unseen, sees = self._unseen(self.seen), programs.trains_vision
+    unseen, vision = self._unseen(self.seen), programs.trains_vision
     settings = self.config.model.lora
     base = bool(settings.rank and not settings.path and self.index == 0)
     reference = lora.strip(self.abstract) if base else self.abstract
     reference_at = lora.strip(self.params_at) if base else self.params_at
     for name in objective.views:
       if name == "ref" and name in objective.full_kl:
-        once, kernels = self._forward(sees=sees)
-        yield piece(
+        once, kernels = self._forward(vision=vision)
+        yield scoring(
           "score_reference",
           programs.score_reference,
           self.abstract,
@@ -569,28 +642,28 @@ class Plan:
           *batch,
           packing,
           cost=(2 * once, 2 * kernels),
-          given=("parameters", "reference"),
-          places={0: self.params_at, 1: reference_at, 2: self.batch_at},
+          arguments=("parameters", "reference"),
+          shardings={0: self.params_at, 1: reference_at, 2: self.batch_at},
         )
       elif name == "ref":
         program = programs.score_base if base else programs.score
-        yield piece(
+        yield scoring(
           "score_base" if base else "score_ref",
           program,
           reference,
           unseen,
           *batch,
           packing,
-          cost=self._forward(sees=sees),
-          given=("reference",),
-          places={0: reference_at, 1: self.batch_at},
+          cost=self._forward(vision=vision),
+          arguments=("reference",),
+          shardings={0: reference_at, 1: self.batch_at},
         )
       elif name == "masked":
         counted, kernels = self._forward(self.rows_of("masked"), True)
         if name in objective.full_kl:
           clean = self._forward()
           counted, kernels = counted + clean[0], kernels + clean[1]
-        yield piece(
+        yield scoring(
           "score_masked",
           programs.score_masked,
           self.abstract,
@@ -602,12 +675,15 @@ class Plan:
         )
 
   def rows_of(self, view: str) -> int:
-    """Prompts under which a view scores the responses of one prompt."""
+    """Returns the number of rows that a view has for each prompt: G with a mask per sample."""
     objective = self.programs.objective
     return self.shapes.group if view == "masked" and objective.mask_per == "sample" else 1
 
   def _source(self) -> Any:
-    """What masks: a key, or prompts that the host has corrupted."""
+    """Returns the shape of the source of the masked view.
+
+    It is a random key, or the prompts with images that the host has corrupted.
+    """
     if not self.masked_rows:
       return self.shapes.key
     return _placed(self.shapes.prompt(self.masked_rows), self.batch_at)
@@ -616,7 +692,7 @@ class Plan:
     objective = self.programs.objective
     return {name: self.shapes.stats(name in objective.full_kl) for name in objective.views}
 
-  def _advantages(self) -> Iterator[Piece]:
+  def _advantages(self) -> Iterator[StageProgram]:
     programs, shapes = self.programs, self.shapes
     needs, views, more = programs.objective.advantage_needs, self._stats(), {}
     if "components" in needs:
@@ -627,28 +703,28 @@ class Plan:
     if "penalty" in needs:
       more |= {"old": shapes.stats(), "ref": views["ref"]}
     state = programs.abstract_state.objective
-    yield Piece(
+    yield StageProgram(
       "advantages",
       "update",
       lambda: programs.advantages.lower(shapes.rewards, shapes.mask, more, state),
-      times=1,
-      alive=self._others(),
+      runs=1,
+      beside=self._others(),
     )
     if programs.scores_old:
-      yield Piece(
+      yield StageProgram(
         "compare",
         "update",
         lambda: programs.compare.lower(shapes.number, shapes.number, shapes.mask),
-        times=1,
-        alive=self._others(),
+        runs=1,
+        beside=self._others(),
       )
 
-  def _update(self) -> Iterator[Piece]:
+  def _update(self) -> Iterator[StageProgram]:
     programs, shapes, objective = self.programs, self.shapes, self.programs.objective
     trains = programs.trains_vision
     prompt, source = self._unseen(self.seen), shapes.key
-    sees = prompt.features is None
-    given = ["parameters", "optimizer"]
+    vision = prompt.features is None
+    arguments = ["parameters", "optimizer"]
     if self.stage.kind == "rl":
       source = self._source()
       experience = Experience(
@@ -665,22 +741,27 @@ class Plan:
     reference = None
     if "ref" in objective.grad_views:
       reference = _placed(self.abstract, self.params_at)
-      given.append("reference")
-    forward, kernels = self._forward(sees=sees)
-    tower = shapes.prompts * sum(flops.vision(self.model, f) for f in self.frames) if sees else 0.0
+      arguments.append("reference")
+    forward, kernels = self._forward(vision=vision)
+    tower = (
+      shapes.prompts * sum(flops.vision(self.model, f) for f in self.frames) if vision else 0.0
+    )
     count = 3 * forward - (0 if trains else 2 * tower)
-    passes = 3 + (self.model.remat == "full")  # forward, again for the gradient, two of that
-    attended = passes * kernels
+    # Forward pass, again if it is recomputed, and a backward pass with twice its FLOPs.
+    passes = 3 + (self.model.remat == "full")
+    attention_flops = passes * kernels
     for view in objective.grad_views:
-      more, of_kernels = self._forward(self.rows_of(view), True)
+      view_flops, view_kernels = self._forward(self.rows_of(view), True)
       times = 1 if view == "ref" else 3
-      count, attended = count + times * more, attended + min(times, 3) * of_kernels
+      count += times * view_flops
+      attention_flops += min(times, 3) * view_kernels
     if objective.needs_current:
-      more, of_kernels = self._forward(sees=sees)
-      count, attended = count + more, attended + of_kernels
+      current_flops, current_kernels = self._forward(vision=vision)
+      count += current_flops
+      attention_flops += current_kernels
     features = size(self.seen.features, self.batch_at) if self.seen.features is not None else 0.0
-    here = self._others(*given, prompts=1) if self.stage.kind == "rl" else 0.0
-    yield Piece(
+    others = self._others(*arguments, prompts=1) if self.stage.kind == "rl" else 0.0
+    yield StageProgram(
       "update",
       "update",
       lambda: programs.update.lower(
@@ -693,44 +774,47 @@ class Plan:
         reference,
         self._packing(),
       ),
-      times=1,
+      runs=1,
       flops=count,
-      kernels=attended,
-      alive=here + (features if prompt.features is None else 0.0),
-      places={0: programs.state_shardings, 1: self.frozen_at, 2: self.batch_at},
+      kernels=attention_flops,
+      beside=others + (features if prompt.features is None else 0.0),
+      shardings={0: programs.state_shardings, 1: self.frozen_at, 2: self.batch_at},
       steps=float(np.mean(self.packing.used)),
-      shares=self._tower(),
+      shares=self._tower_shares(),
     )
 
-  # -- Attention of kernels -----------------------------------------------------------------------
+  # -- Attention ----------------------------------------------------------------------------------
 
-  def _tower(self) -> dict[str, Sequence[float]]:
-    """Of the tower's layers the share within windows, and over whole frames."""
+  def _tower_shares(self) -> dict[str, Sequence[float]]:
+    """Returns the shares of the vision tower's layers with windowed and with full attention."""
     vision = self.model.vision
     if vision.full_attention_layers is None:
       return {}
     full = len(vision.full_attention_layers) / vision.depth
     return {"blocks/cond": (1 - full, full)}
 
-  def _of_frames(self) -> float:
-    """FLOPs of attention over whole frames, of all prompts."""
+  def _frame_attention(self) -> float:
+    """Returns the FLOPs of full attention in the vision tower for all prompts.
+
+    0 if no kernel computes it.
+    """
     vision = self.model.vision
     if self.model.attention == "xla":
       return 0.0
     layers = vision.full_attention_layers
     full = vision.depth if layers is None else len(layers)
-    seen = sum((rows * columns) ** 2 for rows, columns in self.frames)
-    return self.shapes.prompts * 4.0 * vision.hidden_size * full * seen
+    pairs = sum((rows * columns) ** 2 for rows, columns in self.frames)
+    return self.shapes.prompts * 4.0 * vision.hidden_size * full * pairs
 
-  def _of_prompt(self) -> float:
-    """FLOPs of a prompt's attention, if a kernel computes it."""
+  def _prompt_attention(self) -> float:
+    """Returns the FLOPs of attention in the prefill of one prompt; 0 if no kernel computes it."""
     model, length = self.model, self.shapes.length
     if not attention.reads(model, length):
       return 0.0
     return flops.decoder(model, 0, flops.seen(length), flops.seen(length, 0, model.sliding_window))
 
-  def _of_responses(self) -> float:
-    """FLOPs of the attention of a prompt's responses, if a kernel computes it."""
+  def _response_attention(self) -> float:
+    """Returns the FLOPs of attention of the responses to one prompt; 0 if no kernel computes it."""
     model = self.model
     if not attention.answers(model, self.programs.part_tokens):
       return 0.0
@@ -738,31 +822,47 @@ class Plan:
     return self.shapes.group * flops.decoder(model, 0, keys)
 
 
-def _draw(
-  prompts: int, group: int, layout: Layout, prefilled: int, tokens: int, chunk: int, positions: int
+def _rollout_runs(
+  prompts: int,
+  group: int,
+  layout: Layout,
+  prefill_size: int,
+  tokens: int,
+  chunk: int,
+  positions: int,
 ) -> tuple[dict[str, int], list[float]]:
-  """How a device's share of a rollout goes if all responses have as many tokens.
+  """Simulates the schedule of a rollout in one shard, for responses of equal length.
+
+  Args:
+    prompts: number of prompts of the shard.
+    group: G.
+    layout: the first layout.
+    prefill_size: A, the number of prompts that the shard prefills at once.
+    tokens: number of tokens of each response.
+    chunk: number of tokens that each sequence is decoded between two checks by the host.
+    positions: number of earlier response tokens whose keys and values the decode state stores.
 
   Returns:
-    how often each program runs; the share of decode's runs in each branch of its attention, which
-    sees a quarter more of what has been decoded before than the branch ahead of it.
+    The number of runs of each program, and the shares of the runs of `decode` that take each branch
+    of its attention to earlier chunks. The first branch reads none of the `positions`, and each
+    following branch a quarter more of them.
   """
   schedule, chunks = Schedule(prompts, group, 1, ladder(layout)), -(-tokens // chunk)
   runs: dict[str, int] = collections.Counter(prefill=0, decode=0, compact=0)
   ends = sorted({-(-positions * i // 4) for i in range(5)})
-  reached: dict[int, int] = collections.Counter()
-  age = np.zeros(prompts * group, int)
+  taken: dict[int, int] = collections.Counter()
+  age = np.zeros(prompts * group, int)  # chunks of each sample so far
   while schedule.waiting or schedule.alive.any():
-    while schedule.prefill(prefilled) is not None:
+    while schedule.prefill(prefill_size) is not None:
       runs["prefill"] += 1
     while schedule.smaller():
       schedule.compact()
       runs["compact"] += 1
     runs["decode"] += 1
     alive = schedule.sample[schedule.alive]
-    reached[int(np.searchsorted(ends, age[alive].max() * chunk))] += 1
+    taken[int(np.searchsorted(ends, age[alive].max() * chunk))] += 1
     age[alive] += 1
     done = schedule.alive.copy()
     done[done] = age[schedule.sample[done]] >= chunks
     schedule.retire(done)
-  return runs, [reached[i] / runs["decode"] for i in range(len(ends))]
+  return runs, [taken[i] / runs["decode"] for i in range(len(ends))]

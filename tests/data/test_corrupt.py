@@ -1,4 +1,7 @@
-"""Corruptions of an example's images against slow ones; all else about it stays as it was."""
+"""Tests the corruptions of an example's images against slow implementations.
+
+Everything else about the example and its prompt must stay unchanged.
+"""
 
 import io
 
@@ -30,7 +33,7 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
 
 
 def turned() -> bytes:
-  """A JPEG that is to be shown a quarter turned."""
+  """A JPEG with the EXIF orientation of a quarter turn."""
   exif = Image.Exif()
   exif[0x0112] = 6
   return encoded(picture("RGB"), "JPEG", exif=exif)
@@ -56,7 +59,7 @@ def example(*images: bytes) -> Example:
 
 
 def shown(image: bytes) -> np.ndarray:
-  """u8[H, W, 3] as the processor sees it."""
+  """The decoded image u8[H, W, 3], as the processor receives it."""
   return np.asarray(decode_image(image))
 
 
@@ -65,7 +68,7 @@ def draws(seed: tuple[int, ...], image: int) -> np.random.Generator:
 
 
 def slow(pixels: np.ndarray, kind: str, rng: np.random.Generator, **settings) -> np.ndarray:
-  """The corruption pixel by pixel, from its definition."""
+  """Computes a corruption pixel by pixel from its definition."""
   out = pixels.copy()
   height, width, _ = pixels.shape
   if kind == "patches":
@@ -98,7 +101,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES)
-def test_corruption_is_the_slow_one_of_what_the_processor_shows(kind, settings):
+def test_corruption_of_the_decoded_image_equals_the_slow_one(kind, settings):
   files = list(FILES.values())
   seed = (5, 0, 2**40)
   new = corrupt.corrupt_images(example(*files), kind=kind, seed=seed, **settings)
@@ -109,11 +112,11 @@ def test_corruption_is_the_slow_one_of_what_the_processor_shows(kind, settings):
     np.testing.assert_array_equal(
       shown(after), slow(pixels, kind, draws(seed, i), **settings), err_msg=list(FILES)[i]
     )
-    with Image.open(io.BytesIO(after)) as file:  # nothing left to turn or to make opaque
+    with Image.open(io.BytesIO(after)) as file:  # neither EXIF orientation nor transparency
       assert (file.format, file.mode) == ("PNG", "RGB") and not file.getexif()
 
 
-def test_defaults_are_those_of_released_code():
+def test_defaults_equal_the_values_of_released_code():
   given = example(FILES["RGB"])
   for kind, settings in (
     ("patches", {"rate": 0.6, "patch": 14}),
@@ -125,13 +128,13 @@ def test_defaults_are_those_of_released_code():
     assert plain == corrupt.corrupt_images(given, kind=kind, seed=(1,), **settings)
 
 
-def test_turned_images_are_corrupted_as_they_are_shown():
+def test_exif_orientation_is_applied_before_the_corruption():
   after = corrupt.corrupt_images(example(FILES["EXIF"]), kind="patches", seed=(1,), patch=14)
-  assert shown(after.images[0]).shape == (45, 31, 3)  # of a file that is 45 wide and 31 high
+  assert shown(after.images[0]).shape == (45, 31, 3)  # the stored image is 45 wide and 31 high
 
 
 @pytest.mark.parametrize("kind", ["patches", "noise"])
-def test_draws_follow_the_seed_and_the_place_of_the_image(kind):
+def test_random_numbers_depend_only_on_the_seed_and_the_index_of_the_image(kind):
   image = encoded(picture("RGB", 200, 180))
 
   def made(*seed, images=(image, image)):
@@ -144,7 +147,7 @@ def test_draws_follow_the_seed_and_the_place_of_the_image(kind):
   assert made(1, 2, images=(image,)) == made(1, 2)[:1]
 
 
-def test_squares_are_as_many_as_the_rate():
+def test_the_share_of_black_squares_equals_the_rate():
   white = encoded(Image.new("RGB", (1400, 1400), "white"))
   for rate in (0.0, 0.25, 0.6, 1.0):
     after = corrupt.corrupt_images(example(white), kind="patches", seed=(0,), rate=rate)
@@ -156,7 +159,8 @@ def test_noise_is_gaussian():
   grey = encoded(Image.new("RGB", (300, 300), (128, 128, 128)))
   after = corrupt.corrupt_images(example(grey), kind="noise", seed=(0,), noise=20.0)
   drawn = shown(after.images[0]) - 128.0
-  # Five standard errors; rounding adds 1/12 to the variance, nothing comes near 0 or 255.
+  # The tolerance is five standard errors. Rounding adds 1/12 to the variance, and no value comes
+  # near 0 or 255, so clipping has no effect.
   assert abs(drawn.mean()) < 5 * 20 / np.sqrt(drawn.size)
   assert abs(drawn.std() / 20 - 1) < 5 / np.sqrt(2 * drawn.size) + 1e-3
   assert abs(np.corrcoef(drawn[..., 0].ravel(), drawn[..., 1].ravel())[0, 1]) < 0.02
@@ -164,7 +168,7 @@ def test_noise_is_gaussian():
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
 @pytest.mark.parametrize("kind", corrupt.KINDS)
-def test_the_processor_makes_the_same_prompt_of_it_but_for_the_pixels(family, kind, tmp_path):
+def test_a_corruption_changes_only_the_pixels_of_the_prompt(family, kind, tmp_path):
   processor = Processor.from_pretrained(make_processor_dir(tmp_path, family=family))
   clean = example(*FILES.values()).replace(question="which is larger" + "<image>" * len(FILES))
   clean = processor.encode(clean)
@@ -190,11 +194,11 @@ def test_the_processor_makes_the_same_prompt_of_it_but_for_the_pixels(family, ki
   assert (new.patches != clean.patches).any()
 
 
-def test_an_example_without_images_stays_as_it_is():
+def test_an_example_without_images_is_unchanged():
   assert corrupt.corrupt_images(example(), kind="noise", seed=(1,)) == example()
 
 
-def test_errors_say_what_is_wrong():
+def test_bad_arguments_and_images_are_errors():
   with pytest.raises(ValueError, match="kind='blurr': no such corruption.*did you mean 'blur'"):
     corrupt.corrupt_images(example(), kind="blurr", seed=(1,))
   with pytest.raises(ImageError, match="example 'q7', image 1: "):

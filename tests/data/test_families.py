@@ -1,4 +1,4 @@
-"""Every family writes the prompt that its own processor class of transformers writes."""
+"""The prompts of every family equal those of its processor class in transformers."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def ours(paths):
 
 
 def changed(path, to, file="config.json", **fields):
-  """A copy of a directory with other fields in one of its files."""
+  """Copies a directory and changes fields in one of its files."""
   for each in path.iterdir():
     (to / each.name).write_bytes(each.read_bytes())
   content = json.loads((to / file).read_text()) if (to / file).exists() else {}
@@ -46,7 +46,7 @@ def make_images(sizes):
 
 
 def conversation(count):
-  """Images between texts that begin and end with white space, after a whole turn."""
+  """A conversation whose last turn has `count` images between texts with white space around."""
   parts = [{"type": "text", "text": " Zwei Kreise?\n"}]
   for i in range(count):
     parts += [{"type": "image"}, {"type": "text", "text": f"  {i} of the image\n\n"}]
@@ -67,7 +67,8 @@ def hf_inputs(processor, messages, arrays):
   return processor(
     text=[text],
     images=([images] if gemma else images) if images else None,
-    # Its template writes the token of the beginning, as apply_chat_template would notice.
+    # Gemma's template already writes the beginning-of-sequence token. `apply_chat_template` with
+    # tokenize=True would take that into account.
     add_special_tokens=not gemma,
     return_tensors="np",
   )
@@ -135,7 +136,7 @@ def test_pan_and_scan_equals_transformers(paths, tmp_path, sizes):
   processor = Processor.from_pretrained(path)
   arrays, messages = make_images(sizes), conversation(len(sizes))
   hf = hf_processor("gemma3", path)
-  # Its class says no crops, and is heard before the file that says crops.
+  # The defaults of the processor class turn crops off and take precedence over the file.
   hf.images_kwargs = hf.images_kwargs | crops
   expected = hf_inputs(hf, messages, arrays)
   prompt = processor.encode_messages(messages, arrays)
@@ -147,7 +148,7 @@ def test_pan_and_scan_equals_transformers(paths, tmp_path, sizes):
   np.testing.assert_array_equal(prompt.patch_windows, prompt.patch_segments)
 
 
-def test_gemma_counts_all_tokens_alike(ours):
+def test_gemma_positions_are_consecutive_for_text_and_images(ours):
   prompt = ours["gemma3"].encode_messages(conversation(2), make_images([(30, 40), (50, 60)]))
   line = np.arange(len(prompt.tokens))
   np.testing.assert_array_equal(prompt.positions, np.stack([line] * 3, axis=1))
@@ -156,7 +157,7 @@ def test_gemma_counts_all_tokens_alike(ours):
   assert (prompt.patch_grids == 4).all()
 
 
-def test_the_tokenizer_begins_where_the_template_does_not(paths, tmp_path):
+def test_the_tokenizer_adds_bos_if_the_template_does_not(paths, tmp_path):
   config = json.loads((paths["gemma3"] / "tokenizer_config.json").read_text())
   template = config["chat_template"].replace("{{ bos_token }}", "")
   path = changed(paths["gemma3"], tmp_path, "tokenizer_config.json", chat_template=template)
@@ -184,7 +185,7 @@ def test_videos_equal_transformers(tmp_path, family, index, letters):
   image_grids, video_grids = expected.get("image_grid_thw", ()), expected["video_grid_thw"]
   check_positions(family, processor, prompt, image_grids, video_grids, seconds)
 
-  # Features and patches count on in the order of appearance.
+  # Features and patches are numbered in order of appearance.
   visual = np.isin(prompt.tokens, [processor.image_token_id, processor.video_token_id])
   np.testing.assert_array_equal(prompt.feature_index[visual], np.arange(visual.sum()))
   assert (prompt.feature_index[~visual] == -1).all()
@@ -222,7 +223,7 @@ def test_videos_of_a_batch(ours):
 
 def test_gemma_takes_no_videos(ours):
   messages = [{"role": "user", "content": [{"type": "video"}]}]
-  with pytest.raises(ValueError, match="conversation: a video, but gemma3 takes only images"):
+  with pytest.raises(ValueError, match="conversation: got a video, but gemma3 takes only images"):
     ours["gemma3"].encode_messages(messages)
   with pytest.raises(ValueError, match="gemma3 takes only images"):
     ours["gemma3"].encode_messages(
@@ -230,7 +231,7 @@ def test_gemma_takes_no_videos(ours):
     )
 
 
-def test_windows_are_those_of_one_family(ours):
+def test_only_qwen2_5_vl_has_attention_windows(ours):
   assert [f for f in FAMILIES if ours[f].window_size is not None] == ["qwen2_5_vl"]
 
 
@@ -266,7 +267,10 @@ def test_gemma_ids(ours):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_of_a_config_without_defaults(tmp_path, name):
-  """As transformers 4 wrote the files; the sizes are those that transformers reads from them."""
+  """Files as transformers 4 wrote them, without fields that have their default value.
+
+  The sizes must equal those that transformers reads from the same file.
+  """
   family, vision = CONFIGS[name]["model_type"], sparse(CONFIGS[name])["vision_config"]
   theirs = transformers.AutoConfig.for_model(family, vision_config=dict(vision)).vision_config
   gemma = family == "gemma3"
@@ -309,13 +313,16 @@ def test_sizes_of_a_config_without_defaults(tmp_path, name):
   ],
 )
 def test_towers_of_fine_tuned_checkpoints(paths, tmp_path, family, vision, window, rate):
-  """What transformers 4.49 wrote: windows and clock are there though the file is silent."""
+  """Configs as transformers 4.49 wrote them.
+
+  They lack window_size and may lack tokens_per_second. Transformers then uses its defaults.
+  """
   theirs = transformers.AutoConfig.for_model(family, vision_config=dict(vision)).vision_config
   processor = Processor.from_pretrained(changed(paths[family], tmp_path, vision_config=vision))
   assert processor.window_size == getattr(theirs, "window_size", None) == window
   assert getattr(theirs, "tokens_per_second", None) == rate
   clip = Video(np.zeros((8, 28, 28, 3), np.uint8), fps=4.0)
-  grid = (2, 2, 2)  # of 4 of its frames, two of them in each second
+  grid = (2, 2, 2)  # 4 of the 8 frames are sampled, which is two frames per second
   expected = [(grid, 1.0 if rate is None else float(rate))]
   assert processor.family.video_stretches(grid, clip, 4) == expected
 
@@ -349,8 +356,8 @@ def test_unknown_family_names_the_known_ones(paths, tmp_path):
       "qwen2_vl",
       "config.json",
       {"vision_config": {"patch_size": 16}},
-      "config.json: vision_config.patch_size=16: expected 14, for preprocessor_config.json has "
-      "patch_size=14",
+      "config.json: vision_config.patch_size=16: expected 14, because preprocessor_config.json "
+      "has patch_size=14",
     ),
     (
       "qwen2_5_vl",
@@ -362,14 +369,14 @@ def test_unknown_family_names_the_known_ones(paths, tmp_path):
       "qwen3_vl",
       "video_preprocessor_config.json",
       {"patch_size": 16},
-      "video_preprocessor_config.json: patch_size=16: expected 14, as for images",
+      "video_preprocessor_config.json: patch_size=16: expected 14, the value for images",
     ),
     (
       "gemma3",
       "config.json",
       {"vision_config": {"image_size": 112, "patch_size": 14}},
-      "config.json: vision_config.image_size=112: expected 56, for preprocessor_config.json has "
-      "size=56x56",
+      "config.json: vision_config.image_size=112: expected 56, because preprocessor_config.json "
+      "has size=56x56",
     ),
     (
       "gemma3",
@@ -383,9 +390,14 @@ def test_unknown_family_names_the_known_ones(paths, tmp_path):
       {"image_seq_length": 9},
       "processor_config.json: image_seq_length=9: expected 4",
     ),
-    ("gemma3", "preprocessor_config.json", {"merge_size": 2}, "merge_size=2: not a field of Gemma"),
+    ("gemma3", "preprocessor_config.json", {"merge_size": 2}, "merge_size=2: Gemma 3 has no"),
     ("gemma3", "preprocessor_config.json", {"resample": 3}, "resample=3 is not supported, only 2"),
-    ("gemma3", "preprocessor_config.json", {"max_pixels": 9}, "max_pixels=9: expected none"),
+    (
+      "gemma3",
+      "preprocessor_config.json",
+      {"max_pixels": 9},
+      "max_pixels=9: expected no such field, because every image is resized to",
+    ),
   ],
 )
 def test_files_that_contradict_each_other(paths, tmp_path, family, file, change, message):
@@ -401,7 +413,7 @@ def test_tokenizer_without_the_vision_tokens(paths, tmp_path, family, other):
     (path / name).write_bytes((paths[other] / name).read_bytes())
   with pytest.raises(
     ValueError,
-    match="tokenizer.json: no special token '<.*>': expected one, for "
+    match="tokenizer.json: no special token '<.*>': expected one, because "
     f"config.json has model_type='{family}'",
   ):
     Processor.from_pretrained(path)
@@ -413,21 +425,21 @@ def test_tokenizer_without_the_vision_tokens(paths, tmp_path, family, other):
     (
       "qwen2_vl",
       {"patch_buckets": (64, 128)},
-      "preprocessor_config.json: max_pixels=50176 is up to 256 patches of one image, but the "
+      "preprocessor_config.json: max_pixels=50176 allows up to 256 patches per image, but the "
       "largest of config.patch_buckets is 128; set config.model.max_pixels to at most 25088, or "
       "add a bucket",
     ),
     (
       "qwen3_vl",
       {"prompt_buckets": (48, 16)},
-      "preprocessor_config.json: max_pixels=50176 is up to 64 tokens of one image, but the largest "
-      "of config.prompt_buckets is 48; set config.model.max_pixels to at most 37632, or add a "
-      "bucket",
+      "preprocessor_config.json: max_pixels=50176 allows up to 64 tokens per image, but the "
+      "largest of config.prompt_buckets is 48; set config.model.max_pixels to at most 37632, or "
+      "add a bucket",
     ),
     (
       "gemma3",
       {"patch_buckets": (12,)},
-      "preprocessor_config.json: size=56x56 is up to 16 patches of one image, but the largest of "
+      "preprocessor_config.json: size=56x56 allows up to 16 patches per image, but the largest of "
       "config.patch_buckets is 12; add a bucket",
     ),
   ],

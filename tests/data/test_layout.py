@@ -1,4 +1,4 @@
-"""Patches and visual tokens are where transformers puts them."""
+"""Positions and windows of patches and position ids of tokens equal those of transformers."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_without_window_size_a_frame_is_one_window():
   np.testing.assert_array_equal(windows, patches[-1])
 
 
-def test_no_images_are_no_patches():
+def test_without_images_there_are_no_patches():
   for array, shape in zip(
     layout.lay_out_patches([], 2, 14, 112), [(0, 2), (0, 2), (0,), (0,)], strict=True
   ):
@@ -57,7 +57,12 @@ def test_patches_of_one_token_are_a_square(merge):
 
 
 def random_prompt(rng, with_videos):
-  """ids with one token for each stretch, images' and videos' grids, seconds, visuals in order."""
+  """Generates a random prompt.
+
+  Returns:
+    The ids with one token for each image or video, the grids of images and of videos, the seconds
+    per temporal patch of each video, and the (id, grid) of all images and videos in order.
+  """
   ids, visuals, grids, seconds = [TEXT] * int(rng.integers(1, 9)), [], {IMAGE: [], VIDEO: []}, []
   for _ in range(rng.integers(0, 5)):
     kind = VIDEO if with_videos and rng.random() < 0.6 else IMAGE
@@ -87,7 +92,7 @@ def test_positions_equal_transformers_for_random_layouts(family, with_videos):
       if token == VIDEO and family == "qwen2_5_vl":
         step = 4 * np.float32(next(times))
       if token == VIDEO and family.startswith("qwen3"):
-        # Each temporal patch on its own, with text between.
+        # Each temporal patch is separate, with text in between.
         visuals += [layout.Visual((1, rows, cols), token)] * frames
         marks += [token, TEXT] * frames
       else:
@@ -103,15 +108,15 @@ def test_positions_equal_transformers_for_random_layouts(family, with_videos):
     assert (~is_text).sum() * 4 == patches
 
 
-def test_text_follows_the_picture_and_not_the_time():
+def test_text_after_a_video_continues_from_its_rows_and_columns_not_its_time():
   visual = layout.Visual((5, 2, 4), VIDEO, 2.5)
   _, positions, _ = layout.expand_visuals(np.array([TEXT, VIDEO, TEXT]), [visual], 2)
-  # Five frames of 1 by 2 tokens, 2.5 apart and cut to whole numbers.
+  # Five frames of 1 by 2 tokens. Their time ids are 2.5 apart and truncated to integers.
   np.testing.assert_array_equal(positions[1:-1:2, 0], [1, 3, 6, 8, 11])
   np.testing.assert_array_equal(positions[1:-1, 2], [1, 2] * 5)
   np.testing.assert_array_equal(positions[-1], [3, 3, 3])
 
 
-def test_visuals_and_their_tokens_must_agree():
+def test_the_numbers_of_visuals_and_their_tokens_must_agree():
   with pytest.raises(ValueError):
     layout.expand_visuals(np.array([TEXT, IMAGE]), [layout.Visual((1, 2, 2), IMAGE)] * 2, 2)

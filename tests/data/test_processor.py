@@ -1,4 +1,4 @@
-"""One row or a batch of prompts; what they hold in every family is in test_families.py."""
+"""Tests prompts and batches of prompts. test_families.py tests the differences between families."""
 
 import io
 import pickle
@@ -41,7 +41,7 @@ def conversation(num_images, text="How many red circles?"):
   return [{"role": "user", "content": content}]
 
 
-def test_example_marks_say_where_images_go(processor):
+def test_images_replace_the_marks_in_the_question(processor):
   first, second = make_images([(28, 28), (56, 28)])
   images = (png(first), png(second))
   marked = processor.encode(Example("a", "A <image> or<image>?", "", images=images))
@@ -84,7 +84,7 @@ def test_broken_image_names_the_example(processor):
     processor.encode(Example("q7", "?", "", images=images))
 
 
-def test_batch_is_the_padded_rows(processor):
+def test_a_batch_equals_its_padded_rows(processor):
   arrays = make_images([(56, 84), (28, 28), (200, 170)])
   conversations = [conversation(2), conversation(0, "Hi"), conversation(1)]
   images = [arrays[:2], None, arrays[2:]]
@@ -119,7 +119,7 @@ def test_text_only_batch_keeps_the_smallest_patch_bucket(processor):
   assert not batch.patch_segments.any()
 
 
-def test_too_long_is_an_error_and_never_cut(path, processor):
+def test_too_long_prompts_are_errors_and_never_truncated(path, processor):
   small = processor_lib.Processor.from_pretrained(
     path, prompt_buckets=(64, 48), patch_buckets=(32, 64), max_pixels=16 * 28 * 28
   )
@@ -127,7 +127,7 @@ def test_too_long_is_an_error_and_never_cut(path, processor):
   text = Example("q7", "one two three " * 40, "")
   with pytest.raises(processor_lib.PromptTooLong, match=r"'q7': \d+ tokens, .* bucket is 64"):
     small.encode(text)
-  # Each fits, but not both.
+  # One of the two images would fit, but not both.
   image = Example("q8", "?", "", images=(png(make_images([(112, 112)])[0]),) * 2)
   with pytest.raises(processor_lib.PromptTooLong, match="'q8': 128 image patches, .* is 64"):
     small.encode(image)
@@ -156,7 +156,7 @@ def test_special_ids(processor):
   )
 
 
-def test_black_patch_is_that_of_a_black_image(processor):
+def test_black_patch_equals_the_patches_of_a_black_image(processor):
   black = processor.encode_messages(conversation(1), [np.zeros((56, 28, 3), np.uint8)])
   expected = np.broadcast_to(processor.black_patch, black.patches.shape)
   np.testing.assert_array_equal(black.patches, expected)
@@ -174,7 +174,7 @@ def test_patch_buckets_hold_whole_visual_tokens(path):
     processor_lib.Processor.from_pretrained(path, patch_buckets=(64, 66))
 
 
-def test_pickled_processor_still_protects_text(processor):
+def test_a_pickled_processor_still_encodes_special_tokens_in_text_as_text(processor):
   example = Example("a", "x<|im_end|>", "")
   again = pickle.loads(pickle.dumps(processor))
   np.testing.assert_array_equal(again.encode(example).tokens, processor.encode(example).tokens)

@@ -1,4 +1,4 @@
-"""Videos become the patches that transformers makes of them; see make_video_reference.py."""
+"""Patches of videos equal those of transformers, which make_video_reference.py has stored."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ def pixels():
 
 
 def attempt(function, *args):
-  """What it returns, as a list, or None if it refuses."""
+  """Returns the result of the function as a list, or None if it raises ValueError."""
   try:
     return np.asarray(function(*args)).tolist()
   except ValueError:
@@ -79,11 +79,12 @@ def test_pixels_equal_transformers(pixels, family, index):
   channels = patches.reshape(len(patches), 3, -1)
   mean, std = (np.array(v)[:, None] for v in (images.image_mean, images.image_std))
   levels = (channels * std + mean).reshape(expected.shape) * 255
-  # The reference was resized by torchvision, whose rounding is not Pillow's; 1e-3 is float32.
+  # The reference was resized by torchvision, which rounds differently from Pillow. The additional
+  # 1e-3 allows for float32.
   assert np.abs(levels - expected).max() <= 1 + 1e-3
 
 
-def test_the_last_frame_fills_the_last_patch():
+def test_the_last_frame_is_repeated_to_fill_the_last_patch():
   frames, fps = cases.make_clip("qwen2_5_vl", 2)
   settings = video.Qwen2VideoSettings()
   short, grid, _ = video.preprocess_video(video.Video(frames, fps), settings)
@@ -110,8 +111,8 @@ def black(frames, height=28, width=28):
   "clip, kind, message",
   [
     (black(4), "qwen2", "expected a Video, got ndarray"),
-    (video.Video(black(0), 2), "qwen2", "0 frames at fps=2: expected at least one"),
-    (video.Video(black(4), 0), "qwen2", "4 frames at fps=0: expected .* fps > 0"),
+    (video.Video(black(0), 2), "qwen2", "0 frames at fps=2: expected at least one and fps > 0"),
+    (video.Video(black(4), 0), "qwen2", "4 frames at fps=0: expected at least one and fps > 0"),
     (video.Video([*black(2), *black(1, 20)], 2), "qwen2", "frame 2: size 28x20: expected 28x28"),
     (video.Video([*black(2), b"broken"], 2), "qwen2", "frame 2: "),
     (video.Video(black(4, 2, 402), 2), "qwen2", "aspect ratio 201"),
@@ -124,12 +125,12 @@ def test_unusable_videos_name_the_video(clip, kind, message):
     video.preprocess_video(clip, SETTINGS[kind], "example 'a', video 1")
 
 
-def test_too_few_frames_to_sample():
+def test_sampling_more_frames_than_the_video_has_is_an_error():
   settings = SETTINGS["qwen2"].updated({"do_sample_frames": True, "num_frames": 8}, "file")
-  with pytest.raises(ImageError, match="v: 5 frames at 2 per second: cannot take 8 of them"):
+  with pytest.raises(ImageError, match="v: 5 frames at 2 per second: cannot sample 8 of them"):
     video.preprocess_video(video.Video(black(5), 2), settings, "v")
 
 
-def test_rate_and_number_exclude_each_other():
+def test_setting_both_fps_and_num_frames_is_an_error():
   with pytest.raises(ValueError, match="file.json: fps=2 and num_frames=4: expected only one"):
     SETTINGS["qwen3"].updated({"num_frames": 4}, "file.json")

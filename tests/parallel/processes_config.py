@@ -6,12 +6,14 @@ after its second step began, or null: while its second checkpoint is written]),
 stop]), `crash` ([process, number of the step]), `bad` ([process, number of the batch]).
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 from jaxrl_vlm.config import override
 from tests import tiny_run
@@ -32,6 +34,27 @@ def get_config():
   _note_examples(asked.get("bad"))
   _disturb(asked)
   return config
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+  """Undoes at the end what `get_config` patches, for processes that train several configs."""
+  from jaxrl_vlm import checkpoint
+  from jaxrl_vlm.data import pipeline
+  from jaxrl_vlm.stages.run import StageRun
+
+  methods = [
+    (pipeline.BatchIterator, "__next__"),
+    (checkpoint.Checkpoints, "save"),
+    (StageRun, "steps"),
+    (StageRun, "stop_if_asked"),
+  ]
+  before = [getattr(owner, name) for owner, name in methods]
+  try:
+    yield
+  finally:
+    for (owner, name), method in zip(methods, before, strict=True):
+      setattr(owner, name, method)
 
 
 def _me() -> str:

@@ -155,7 +155,7 @@ def gathered_among(text: str) -> set[int]:
   """Among how many devices each all-gather of a compiled program is."""
   program = hlo.Program(text)
   return {
-    program.group(one)
+    program.group_size(one)
     for computation in program.computations.values()
     for one in computation.instructions.values()
     if one.op.startswith("all-gather")

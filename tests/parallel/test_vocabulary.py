@@ -111,7 +111,7 @@ def test_rules_can_be_others():
   [
     (
       {"vocabulary": ("tensor",)},
-      "config.sharding.vocabulary: no such axis of parameters; they are hidden, vocab, width",
+      "config.sharding.vocabulary: no such axis; expected one of hidden, vocab, width",
     ),
     (
       {"vocab": ("data",)},

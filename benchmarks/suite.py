@@ -1,0 +1,186 @@
+"""Measures how long the tests take: the seconds of each test file, cold, warm and exhaustive.
+
+    python benchmarks/suite.py            # measure, then write the tables
+    python benchmarks/suite.py --write    # write the tables again from benchmarks/suite.json
+
+The command runs the test command of the README twice in a row. The first run starts with an empty
+compilation cache (cold). The second run uses the cache that the first run left behind (warm). A
+third run executes the exhaustive tests, as CI does after the first one. For each test file it
+records the number of tests, the seconds they take, and how many of these seconds the test process
+spends in XLA compiling programs. The processes that a test starts are part of its seconds but not
+of its compile seconds.
+
+Each run is recorded in `benchmarks/suite.json` when it ends. If the command is interrupted, run it
+again with `--only` and the names of the missing runs. The table of folders is written to
+CONTRIBUTING.md and the table of files to docs/testing.md, between their markers.
+"""
+
+import argparse
+import collections
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "suite.json"
+COMMAND = ("-m", "pytest", "-n", "2", "--dist", "loadfile")
+RUNS = ("cold", "warm", "exhaustive")
+BEGIN, END = "<!-- suite: benchmarks/suite.py -->", "<!-- end of suite -->"
+OUT = "JAXRL_VLM_SUITE_TIMES"  # environment variable that names the file the plugin writes
+
+# -- The pytest plugin (`-p benchmarks.suite`) -----------------------------------------------------
+
+_compiled = {"seconds": 0.0, "listening": 0.0}
+_files: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+
+
+def _listen() -> None:
+  """Starts to add up the seconds that this process spends compiling."""
+  import jax.monitoring
+
+  def add(event: str, seconds: float, **_) -> None:
+    if event.endswith("backend_compile_duration"):
+      _compiled["seconds"] += seconds
+
+  jax.monitoring.register_event_duration_secs_listener(add)
+  _compiled["listening"] = 1.0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  if not _compiled["listening"]:
+    _listen()
+  item.compiled_before = _compiled["seconds"]
+  return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item, call) -> None:
+  """Attaches the compile seconds of the test to the report of its last phase."""
+  if call.when == "teardown":
+    item.user_properties.append(("compiled", _compiled["seconds"] - item.compiled_before))
+
+
+def pytest_runtest_logreport(report) -> None:
+  file = _files[report.nodeid.partition("::")[0]]
+  file[1] += report.duration
+  if report.when == "teardown":
+    file[0] += 1
+    file[2] += dict(report.user_properties).get("compiled", 0.0)
+
+
+def pytest_sessionfinish(session) -> None:
+  if OUT in os.environ and not hasattr(session.config, "workerinput"):  # not a worker of xdist
+    pathlib.Path(os.environ[OUT]).write_text(json.dumps(_files))
+
+
+# -- The benchmark ---------------------------------------------------------------------------------
+
+
+def measure(cache: str, *arguments: str) -> dict:
+  """Runs the tests with the compilation cache `cache`: total seconds, and those of each file."""
+  with tempfile.TemporaryDirectory() as folder:
+    out = pathlib.Path(folder) / "times.json"
+    environment = os.environ | {OUT: str(out), "JAX_COMPILATION_CACHE_DIR": cache}
+    start = time.monotonic()
+    command = [sys.executable, *COMMAND, *arguments, "-p", "benchmarks.suite"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    seconds = time.monotonic() - start
+    files = json.loads(out.read_text())
+  return {
+    "date": datetime.date.today().isoformat(),
+    "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    "seconds": round(seconds),
+    "files": {name: [tests, round(a, 1), round(b, 1)] for name, (tests, a, b) in files.items()},
+  }
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+  lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+  return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_folder(files: dict[str, list[float]]) -> dict[str, list[float]]:
+  """Sums over the files of a folder; files directly in `tests/` count as one folder."""
+  folders: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+  for name, row in files.items():
+    folder = str(pathlib.PurePath(name).parent)
+    folders[folder] = [a + b for a, b in zip(folders[folder], row, strict=True)]
+  return folders
+
+
+def tables(results: dict) -> tuple[str, str]:
+  """The table of folders and the table of files, as Markdown."""
+  runs = [results[name] for name in RUNS]
+  cold, warm, rest = runs
+  about = (
+    f"Measured on {cold['date']} ({cold['machine']}) with `python benchmarks/suite.py`. Two test "
+    f"processes share the work: the ordinary tests took "
+    f"{cold['seconds'] / 60:.1f} minutes cold and "
+    f"{warm['seconds'] / 60:.1f} minutes warm, the exhaustive tests {rest['seconds'] / 60:.1f} "
+    "minutes."
+  )
+  folders = [by_folder(run["files"]) for run in runs]
+  short = []
+  for name in sorted(set().union(*folders)):
+    a, b, c = (one.get(name, [0, 0.0, 0.0]) for one in folders)
+    short.append([f"`{name}`", f"{a[0]:.0f}", f"{a[1]:.0f}", f"{b[1]:.0f}"])
+    short[-1] += [f"{c[0]:.0f}", f"{c[1]:.0f}"] if c[0] else ["", ""]
+  long = []
+  for name in sorted(set().union(*(run["files"] for run in runs))):
+    a, b, c = (run["files"].get(name, [0, 0.0, 0.0]) for run in runs)
+    row = [f"{a[0]:.0f}", f"{a[1]:.0f}", f"{a[2]:.0f}", f"{b[1]:.0f}", f"{b[2]:.0f}"]
+    row += [f"{c[0]:.0f}", f"{c[1]:.0f}", f"{c[2]:.0f}"] if c[0] else ["", "", ""]
+    long.append([name.removeprefix("tests/"), *row])
+  head = ["folder", "tests", "seconds, cold", "seconds, warm", "exhaustive tests", "seconds"]
+  files = ["file", "tests", "seconds, cold", "of them compiling", "seconds, warm"]
+  files += ["of them compiling", "exhaustive tests", "seconds", "of them compiling"]
+  return f"{markdown(head, short)}\n\n{about}", f"{about}\n\n{markdown(files, long)}"
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+  """Replaces what stands between the markers of a page."""
+  head, found, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+  _, end, tail = rest.partition(END)
+  if not found or not end:
+    raise SystemExit(f"{path}: expected the lines {BEGIN!r} and {END!r}")
+  path.write_text(f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}", encoding="utf-8")
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--write", action="store_true", help="only write the tables again")
+  parser.add_argument("--only", nargs="+", choices=RUNS, default=RUNS, help="runs to measure")
+  parser.add_argument(
+    "--cache",
+    default="",
+    help="directory of the compilation cache; the cold run needs an empty one",
+  )
+  options = parser.parse_args()
+  results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+  if not options.write:
+    with tempfile.TemporaryDirectory() as temporary:
+      for name in options.only:
+        arguments = ("-m", "exhaustive") if name == "exhaustive" else ()
+        results[name] = measure(options.cache or temporary, *arguments)
+        RESULT.write_text(json.dumps(results, indent=1) + "\n")
+  if missing := set(RUNS) - set(results):
+    raise SystemExit(f"not measured yet: {', '.join(sorted(missing))}; add --only with these names")
+  short, long = tables(results)
+  replace(ROOT / "CONTRIBUTING.md", short)
+  replace(ROOT / "docs" / "testing.md", long)
+  print(short)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,62 @@
+"""Which cases of the large parametrized tests the ordinary test run contains.
+
+Full products of families, methods, dtypes and devices take most of the time and run the same lines
+again and again. The ordinary run therefore contains a covering set: every value at least once, and
+every combination that has ever failed. All other cases of the tests below carry the marker
+`exhaustive`, and run with `pytest -m exhaustive`.
+
+Each key is a test, `file::function`, with the file relative to `tests/`. Each value lists the ids
+of its ordinary cases; an empty tuple makes the whole test exhaustive. Ids that no longer exist are
+an error (see `tests/conftest.py`).
+"""
+
+ORDINARY: dict[str, tuple[str, ...]] = {
+  # Every estimator, policy loss and view has tests of its own in tests/objectives and
+  # tests/stages/test_programs.py. A run adds how they are connected: a greedy baseline with
+  # importance weights, several rewards, tokens chosen over the minibatch, a gradient through two
+  # views, and a view for each sample with dynamic sampling off.
+  "stages/test_every_method_trains.py::test_a_run": (
+    "remax",
+    "gdpo",
+    "clip_cov",
+    "papo_d",
+    "vppo",
+  ),
+  "stages/test_every_method_trains.py::test_adapters_begin_at_the_reference": ("reward",),
+  # The tiny run itself is a Qwen2.5-VL; these two have other layers, experts and another tower.
+  "stages/test_every_family_trains.py::test_a_run": ("qwen3_vl_moe", "gemma3"),
+  "stages/test_whole_gradient.py::test_every_parameter_has_the_gradient_of_the_formula": (
+    "papo_full-qwen2_5_vl",
+    "grpo-qwen3_vl",
+  ),
+  "stages/test_programs.py::test_gradient_is_that_of_separate_sequences_and_the_formula": (
+    "papo_masked_gradient",
+    "vppo",
+  ),
+  "stages/test_programs.py::test_microbatches_do_not_change_the_gradient": ("papo_per_sample",),
+  "stages/test_programs.py::test_images_of_the_host_go_with_their_prompts": ("sample",),
+  "stages/test_programs.py::test_dealt_to_devices_and_microbatches_prompts_stay_themselves": (
+    "sample",
+  ),
+  # Several microbatches and minibatches, and gradients through all views; test_packing.py checks the
+  # layout itself.
+  "stages/test_programs.py::test_packing_changes_nothing": (
+    "vppo-fields3-split3",
+    "papo-fields6-split6",
+  ),
+  "stages/test_programs.py::test_minibatches_are_updates_one_after_another": ("papo",),
+  "stages/test_programs.py::test_masked_views_are_the_same_on_four_devices": ("noise",),
+  # All three axes of the mesh at once.
+  "parallel/test_mesh.py::test_eight_devices_train_as_one": ("twoXtwoXtwo",),
+  "parallel/test_mesh.py::test_parameters_and_optimizer_state_are_split_over_the_devices": (
+    "twoXtwoXtwo",
+  ),
+  "test_train.py::test_every_method_trains": ("vppo",),
+  # Process 0 is the coordinator. Each process is killed once, and once while a checkpoint is
+  # written.
+  "parallel/test_processes.py::test_a_killed_process_is_named_by_the_others_and_nothing_is_lost": (
+    "0-in a step",
+    "1-while it saves",
+  ),
+  "parallel/test_processes.py::test_every_one_of_many_names_the_same": ("0-killed", "2-bug"),
+}

@@ -1,0 +1,122 @@
+"""Groups of processes that train one config after another.
+
+Starting processes and compiling their programs takes much longer than a run of the tiny model. A
+`Group` starts its processes once. Every process joins the others, compiles each program once, and
+runs each job it is given exactly as `python -m jaxrl_vlm.train` does.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+_ENDED = "ended with "  # what a process prints after each run, followed by the exit status
+
+
+class Ended(NamedTuple):
+  """How the run of one process ended."""
+
+  code: int  # exit status of the command
+  out: str
+  err: str
+  at: float  # time.time() of the end
+
+
+class Group:
+  """Processes that stay up between runs.
+
+  Args:
+    environments: the environment variables of each process.
+  """
+
+  def __init__(self, environments: list[dict[str, str]]):
+    self.processes = [
+      subprocess.Popen(
+        [sys.executable, "-m", "tests.parallel.group"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+      )
+      for environment in environments
+    ]
+
+  def train(self, workdir: pathlib.Path, test: dict[str, Any]) -> list[Ended]:
+    """Runs `processes_config` with TEST=`test` in every process; returns how each of them ended."""
+    workdir.parent.mkdir(exist_ok=True)
+    logs = [f"{workdir}.{i}" for i in range(len(self.processes))]
+    for process, log in zip(self.processes, logs, strict=True):
+      assert process.stdin
+      job = {"workdir": str(workdir), "log": log, "test": test, "read": f"{workdir}.read"}
+      process.stdin.write(json.dumps(job) + "\n")
+      process.stdin.flush()
+    ends = []
+    for process, log in zip(self.processes, logs, strict=True):
+      assert process.stdout
+      line = next((line for line in process.stdout if line.startswith(_ENDED)), "")
+      out, err = (pathlib.Path(f"{log}.{name}").read_text() for name in ("out", "err"))
+      assert line, (process.wait(), out, err)
+      ends.append(Ended(int(line.removeprefix(_ENDED)), out, err, time.time()))
+    return ends
+
+  def close(self) -> None:
+    """Lets all processes leave together, as they do at the end of a command."""
+    for process in self.processes:
+      if process.stdin:
+        process.stdin.close()
+    end = time.monotonic() + 30
+    for process in self.processes:
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, end - time.monotonic()))
+      process.kill()
+
+
+def run(job: dict[str, Any]) -> int:
+  """Trains what `job` says; returns the exit status that the command would have."""
+  from jaxrl_vlm import train
+  from jaxrl_vlm.errors import UserError, one_line
+  from tests.parallel import processes_config
+
+  os.environ |= {"TEST": json.dumps(job["test"]), "READ": job["read"]}
+  with (
+    open(f"{job['log']}.out", "w") as out,
+    open(f"{job['log']}.err", "w") as err,
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+  ):
+    try:
+      with processes_config.patched():
+        train.train(processes_config.get_config(), job["workdir"])
+    except UserError as error:
+      print(one_line(str(error)), file=err)
+      return 2
+    except Exception:
+      traceback.print_exc()
+      return 1
+  return 0
+
+
+def main() -> None:
+  from absl import flags
+
+  from jaxrl_vlm import parallel
+  from tests import compile_once
+
+  compile_once.install()
+  flags.FLAGS(sys.argv[:1])  # libraries read absl flags, which must count as parsed
+  parallel.choose_platform()
+  parallel.join_processes()
+  for line in sys.stdin:
+    print(f"{_ENDED}{run(json.loads(line))}", flush=True)
+  parallel.leave_processes()
+
+
+if __name__ == "__main__":
+  main()
