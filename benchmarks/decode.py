@@ -1,12 +1,15 @@
-"""Drawing responses, beside transformers' generate with the same weights: tokens a second.
+"""Measures generated tokens per second, compared with `generate` of transformers.
 
     JAX_PLATFORMS=cpu python benchmarks/decode.py
 
-16 prompts of 64 visual tokens, 8 responses of each: a batch of 128. Once all responses have 128
-tokens; once their lengths have a long tail (log-normal, most short, a few ten times as long), as
-they have in training. generate works on until the longest has ended. float32, 2 threads, both in
-turn in one run. What is measured so far stands in `decode.json` and is not measured again; --again
-throws it away. Needs the extra `test` (torch).
+Both libraries use the same weights. The batch has 16 prompts of 64 visual tokens with 8 responses
+each. In the first case, all responses have 128 tokens. In the second case, their lengths have a
+long tail as in training: they are log-normal, and a few are ten times as long as most. `generate`
+continues until the longest response has ended. The computation is in float32 with 2 threads, and
+the libraries take turns in one process.
+
+Results are stored in `decode.json`. A stored result is not measured again unless --again is given.
+The benchmark needs the extra `test` (torch).
 """
 
 import pathlib
@@ -30,8 +33,8 @@ from jaxrl_vlm.rollout import make_sampler  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "decode.json"
 PROMPTS, SIDE, REPEATS = 16, 224, 5
 ROWS = PROMPTS * GROUP
-# Name: tokens of each response [P, G], at least this ratio.
 TAIL = np.ceil(np.random.default_rng(0).lognormal(3.0, 0.9, (PROMPTS, GROUP))).clip(1, 256)
+# For each case, the tokens of each response [P, G] and the target of the ratio.
 CASES = {
   "128 tokens each": (np.full((PROMPTS, GROUP), 128), 3.0),
   "long tail": (TAIL.astype(int), 5.0),
@@ -67,7 +70,7 @@ def main():
       print(
         f"{name}: {result['ours']:.0f} tokens/s; generate with a dynamic cache "
         f"{result['dynamic']:.0f}, static {result['static']:.0f}: "
-        f"{result['ratio']:.1f} times the better one (asked: {want:.0f})",
+        f"{result['ratio']:.1f} times the better one (target: {want:.0f})",
         flush=True,
       )
 
@@ -100,7 +103,7 @@ def compare(model, params, prompt, theirs, lengths):
 
 
 class Transformers:
-  """generate on the patches and tokens of a Prompt, each prompt once for every response."""
+  """`generate` of transformers on a Prompt, which is repeated for each response."""
 
   def __init__(self, folder, prompt):
     self.model = transformers.AutoModelForImageTextToText.from_pretrained(

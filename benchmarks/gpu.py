@@ -1,19 +1,25 @@
-"""How much of a GPU the work uses: an update's share of its matrix products, decoding's share of
-its memory bandwidth, and where the seconds of a whole RL step go.
+"""Measures how well updates and decoding use a GPU, and the time of each phase of an RL step.
 
     python benchmarks/gpu.py                           # needs a GPU
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --tiny  # the same code on a very small model
 
-Qwen2.5-VL-3B's architecture with random weights in bfloat16, AdamW and all parameters training; 32
-prompts of 1,024 visual tokens, 8 responses of 256 tokens each, no images decoded and nothing
-graded. On one card, whose rate of a large bfloat16 product and whose bandwidth (reading and writing
-a large array) are measured in the same turns; medians. Decoding is the difference between rollouts
-of 256 and of 32 tokens, its bound the weights, the prompts' keys and values (read once for a group)
-and each response's own, at that bandwidth. MFU counts model FLOPs (`jaxrl_vlm/flops.py`): what the
-backward pass computes again is not in it.
+The model has the architecture of Qwen2.5-VL-3B with random weights in bfloat16. AdamW trains all
+parameters. A step has 32 prompts of 1,024 visual tokens with 8 responses of 256 tokens each. It
+decodes no image files and grades no responses.
 
-The result stands in `gpu.json` under the name of the card and is not measured again; --again throws
-it away.
+Everything runs on one GPU and takes turns, and the results are medians:
+
+- The rate of a large bfloat16 matrix product, and the memory bandwidth when reading and writing a
+  large array.
+- The MFU of an update, relative to this rate. It counts model FLOPs (`jaxrl_vlm/flops.py`), without
+  what the backward pass recomputes.
+- The time of a decoded token, from the difference between rollouts of 256 and of 32 tokens. It is
+  compared with the time of reading the necessary bytes at this bandwidth: the weights, the keys and
+  values of the prompts (once per group), and those of each response.
+- The time of each phase of a step.
+
+The result is stored in `gpu.json` under the name of the GPU. It is not measured again unless
+--again is given.
 """
 
 import dataclasses
@@ -46,17 +52,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What is measured.
+  """The sizes of the measurement.
 
   Attributes:
-    prompts, group: P, G.
-    side: of the image in patches.
-    text: tokens of a prompt besides.
-    response, short: tokens of the responses of the two rollouts.
-    microbatches: of an update.
-    product: side of the matrices whose product is timed.
-    copied: numbers in the array that is read and written.
-    repeats: turns.
+    prompts: Number of prompts, P.
+    group: Number of responses per prompt, G.
+    side: Side of the image of a prompt in patches.
+    text: Number of text tokens of a prompt.
+    response: Number of tokens of each response.
+    short: Number of tokens of each response in the second, shorter rollout.
+    microbatches: Number of microbatches of an update.
+    product: Side of the matrices whose product is timed.
+    copied: Number of elements of the array that is read and written.
+    repeats: Number of turns.
   """
 
   prompts: int = 32
@@ -86,7 +94,16 @@ TINY = Size(
 
 
 def decode_bytes(config: models.ModelConfig, params, prompt: int, size: Size) -> float:
-  """That a step of decoding must read, on average over the tokens after the first `short`."""
+  """Returns the bytes that decoding one token of all sequences must read.
+
+  This is the mean over the tokens of a response after the first `size.short`.
+
+  Args:
+    config: Config of the model.
+    params: Its parameters.
+    prompt: Number of tokens of each prompt.
+    size: Sizes of the measurement.
+  """
   head = params["embed" if config.tied else "head"]
   weights = sum(x.nbytes for x in jax.tree.leaves((params["decoder"], head)))
   number = jnp.dtype(config.dtype).itemsize
@@ -96,7 +113,11 @@ def decode_bytes(config: models.ModelConfig, params, prompt: int, size: Size) ->
 
 
 class Step:
-  """A whole RL step but for images and rewards, and the seconds of its parts."""
+  """An RL step without image preprocessing and rewards.
+
+  Attributes:
+    parts: The seconds of each phase, one value per step.
+  """
 
   def __init__(self, config: models.ModelConfig, size: Size):
     self.config, self.size, self.mesh = config, size, speed.one_device()
@@ -122,10 +143,15 @@ class Step:
     self.parts.setdefault(name, []).append(now - self._clock)
     self._clock = now
 
-  def drawn(self, tokens: int):
-    """A rollout of so many tokens each, of prompts that are seen."""
+  def rollout(self, tokens: int):
+    """Returns a rollout with the given number of tokens in each response.
+
+    It uses the prompts of the last step, with the features of their images.
+    """
     limits = np.full(self.rewards.shape, tokens, np.int32)
-    rollout = self.programs.rollout(self.state.params, self.seen, jax.random.key(0), limits)
+    rollout = self.programs.rollout(
+      self.state.params, self.with_features, jax.random.key(0), limits
+    )
     assert rollout.mask.sum() == tokens * limits.size
     return rollout
 
@@ -134,9 +160,9 @@ class Step:
     self._clock = time.perf_counter()
     prompt = parallel.put_batch(mesh, self.prompt)
     self._part("copy of the prompts", prompt)
-    self.seen = programs.see(self.state.params, prompt)
-    self._part("vision tower", self.seen.features)
-    rollout = self.drawn(self.size.response)
+    self.with_features = programs.see(self.state.params, prompt)
+    self._part("vision tower", self.with_features.features)
+    rollout = self.rollout(self.size.response)
     self._part("rollout", ())
     packing = programs.pack(rollout.mask)
     tokens, mask, logp, rewards = parallel.put_batch(
@@ -155,7 +181,7 @@ class Step:
 
 
 def measure(config: models.ModelConfig, size: Size) -> dict:
-  """Everything, in turns."""
+  """Measures everything in turns."""
   config = config.replace(stop_tokens=())
   step = Step(config, size)
   product, in_product = speed.matrix_product(size.product, config.dtype)
@@ -165,12 +191,12 @@ def measure(config: models.ModelConfig, size: Size) -> dict:
       "product": product,
       "copy": lambda: copy(copied),
       "step": step,
-      "short rollout": lambda: step.drawn(size.short),
+      "short rollout": lambda: step.rollout(size.short),
     },
     size.repeats,
   )
   middle = speed.median(seconds)
-  # The first of the turns warms up.
+  # The first turn is a warm-up.
   parts = {name: statistics.median(values[1:]) for name, values in step.parts.items()}
   rate, bandwidth = in_product / middle["product"], 2 * copied.nbytes / middle["copy"]
 
@@ -204,9 +230,9 @@ def measure(config: models.ModelConfig, size: Size) -> dict:
 def describe(card: str, r: dict) -> str:
   lines = [
     f"{card}: {r['product_flops'] / 1e12:.4g} TFLOP/s, {r['bandwidth'] / 1e9:.4g} GB/s",
-    f"update: MFU {r['update_mfu']:.1%} (asked: {r['asked']['update_mfu']:.0%})",
-    f"decoding: {r['decode_bandwidth']:.1%} of the bandwidth's bound (asked: "
-    f"{r['asked']['decode_bandwidth']:.0%}), {1e3 * r['decode_seconds_a_token']:.2f} ms a token",
+    f"update: MFU {r['update_mfu']:.1%} (target: {r['asked']['update_mfu']:.0%})",
+    f"decoding: {r['decode_bandwidth']:.1%} of the bandwidth bound (target: "
+    f"{r['asked']['decode_bandwidth']:.0%}), {1e3 * r['decode_seconds_a_token']:.2f} ms per token",
     f"step: {r['step_seconds']:.2f} s, {r['samples_per_second']:.1f} samples/s, peak "
     f"{r['peak_memory_gib']:.1f} GiB",
   ]
@@ -214,24 +240,26 @@ def describe(card: str, r: dict) -> str:
 
 
 def large(devices) -> models.ModelConfig:
-  """The model that is measured, with the kernels that these devices can have."""
+  """Returns the config of the measured model, with attention kernels for the given devices."""
   config = models.from_hf(CONFIGS[MODEL], dtype="bfloat16")
   return config.replace(attention=models.choose_attention("auto", devices, config))
 
 
 def main() -> None:
   parser = speed.parser(__doc__)
-  parser.add_argument("--tiny", action="store_true", help="a very small model, on any device")
+  parser.add_argument(
+    "--tiny", action="store_true", help="measure a very small model, on any device"
+  )
   args = parser.parse_args()
   card = jax.devices()[0].device_kind
   if args.tiny:
     if args.out is None:
-      parser.error("--tiny: its numbers mean nothing; say with --out where they go")
+      parser.error("--tiny: expected --out, because the numbers of a tiny model are not results")
     config, size, card = scratch.model_config(ARCHITECTURE), TINY, f"tiny model, {card}"
   elif jax.default_backend() != "gpu":
     raise SystemExit(
       f"benchmarks/gpu.py: no GPU: jax finds {card!r} ({jax.default_backend()}); "
-      "on a machine with one install the extra `gpu`; --tiny runs anywhere"
+      "on a machine with a GPU, install the extra `gpu`; --tiny runs on any machine"
     )
   else:
     config, size = large(jax.devices()), Size()

@@ -1,17 +1,20 @@
-"""How cost grows with the group, the prompt, the response and the vocabulary.
+"""Measures how cost grows with the group, the prompt, the response and the vocabulary.
 
-    JAX_PLATFORMS=cpu python benchmarks/growth.py         # measures what is not measured yet
-    JAX_PLATFORMS=cpu python benchmarks/growth.py --page  # the table, for docs/performance.md
+    JAX_PLATFORMS=cpu python benchmarks/growth.py         # measure what is not measured yet
+    JAX_PLATFORMS=cpu python benchmarks/growth.py --page  # print the table for docs/performance.md
 
-Seconds and peak memory of a rollout and of an update, each in a process of its own, from a common
-point (4 prompts of 256 tokens, 8 responses of 64, 2,048 words) along one axis at a time. A model of
-4.6 million parameters, text alone (visual tokens cost the decoder what text does), float32, 2
-threads. Memory is the most that the process held while it worked, beyond what it held before:
-parameters and compiled programs are not in it. Slopes are those of straight lines through the
-logarithms; the predicted ones of model FLOPs (`jaxrl_vlm/flops.py`) at the same points.
+The benchmark measures the seconds and the peak memory of a rollout and of an update, each in a
+separate process. It starts from a common point (4 prompts of 256 tokens, 8 responses of 64 tokens,
+a vocabulary of 2,048) and varies one axis at a time. The model has 4.6 million parameters and
+computes in float32 with 2 threads. Prompts contain only text, because visual tokens cost the
+decoder the same as text.
 
-Results are written to `growth.json` as they come, docs/images/growth.png at the end; what is
-measured is not measured again, --again throws it away.
+Memory is the peak while the process works, minus its memory before. It excludes parameters and
+compiled programs. A slope is the slope of a straight line fitted to the logarithms. Predicted
+slopes are fitted to model FLOPs (`jaxrl_vlm/flops.py`) at the same points.
+
+Results are stored in `growth.json` as soon as they are measured, and docs/images/growth.png is
+drawn at the end. A stored result is not measured again unless --again is given.
 """
 
 import argparse
@@ -40,14 +43,14 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """What is drawn or updated.
+  """The sizes of one measurement.
 
   Attributes:
-    prompts: P.
-    group: G.
-    prompt: Lp.
-    response: T; all are as long.
-    vocabulary: V.
+    prompts: Number of prompts, P.
+    group: Number of responses per prompt, G.
+    prompt: Number of tokens of each prompt, Lp.
+    response: Number of tokens of each response, T.
+    vocabulary: Size of the vocabulary, V.
   """
 
   prompts: int = 4
@@ -91,7 +94,7 @@ def model_flops(work: str, point: Point) -> float:
 
 
 def measure(work: str, point: Point, repeats: int = REPEATS) -> dict[str, float]:
-  """Seconds and memory of this process, which must have done nothing else."""
+  """Measures seconds and memory in this process, which must not have done other work before."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -142,9 +145,9 @@ def measure(work: str, point: Point, repeats: int = REPEATS) -> dict[str, float]
       )
       return state
 
-  jax.block_until_ready(run())  # compiles, which takes memory of its own
-  with contextlib.suppress(AttributeError):  # another C library
-    ctypes.CDLL(None).malloc_trim(0)  # what is free is not held
+  jax.block_until_ready(run())  # compiles before the measurement, because compiling takes memory
+  with contextlib.suppress(AttributeError):  # C libraries other than glibc have no malloc_trim
+    ctypes.CDLL(None).malloc_trim(0)  # returns free memory to the system
   _, compiling = load.resident()
   load.forget_peak()
   before, _ = load.resident()
@@ -160,7 +163,7 @@ def measure(work: str, point: Point, repeats: int = REPEATS) -> dict[str, float]
 
 
 def apart(work: str, point: Point) -> dict[str, float]:
-  """`measure` in a process of its own."""
+  """Runs `measure` in a separate process."""
   spec = json.dumps({"work": work, **dataclasses.asdict(point)})
   done = subprocess.run(
     [sys.executable, __file__, f"--measure={spec}"],
@@ -173,19 +176,22 @@ def apart(work: str, point: Point) -> dict[str, float]:
 
 
 def line(values: dict, work: str, axis: str) -> list[tuple[Point, dict]]:
-  """The points of an axis that are measured, in order."""
+  """Returns the measured points of an axis with their results, in order."""
   points = [dataclasses.replace(Point(), **{axis: value}) for value in AXES[axis]]
   return [(p, values[p.name(work)]) for p in points if p.name(work) in values]
 
 
 def slope(x, y) -> float:
-  """Of the straight line through the logarithms."""
+  """Returns the slope of the straight line fitted to the logarithms."""
   return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
 def slopes(points: list[tuple[Point, dict]], work: str, axis: str) -> dict[str, float]:
-  """Measured and predicted, over all points; and over the three largest, where no constant part
-  matters any more."""
+  """Returns measured and predicted slopes.
+
+  Each slope is fitted to all points and, with the prefix `last_`, to the three largest points, for
+  which constant costs matter least.
+  """
   x = [getattr(p, axis) for p, _ in points]
   kinds = {
     "seconds": [r["seconds"] for _, r in points],
@@ -197,7 +203,7 @@ def slopes(points: list[tuple[Point, dict]], work: str, axis: str) -> dict[str, 
 
 
 def table(values: dict) -> str:
-  """Markdown; the slopes over the three largest values in brackets."""
+  """Returns a Markdown table. Slopes over the three largest values are in parentheses."""
   head = [
     "grows",
     "from",
@@ -232,7 +238,7 @@ def table(values: dict) -> str:
 
 
 def draw(values: dict, path: pathlib.Path) -> None:
-  """Measured points, and lines that grow as model FLOPs do, at the height of the points."""
+  """Draws measured points, and lines that grow like model FLOPs through their mean height."""
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(12, 5.6), layout="constrained")
@@ -261,7 +267,9 @@ def draw(values: dict, path: pathlib.Path) -> None:
 
 def main() -> None:
   parser = speed.parser(__doc__)
-  parser.add_argument("--page", action="store_true", help="prints the table, measures nothing")
+  parser.add_argument(
+    "--page", action="store_true", help="print the table of stored results without measuring"
+  )
   parser.add_argument("--measure", help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.measure:

@@ -1,18 +1,21 @@
-"""What the host does beside the device: reading images and grading, and who waits for it.
+"""Measures the work of the host during training: preprocessing images, grading, and waiting.
 
     JAX_PLATFORMS=cpu python benchmarks/host.py
 
-Images of 1024 x 768 a second on one core, JPEG files and decoded ones, beside the processor of
-transformers that uses Pillow, to equal patches; responses graded a second in worker processes; and
-a small RL run: the seconds of each step in which its main thread reads, preprocesses and collates
-images, turns tokens into text, hands them to the graders or waits for rewards, and in how many of
-them the device had nothing to do. The last count a call whole as soon as the device is done before
-the call is. On a CPU the host's work takes processors away from the "device" even where nobody
-waits for it.
+The benchmark measures:
 
-And where the seconds of a step go, once with every program waited for: docs/images/step.png.
+- Images of 1024 x 768 pixels preprocessed per second on one core, from JPEG files and from decoded
+  images, compared with the Pillow-based processor of transformers. The patches are equal.
+- Responses graded per second in worker processes.
+- In a small RL run, the time of each step in which the main thread reads, preprocesses and collates
+  images, decodes tokens to text, submits responses for grading, or waits for rewards. It also
+  measures for how much of this time the device was idle. A call counts entirely as idle if the
+  device finished before the call did. On a CPU, the host's work takes processors away from the
+  device even if nothing waits for it.
+- The time of each phase of a step, in a second run that waits for every program. The result is
+  drawn in docs/images/step.png.
 
-What is measured so far stands in `host.json` and is not measured again; --again throws it away.
+Results are stored in `host.json`. A stored result is not measured again unless --again is given.
 """
 
 import collections
@@ -43,11 +46,11 @@ from jaxrl_vlm.stages import rl  # noqa: E402
 from jaxrl_vlm.stages.run import StageRun  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "host.json"
-ASKED = 1.0  # images a second, over those of transformers
-# Name: side of the images in pixels, prompts of a step.
+ASKED = 1.0  # target of the ratio to the images per second of transformers
+# For each run: side of the images in pixels, prompts per step.
 RUNS = {"64 visual tokens": (224, 16), "1024 visual tokens": (896, 4)}
 PICTURE = ROOT / "docs" / "images" / "step.png"
-# The parts of a step, and the calls that are in them.
+# The phases of a step, and the calls that belong to them.
 PARTS = {
   "images on the host": ("read", "preprocess", "collate"),
   "vision tower": ("see",),
@@ -58,7 +61,7 @@ PARTS = {
 
 
 def picture(seed: int, size: tuple[int, int] = (1024, 768)) -> Image.Image:
-  """Large shapes and a little noise, so that a JPEG has the size of a photograph's."""
+  """Returns an image of large shapes with a little noise, whose JPEG is as large as a photo's."""
   rng = np.random.default_rng(seed)
   small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
   large = np.asarray(small.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
@@ -82,11 +85,11 @@ def one_core():
 
 
 def preprocessing(count: int = 16, repeats: int = 7) -> dict:
-  """Images a second of both processors on one core."""
+  """Measures the images per second of both processors on one core."""
   import transformers
 
   theirs, settings = transformers.Qwen2VLImageProcessorPil(), ImageSettings()
-  # It names no bounds of its own: those of the published checkpoints.
+  # The processor has no bounds by default, so it gets those of the published checkpoints.
   bounds = {"size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}}
   decoded = [picture(i) for i in range(count)]
   results = {}
@@ -118,7 +121,10 @@ def preprocessing(count: int = 16, repeats: int = 7) -> dict:
 
 
 def responses(prompts: int, group: int) -> tuple[list[Example], list[list[str]]]:
-  """Tasks and reasoned answers, of which half are right; fractions in another notation."""
+  """Returns examples and responses with reasoning, half of which are right.
+
+  Right responses to examples whose answer is a fraction write it in another notation.
+  """
   examples, texts = [], []
   for i in range(prompts):
     a, b = i + 2, 2 * i + 7
@@ -139,7 +145,7 @@ def responses(prompts: int, group: int) -> tuple[list[Example], list[list[str]]]
 def grading(
   verifier: str, workers: int, prompts: int = 64, group: int = 8, repeats: int = 7
 ) -> dict:
-  """Responses graded a second."""
+  """Measures the responses graded per second."""
   examples, texts = responses(prompts, group)
   with RewardPool({verifier: 1.0}, workers, timeout_s=60.0) as pool:
     rewards = pool.grade(examples, texts)  # the workers have started
@@ -153,29 +159,30 @@ def grading(
 
 
 class Trace:
-  """Seconds of calls of the main thread, for each step.
+  """The time that the main thread spends in certain calls, for each step.
 
   Attributes:
-    steps: seconds of the finished steps, from the begin of one to that of the next.
-    inside: for each of them, seconds in the calls of a name.
-    idle: of these, those of calls at whose end the device had nothing to do.
+    steps: Seconds of each finished step, from its beginning to the beginning of the next one.
+    inside: For each step, the seconds spent in calls, by name.
+    idle: Like `inside`, but only for calls at whose end the device had no work.
+    in_flight: Function that returns whether the device has work.
   """
 
   def __init__(self):
     self.steps, self.inside, self.idle = [], [], []
     self.in_flight = lambda: False
-    self._begun, self._here = None, (collections.Counter(), collections.Counter())
+    self._begun, self._current = None, (collections.Counter(), collections.Counter())
 
   def next_step(self) -> None:
     now = time.perf_counter()
     if self._begun is not None:
       self.steps.append(now - self._begun)
-      self.inside.append(dict(self._here[0]))
-      self.idle.append(dict(self._here[1]))
-    self._begun, self._here = now, (collections.Counter(), collections.Counter())
+      self.inside.append(dict(self._current[0]))
+      self.idle.append(dict(self._current[1]))
+    self._begun, self._current = now, (collections.Counter(), collections.Counter())
 
   def watch(self, name: str, function, wait: bool = False):
-    """The function, timed; with `wait` until its result is there."""
+    """Returns the function with timing. With `wait`, it waits until its result is computed."""
 
     def watched(*args, **kwargs):
       start = time.perf_counter()
@@ -184,13 +191,13 @@ class Trace:
         return jax.block_until_ready(result) if wait else result
       finally:
         seconds = time.perf_counter() - start
-        self._here[0][name] += seconds
-        self._here[1][name] += 0.0 if self.in_flight() else seconds
+        self._current[0][name] += seconds
+        self._current[1][name] += 0.0 if self.in_flight() else seconds
 
     return watched
 
   def shares(self, warm_up: int) -> dict:
-    """Of the time of the steps, by name."""
+    """Returns the median share of a step's time, by name, without the first `warm_up` steps."""
 
     def share(name, of):
       return statistics.median(
@@ -206,7 +213,7 @@ class Trace:
 
 
 class Watched:
-  """An iterator or a callable of which that is watched."""
+  """A wrapper of an iterator or a callable in which `watched` replaces the call."""
 
   def __init__(self, inner, watched):
     self._inner, self._watched = inner, watched
@@ -222,7 +229,15 @@ class Watched:
 
 
 def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) -> Trace:
-  """An RL run in `folder`; `watch(trace, stage_run)` says what else of it is timed."""
+  """Executes an RL run in `folder` and times its calls.
+
+  Args:
+    config: Config of the run.
+    folder: Its workdir.
+    watch: Function of the trace and the StageRun that adds timing to further calls.
+    steps: Number of steps to measure.
+    warm_up: Number of steps before that.
+  """
   trace = Trace()
 
   class Traced(StageRun):
@@ -251,7 +266,7 @@ def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) ->
 
 
 def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2) -> dict:
-  """Of an RL run in `folder`: who waits for the host."""
+  """Measures in an RL run in `folder` how much of a step waits for the host."""
 
   def watch(trace, loop):
     decode, decoding = loop.programs.rollout._decode, []
@@ -263,7 +278,8 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
 
     loop.programs.rollout._decode = decoded
     loop.programs.pack = trace.watch("pack", loop.programs.pack)
-    # The last update or the last chunk; what else there is somebody waits for at once.
+    # Only updates and decoded chunks run while the host does something else. The host waits for
+    # everything else immediately.
     trace.in_flight = lambda: (
       not all(leaf.is_ready() for leaf in [*jax.tree.leaves(loop.state.params), *decoding])
     )
@@ -279,7 +295,7 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
 
 
 def parts_of_step(config, folder: pathlib.Path, steps: int = 5, warm_up: int = 2) -> dict:
-  """Of an RL run in `folder`: seconds of the parts of a step, each waited for."""
+  """Measures the seconds of each phase of a step in an RL run that waits for every program."""
 
   def watch(trace, loop):
     for name in ("see", "rollout", "pack", "update"):
@@ -301,7 +317,7 @@ def parts_of_step(config, folder: pathlib.Path, steps: int = 5, warm_up: int = 2
 
 
 def draw(values: dict, path: pathlib.Path) -> None:
-  """The parts of a step side by side, a bar for each run."""
+  """Draws the phases of a step side by side, as one bar per run."""
   from matplotlib.figure import Figure
 
   runs = {name: values[f"parts, {name}"] for name in RUNS if f"parts, {name}" in values}
@@ -320,7 +336,7 @@ def draw(values: dict, path: pathlib.Path) -> None:
   axes.invert_yaxis()
   axes.set_xlim(0, 1)
   axes.xaxis.set_major_formatter("{x:.0%}")
-  axes.set_xlabel("of a step's time")
+  axes.set_xlabel("share of the time of a step")
   figure.legend(loc="outside upper center", ncols=len(colours), fontsize=8, frameon=False)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, dpi=110)
@@ -334,7 +350,7 @@ def run_config(folder: pathlib.Path, model: pathlib.Path, side: int, prompts: in
 
 def describe(name: str, r: dict) -> str:
   shares = ", ".join(
-    f"{key} {share['main_thread']:.1%} (nothing in flight: {share['device_idle']:.1%})"
+    f"{key} {share['main_thread']:.1%} (device idle: {share['device_idle']:.1%})"
     for key, share in r["shares"].items()
   )
   return f"RL step, {name}, {r['step_seconds']:.2f} s: {shares}"
@@ -349,15 +365,15 @@ def main() -> None:
   for kind, r in get("preprocessing", preprocessing, "pillow", "transformers").items():
     if kind != "date":
       print(
-        f"{kind} images: {r['ours']:.1f} a second and core, transformers {r['theirs']:.1f}, "
-        f"{r['ratio']:.2f} times as many (asked: {r['asked']:.0f})",
+        f"{kind} images: {r['ours']:.1f} per second and core, transformers {r['theirs']:.1f}, "
+        f"ratio {r['ratio']:.2f} (target: {r['asked']:.0f})",
         flush=True,
       )
   for verifier in ("math", "exact"):
     for workers in (1, 2):
       r = get(f"{verifier}, {workers} workers", lambda v=verifier, w=workers: grading(v, w))
       print(
-        f"{verifier}: {r['samples_per_second']:.0f} responses a second, {workers} workers",
+        f"{verifier}: {r['samples_per_second']:.0f} responses per second, {workers} workers",
         flush=True,
       )
   with tempfile.TemporaryDirectory() as name:
@@ -370,14 +386,14 @@ def main() -> None:
     for name, (side, prompts) in RUNS.items():
 
       def measure(find, side=side, prompts=prompts):
-        here = folder / f"{find.__name__}{side}"
-        here.mkdir()
-        return find(run_config(here, folder / "model", side, prompts), here / "run")
+        subfolder = folder / f"{find.__name__}{side}"
+        subfolder.mkdir()
+        return find(run_config(subfolder, folder / "model", side, prompts), subfolder / "run")
 
       print(describe(name, get(name, lambda m=measure: m(critical_path))), flush=True)
       r = get(f"parts, {name}", lambda m=measure: m(parts_of_step))
       print(
-        f"RL step, {name}, every program waited for: "
+        f"RL step, {name}, waiting for every program: "
         + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in r["parts"].items()),
         flush=True,
       )

@@ -1,8 +1,9 @@
-"""The README's pictures from a finished quickstart: a board with both answers, and the curve.
+"""Draws the images of the README from a finished run of the quickstart.
 
     python benchmarks/picture.py --run runs/quickstart
 
-Writes docs/images/board.png and docs/images/curve.png.
+docs/images/board.png shows a board with the answers before and after RL. docs/images/curve.png
+shows the accuracy during training.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def main() -> None:
     if EXACT(e, b)["total"] < 1 and EXACT(e, a)["total"] == 1
   ]
   print(f"{len(changed)} of {len(examples)} questions are right after RL and were wrong before")
-  # The largest board of them.
+  # Draw the largest of these boards.
   draw(args.out / "board.png", *max(changed, key=lambda c: c[0].meta["rows"] * c[0].meta["cols"]))
 
   records = metrics.read(args.run)

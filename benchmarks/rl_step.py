@@ -1,12 +1,14 @@
-"""A whole RL step beside TRL's GRPOTrainer: the same checkpoint, prompts and rewards, on the CPU.
+"""Measures the samples per second of a whole RL step, compared with TRL's GRPOTrainer on a CPU.
 
     pip install -e '.[benchmarks]' && pip install --no-deps torchvision==0.28.0
     JAX_PLATFORMS=cpu python benchmarks/rl_step.py
 
-Both take turns, a step each, in one run. A step is all of it: images preprocessed, responses drawn
-and graded, parameters updated. GRPO without a reference model, G = 8, every response 64 tokens
-long, AdamW on all parameters, float32, 2 threads. What is measured so far stands in `rl_step.json`
-and is not measured again; --again throws it away.
+Both libraries train the same checkpoint on the same prompts and rewards, and take turns after each
+step. A step preprocesses images, generates and grades responses, and updates the parameters. The
+method is GRPO without a reference model, with G = 8, 64 tokens in every response, AdamW on all
+parameters, float32 and 2 threads.
+
+Results are stored in `rl_step.json`. A stored result is not measured again unless --again is given.
 """
 
 import contextlib
@@ -36,7 +38,7 @@ from jaxrl_vlm.stages.run import Run, StageRun  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "rl_step.json"
 GROUP, TOKENS, THREADS, WARM_UP = 8, 64, 2, 2
 QUESTION = "what is in the picture number 7"
-# Name: side of the images in pixels, prompts of a step, repetitions, at least this ratio.
+# For each case: side of images in pixels, prompts per step, measured steps, target of the ratio.
 CASES = {"64 visual tokens": (224, 16, 7, 3.0), "1024 visual tokens": (896, 4, 5, 10.0)}
 ARCHITECTURE = {  # 4.6 million parameters
   "tie_word_embeddings": True,
@@ -67,14 +69,14 @@ ARCHITECTURE = {  # 4.6 million parameters
 
 
 def reward(example, response):
-  """The same as TRL's side has: the length of the text, modulo 7."""
+  """The same reward as in `trl_side.py`: the length of the text modulo 7."""
   del example
   return float(len(response) % 7)
 
 
 def main():
   parser = speed.parser(__doc__)
-  parser.add_argument("--python", default=sys.executable, help="an interpreter that has TRL")
+  parser.add_argument("--python", default=sys.executable, help="Python interpreter that has TRL")
   args = parser.parse_args()
   speed.use_threads()
   results = speed.Results(args.out or RESULTS, args.again)
@@ -93,12 +95,12 @@ def main():
 def describe(name, result):
   return (
     f"{name}: jaxrl_vlm {result['ours']:.2f} samples/s, TRL {result['trl']:.2f} samples/s, "
-    f"{result['ratio']:.1f} times as many (asked: {result['asked']:.0f})"
+    f"speedup {result['ratio']:.1f} (target: {result['asked']:.0f})"
   )
 
 
 def compare(folder, model, side, prompts, repeats, python):
-  """Samples a second of both; each waits while the other works."""
+  """Measures the samples per second of both libraries. Each one waits while the other runs."""
   spec = dict(
     threads=THREADS,
     model=str(model),
@@ -110,7 +112,7 @@ def compare(folder, model, side, prompts, repeats, python):
     output=str(folder / "trl"),
   )
   env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-  log = open(folder / "trl.log", "w+")  # noqa: SIM115  # as long as the process
+  log = open(folder / "trl.log", "w+")  # noqa: SIM115  # open as long as the process
   other = subprocess.Popen(
     [python, str(ROOT / "benchmarks" / "trl_side.py"), json.dumps(spec)],
     env=env,
@@ -128,7 +130,7 @@ def compare(folder, model, side, prompts, repeats, python):
     line = other.stdout.readline()
     if not line.startswith("seconds "):
       log.seek(0)
-      raise SystemExit(f"TRL's side ended:\n{log.read()[-2000:]}")
+      raise SystemExit(f"the process of TRL ended:\n{log.read()[-2000:]}")
     return float(line.split()[1])
 
   pairs = []
@@ -163,11 +165,11 @@ def compare(folder, model, side, prompts, repeats, python):
 
 
 class Enough(Exception):
-  """All steps are measured."""
+  """Raised when all steps are measured, to end the run."""
 
 
 def timed(after):
-  """A StageRun: after(seconds) follows every step, and says whether to stop."""
+  """Returns a StageRun that calls after(seconds) after every step, and stops if it returns True."""
 
   class Timed(StageRun):
     def steps(self):
@@ -182,17 +184,17 @@ def timed(after):
 
 
 def train(config, workdir, stage_run):
-  """The RL stage as in any run, with another StageRun, until it raises Enough."""
+  """Runs an RL stage with another class in place of StageRun, until it raises Enough."""
   workdir.mkdir()
   run = Run(config, workdir)
-  # Every response has all its tokens, on both sides.
+  # Without stop tokens, every response has the full length, as in `trl_side.py`.
   run.model = run.model.clone(config=run.model.config.replace(stop_tokens=()))
   with mock.patch.object(rl, "StageRun", stage_run), contextlib.suppress(Enough), run.running():
     rl.train(run, 0)
 
 
 def our_config(folder, model, side, prompts):
-  """GRPO on images of this size."""
+  """Writes a dataset with images of `side` pixels per side, and returns a config for GRPO on it."""
   images = folder / f"images{side}"
   images.mkdir()
   rng = np.random.default_rng(0)
@@ -214,7 +216,7 @@ def our_config(folder, model, side, prompts):
   stage = base.rl()
   stage.steps, stage.prompts_per_step, stage.num_samples = 1000, prompts, GROUP
   stage.max_tokens = TOKENS
-  stage.part_tokens = 2048  # what stays near two cores
+  stage.part_tokens = 2048  # small enough for the caches of two cores
   stage.data.name = str(data)
   stage.rewards[f"{__file__}:reward"] = 1.0
   stage.objective.kl_coef = 0.0

@@ -1,4 +1,7 @@
-"""Training runs of a benchmark: each is done once, a stopped one continues, several at a time."""
+"""Executes the training runs of a benchmark, several at a time.
+
+A finished run is not repeated, and a run that was stopped is continued.
+"""
 
 import concurrent.futures
 import contextlib
@@ -25,13 +28,13 @@ _SECONDS, _SETTINGS = "seconds.json", "settings.json"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """`python -m jaxrl_vlm.train --config=<config> --workdir=<folder>/<name> <flags>`.
+  """A run: `python -m jaxrl_vlm.train --config=<config> --workdir=<folder>/<name> <flags>`.
 
   Attributes:
-    name: of its directory; another run has another name. A name that is there with another config
-      or other flags is refused (`Runner.check`).
-    config: relative to the repository.
-    flags: as on the command line.
+    name: Name of its directory, different for each run. It is an error if the directory contains a
+      run with another config or other flags (`Runner.check`).
+    config: Path of the config relative to the repository.
+    flags: Further flags of the command line.
   """
 
   name: str
@@ -40,43 +43,44 @@ class Job:
 
 
 class Failed(Exception):
-  """A run that ended with an error; the message is the last line of its log."""
+  """The error of a run that failed. The message is the last line of its log."""
 
 
 class Stopped(Exception):
-  """The benchmark was asked to stop; what runs had done is saved."""
+  """Raised if the benchmark is asked to stop. Its runs save their progress."""
 
 
 class Runner:
-  """Runs jobs in `folder`, at most `at_once` side by side, each on processors of its own.
+  """Executes jobs in `folder`, up to `at_once` at a time, each on separate processors.
 
   with Runner(folder, at_once=2) as runner:
-    for job, seconds in runner.run(jobs):  # as they end; seconds is an exception if one failed
-      ...
+    for job, seconds in runner.run(jobs):  # in the order in which they end
+      ...  # if a job failed, `seconds` is an exception
 
   Raises:
-    SystemExit: another process runs jobs in this folder.
+    SystemExit: Another process executes jobs in this folder.
   """
 
   def __init__(self, folder: pathlib.Path, at_once: int):
-    self.folder, self.at_once = folder.absolute(), at_once  # runs have another directory
+    self.folder, self.at_once = folder.absolute(), at_once  # the runs' working directory is ROOT
     self._children: set[subprocess.Popen] = set()
     self._stopping = False
     every = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     share = max(1, len(every) // at_once)
     self._places: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
     for i in range(at_once):
-      # A run that computes on one processor alone starts as many threads as that can use.
+      # A run starts as many threads as there are processors that it may use.
       self._places.put(every[i * share : (i + 1) * share])
 
   def __enter__(self) -> "Runner":
     self.folder.mkdir(parents=True, exist_ok=True)
-    self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  # held until the end
+    self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  # open until __exit__
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
       raise SystemExit(
-        f"{self.folder}: another benchmark, or a run that it left behind, is working here"
+        f"{self.folder}: another benchmark, or a run that it started, is using this folder; wait "
+        "for it to end, or choose another --folder"
       ) from None
 
     def stop(number, _):
@@ -92,10 +96,10 @@ class Runner:
     self._lock.close()
 
   def _stop(self) -> None:
-    """Asks the runs to save and stop, once."""
+    """Sends the signal to save and stop to all runs. Further calls have no effect."""
     if not self._stopping:
       self._stopping = True
-      print("stopping: runs save after the step that they are in", file=sys.stderr, flush=True)
+      print("stopping: runs finish their step and save", file=sys.stderr, flush=True)
       for child in tuple(self._children):
         child.terminate()
 
@@ -103,15 +107,18 @@ class Runner:
     return self.folder / job.name
 
   def seconds(self, job: Job) -> float | None:
-    """Seconds that a finished run took, over all its lives; None if it is not finished."""
+    """Returns the seconds of a finished run, summed over all its starts, or None."""
     path = self.path(job)
     if not (path / "model" / "config.json").exists():  # written last
       return None
     return sum(_lives(path))
 
   def settings(self, job: Job) -> dict[str, str]:
-    """Config and flags by name, the last of a name; paths in the folder are relative to it, so that
-    it may be moved."""
+    """Returns the config and the flags of a job by name.
+
+    If a flag occurs several times, the last one counts. Paths inside the folder are relative to it,
+    so that the folder can be moved.
+    """
     found, name = {"--config": job.config}, ""
     for word in job.flags:
       if word.startswith("--"):
@@ -122,30 +129,36 @@ class Runner:
     return {name: value.removeprefix(f"{self.folder}/") for name, value in found.items()}
 
   def check(self, jobs: Sequence[Job]) -> None:
-    """Nothing is run or written. A run without a file of settings is taken for what it is.
+    """Checks that existing runs have the settings of their jobs, without running or writing.
+
+    A run without a settings file is accepted.
 
     Raises:
-      SystemExit: a run that has begun, or is finished, has other settings than its job.
+      SystemExit: The settings of a run that has begun or is finished differ from those of its job.
     """
     for job in jobs:
       path = self.path(job)
-      # Training writes the first file once it has accepted the config: before, nothing is done yet.
+      # Training writes config.json after it has accepted the config. Before that, it does no work.
       begun = (path / "config.json").exists() or self.seconds(job) is not None
       if not begun or not (path / _SETTINGS).exists():
         continue
-      there, here = json.loads((path / _SETTINGS).read_text()), self.settings(job)
-      for field in (*here, *there):
-        if there.get(field) != here.get(field):
+      stored, current = json.loads((path / _SETTINGS).read_text()), self.settings(job)
+      for field in (*current, *stored):
+        if stored.get(field) != current.get(field):
           raise SystemExit(
-            f"{path}: {field} is {there.get(field, 'not given')} in this run, "
-            f"{here.get(field, 'not given')} now; delete the run, or choose another --folder"
+            f"{path}: {field} is {stored.get(field, 'not given')} in this run, "
+            f"{current.get(field, 'not given')} now; delete the run, or choose another --folder"
           )
 
   def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, float | Failed]]:
-    """Runs what is not finished, in order; yields all jobs as they end, finished ones first.
+    """Executes the jobs that are not finished, in order.
+
+    Yields:
+      Every job, with its seconds or the error with which it failed. Jobs that were already finished
+      come first. The others follow in the order in which they end.
 
     Raises:
-      SystemExit: as `check`, before anything runs.
+      SystemExit: As in `check`, before any job is executed.
     """
     self.check(jobs)
     todo = []
@@ -165,7 +178,7 @@ class Runner:
           yield futures[future], future.result()
         except Failed as error:
           yield futures[future], error
-    except BaseException:  # also if whoever asked for the results fails
+    except BaseException:  # includes errors of the code that iterates over the results
       self._stop()
       raise
     finally:
@@ -200,8 +213,8 @@ class Runner:
     with open(path / "log.txt", "a") as log:
       if self._stopping:
         raise Failed("not started")
-      # In a session of its own: Ctrl-C comes here alone, and is passed on. It inherits the lock, so
-      # that a run which outlives this process keeps others away.
+      # With a new session, Ctrl-C reaches only this process, which then stops the run. The run
+      # inherits the lock, so that the folder stays locked if the run outlives this process.
       child = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -217,7 +230,7 @@ class Runner:
       self._children.discard(child)
     (path / _SECONDS).write_text(json.dumps([*_lives(path), time.monotonic() - began]))
     seconds = self.seconds(job)
-    if seconds is None:  # also one that was asked to stop and has saved
+    if seconds is None:  # includes runs that were asked to stop
       lines = (path / "log.txt").read_text(errors="replace").split("\n")
       last = next((line for line in reversed(lines) if line.strip()), "")
       raise Failed(f"exit code {code}: {last[:200]}")
@@ -225,7 +238,7 @@ class Runner:
 
 
 def _lives(path: pathlib.Path) -> list[float]:
-  """Seconds of each life of a run so far."""
+  """Returns the seconds of each start of a run."""
   if not (path / _SECONDS).exists():
     return []
   seconds = json.loads((path / _SECONDS).read_text())
@@ -233,7 +246,7 @@ def _lives(path: pathlib.Path) -> list[float]:
 
 
 def surroundings(at_once: int | None = None) -> dict:
-  """When and on what it was measured, for the file of results."""
+  """Returns the date, the machine and the commit of a measurement, for the file of results."""
   result: dict = {
     "date": datetime.date.today().isoformat(),
     "python": platform.python_version(),
@@ -249,7 +262,7 @@ def surroundings(at_once: int | None = None) -> dict:
 
 
 def main_of(work: Callable[[], None]) -> None:
-  """Runs `work`; asked to stop, it says how to go on."""
+  """Calls `work`. If it is asked to stop, prints how to continue and exits with code 130."""
   try:
     work()
   except (Stopped, KeyboardInterrupt):

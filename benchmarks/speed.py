@@ -1,4 +1,4 @@
-"""What benchmarks of speed share: results that are kept, sides that take turns, made-up prompts."""
+"""Shared code of the speed benchmarks: stored results, timing in turns, synthetic prompts."""
 
 import argparse
 import datetime
@@ -24,29 +24,37 @@ from jaxrl_vlm.types import Params, Prompt
 
 FOLDER = pathlib.Path(__file__).parent
 THREADS = 2
-_PAUSE = 0.5  # seconds; until threads of the side before have stopped waiting for more work
+# Seconds before each side, in which the threads of the previous side stop waiting for more work.
+_PAUSE = 0.5
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-  """With --again and --out."""
+  """Returns an argument parser with the flags --again and --out."""
   result = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  result.add_argument("--again", action="store_true", help="throw away what is measured")
-  result.add_argument("--out", type=pathlib.Path, help="another file of results")
+  result.add_argument(
+    "--again", action="store_true", help="discard stored results and measure again"
+  )
+  result.add_argument("--out", type=pathlib.Path, help="file of results (default: in benchmarks/)")
   return result
 
 
 def use_threads(count: int = THREADS) -> None:
-  """Before the first use of jax, whose threads are as many as it may use processors."""
+  """Limits this process to `count` processors.
+
+  Call this function before jax is first used, because jax starts as many threads as there are
+  processors that it may use.
+  """
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 class Results:
-  """Results by name in a JSON file, written as they come; what is there is not measured again.
+  """Results by name, stored in a JSON file. A result that is in the file is not measured again.
 
-  `about` says when and with what the last one was measured.
+  Each result is written as soon as it is measured. The entry `about` of the file describes when and
+  with which versions the last one was measured.
   """
 
   def __init__(self, path: pathlib.Path, again: bool = False):
@@ -58,7 +66,14 @@ class Results:
   def get(
     self, name: str, measure: Callable[[], Mapping[str, Any]], *packages: str, **about: Any
   ) -> dict[str, Any]:
-    """What `measure` gave, now or then; of `packages` the versions are kept beside it."""
+    """Returns the stored result, or measures and stores it.
+
+    Args:
+      name: Name of the result.
+      measure: Function that measures the result.
+      *packages: Packages whose versions are stored in `about`, in addition to jax and numpy.
+      **about: Further entries of `about`.
+    """
     if name not in self.values:
       result = {**measure(), "date": datetime.date.today().isoformat()}
       versions = {p: importlib.metadata.version(p) for p in ("jax", "numpy", *packages)}
@@ -69,14 +84,23 @@ class Results:
     return self.values[name]
 
   def picture(self, path: pathlib.Path) -> pathlib.Path:
-    """`path` for the results of the repository, a file beside them for others (--out)."""
+    """Returns `path`, or for results in another file (--out) a path next to that file."""
     return path if self.path.parent == FOLDER else self.path.with_suffix(".png")
 
 
 def take_turns(
   sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-  """Seconds of each side, one after the other; a side returns when its work is done."""
+  """Measures the seconds of several sides, which run in turn so that they share conditions.
+
+  Args:
+    sides: Functions by name. The time of a function includes waiting for its jax results.
+    repeats: Number of measured turns.
+    warm_up: Number of turns before that, which are not measured.
+
+  Returns:
+    The seconds of each turn, by side.
+  """
   seconds: dict[str, list[float]] = {name: [] for name in sides}
   for i in range(repeats + warm_up):
     for name, run in sides.items():
@@ -93,12 +117,12 @@ def median(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
-  """How many times as long one side takes as the other: median over the turns."""
+  """Returns the median over turns of the time of side `slow` divided by that of side `fast`."""
   return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def matrix_product(size: int, dtype: str = "float32") -> tuple[Callable[[], jax.Array], float]:
-  """One large product of square matrices, and its multiplications and additions."""
+  """Returns a function that multiplies two square matrices, and its number of FLOPs."""
   a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
   product = jax.jit(jnp.matmul)
   return lambda: product(a, b), 2.0 * size**3
@@ -109,7 +133,7 @@ def one_device() -> Any:
 
 
 def random_params(shapes: Params) -> Params:
-  """Small random numbers of these shapes and dtypes; norms multiply by 1."""
+  """Returns small random parameters of the given shapes and dtypes. Norm scales are 1."""
 
   def one(path, key, shape):
     if "scale" in str(path[-1]):
@@ -122,7 +146,7 @@ def random_params(shapes: Params) -> Params:
 
 
 def words(config: ModelConfig) -> np.ndarray:
-  """i32[n]; tokens that stand for nothing but text."""
+  """Returns the ids i32[n] of ordinary tokens, which are neither special nor suppressed."""
   special = [
     v for k, v in json.loads(config.hf).items() if k.endswith("_token_id") and isinstance(v, int)
   ]
@@ -131,9 +155,13 @@ def words(config: ModelConfig) -> np.ndarray:
 
 
 def make_prompt(config: ModelConfig, prompts: int, text: int, side: int = 0) -> Prompt:
-  """Random text of so many tokens, and in its middle an image of side² patches, on the host.
+  """Returns a batch of random prompts of equal length, without padding, as numpy arrays.
 
-  No token is padding.
+  Args:
+    config: Config of the model.
+    prompts: Number of prompts (P).
+    text: Number of text tokens of each prompt.
+    side: Side in patches of a square image in the middle of the text, or 0 for no image.
   """
   rng, vision = np.random.default_rng(0), config.vision
   grids = [(1, side, side)] if side else []
@@ -145,7 +173,7 @@ def make_prompt(config: ModelConfig, prompts: int, text: int, side: int = 0) -> 
   tokens, positions, features = (np.stack(arrays) for arrays in zip(*rows, strict=True))
   window = None if vision.full_attention_layers is None else vision.window_size
   where = lay_out_patches(grids, vision.spatial_merge_size, vision.patch_size, window)
-  # Without an image there are still the patches of one visual token, all padding.
+  # Without an image, a prompt still has padding for the patches of one visual token.
   room = 0 if side else vision.spatial_merge_size**2
   where = [np.pad(a, [(0, room)] + [(0, 0)] * (a.ndim - 1)) for a in where]
   where[1][side**2 :] = 1
@@ -168,9 +196,14 @@ def make_prompt(config: ModelConfig, prompts: int, text: int, side: int = 0) -> 
 def torch_inputs(
   prompt: Prompt, row: int, copies: int, image_token: int, more: Any = None
 ) -> dict[str, Any]:
-  """What transformers' Qwen2.5-VL takes for a prompt of one image, `copies` times.
+  """Returns the inputs of Qwen2.5-VL in transformers for copies of a prompt with one image.
 
-  `more`: i[copies, n]; tokens that follow.
+  Args:
+    prompt: A batch of prompts.
+    row: Index of the prompt.
+    copies: Number of copies.
+    image_token: Id of visual tokens.
+    more: i[copies, n]; tokens to append to each copy, or None.
   """
   import torch
 

@@ -1,6 +1,7 @@
-"""TRL's GRPOTrainer, a step at a time, for `rl_step.py`: reads `go`, does a step, writes seconds.
+"""Runs TRL's GRPOTrainer step by step for `rl_step.py`.
 
-Runs in a process of its own; nothing here imports jaxrl_vlm.
+The script waits for the line `go` on its standard input, does one step, and writes its seconds to
+its standard output. It runs in a separate process and does not import jaxrl_vlm.
 """
 
 import importlib.metadata
@@ -11,7 +12,8 @@ import time
 import numpy as np
 import torch
 
-# torchvision wants its own operators, which a torch for the CPU does not have; nobody calls them.
+# torchvision registers operators that torch for the CPU does not have. This script does not use
+# them, so their registration is skipped.
 _register = torch.library.register_fake
 
 
@@ -30,7 +32,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 
 class Stepwise(transformers.TrainerCallback):
-  """Waits for a word before each step and tells how long it took after it."""
+  """Waits for `go` before each step, and writes the seconds of the step after it."""
 
   def on_step_begin(self, *args, **kwargs):
     if sys.stdin.readline().strip() != "go":
@@ -41,7 +43,7 @@ class Stepwise(transformers.TrainerCallback):
 
 
 OUT = sys.stdout
-sys.stdout = sys.stderr  # the trainer's own words
+sys.stdout = sys.stderr  # for the output of the trainer
 
 
 def main(spec):
@@ -61,7 +63,7 @@ def main(spec):
     chat_template=tokenizer.chat_template,
   )
   model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-  # Every response has all its tokens, on both sides.
+  # Without stop tokens, every response has the full length, as in `rl_step.py`.
   model.generation_config.eos_token_id = None
 
   rng = np.random.default_rng(0)
@@ -108,7 +110,8 @@ def main(spec):
     callbacks=[steps],
   )
 
-  # A step of the trainer begins with its batch, before the callback: time what it really does.
+  # The trainer loads a batch before it calls `on_step_begin`. The clock starts in `training_step`,
+  # where the work of a step begins.
   inner = trainer.training_step
 
   def timed(*args, **kwargs):

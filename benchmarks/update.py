@@ -1,22 +1,29 @@
-"""A forward and backward pass over groups that share their prompt, beside G separate sequences.
+"""Measures the gradient of groups that share their prompt, compared with separate sequences.
 
     JAX_PLATFORMS=cpu python benchmarks/update.py
 
-The gradient of GRPO three times: with the prompt shared by its 8 responses, by the same code with
-every prompt repeated 8 times and one response each, and by transformers' model and torch on the
-same sequences (the pictures repeated too, as its trainers do, logits of the responses alone). All
-three must come to the same norm. Prompts have 64 or 1,024 visual tokens; responses 64 tokens each,
-or lengths with a long tail. float32, 2 threads, the sides in turn in one run; medians.
+The benchmark computes the gradient of GRPO in three ways: with a prompt shared by its 8 responses,
+with the same code and each prompt repeated for each response, and with transformers and torch on
+these separate sequences. Like the trainers that use transformers, the third way repeats images for
+each response. It computes logits only for responses. The norms of the three gradients must be
+equal. Prompts have 64 or 1,024 visual tokens. Responses have 64 tokens each, or lengths with a long
+tail. The computation is in float32 with 2 threads. The three ways take turns in one process, and
+the results are medians.
 
-Beside the seconds: how many times faster sharing is, and how many times fewer model FLOPs it has
-(`jaxrl_vlm/flops.py`); `share` = (times faster - 1) / (times fewer - 1). The share of padding in
-the tokens of responses that pass through the model. Model FLOPs a second, over the rate of a large
-float32 product of matrices in the same run (`mfu`). 512 tokens of responses pass at a time, because
-batches are small here; what padding there is in batches of 64 prompts with the 4,096 of a run
-needs no computation and is printed too.
+The benchmark records:
 
-What is measured so far stands in `update.json` and is not measured again; --again throws it away.
-Needs the extra `test` (torch).
+- `seconds`: the seconds of each turn.
+- `faster` and `fewer_flops`: the ratios of the times and of the model FLOPs
+  (`jaxrl_vlm/flops.py`) of separate to shared prompts.
+- `share`: (faster - 1) / (fewer_flops - 1).
+- `padding`: the share of padding in the response tokens that go through the model.
+- `mfu`: model FLOPs per second, relative to a large float32 matrix product in the same process.
+
+Passes have 512 response tokens, because the batches are small. Runs use 4,096 by default. For
+these, the benchmark computes the padding in batches of 64 prompts without running the model.
+
+Results are stored in `update.json`. A stored result is not measured again unless --again is given.
+The benchmark needs the extra `test` (torch).
 """
 
 import dataclasses
@@ -43,7 +50,7 @@ RESULTS = ROOT / "benchmarks" / "update.json"
 GROUP, REPEATS, TEXT, PRODUCT, ROOM = 8, 5, 24, 2048, 512
 ASKED = {"share": 0.7, "mfu": 0.5}
 LARGE = ARCHITECTURE | {
-  "text": {  # 17 million parameters: matrix products are nearly all of it
+  "text": {  # 17 million parameters, so that matrix products take nearly all of the time
     "vocab_size": 8192,
     "hidden_size": 512,
     "intermediate_size": 1536,
@@ -62,21 +69,22 @@ ARCHITECTURES = {"small": ARCHITECTURE, "large": LARGE}
 
 
 def tail(shape: tuple[int, ...], most: int) -> np.ndarray:
-  """Log-normal lengths: most are short, a few ten times as long."""
+  """Returns log-normal lengths of up to `most` tokens. A few are ten times as long as most."""
   lengths = np.random.default_rng(0).lognormal(np.log(most) - 2.5, 0.9, shape)
   return np.ceil(lengths).clip(1, most).astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """What passes through the model.
+  """The model and the batch of one measurement.
 
   Attributes:
-    model: a key of ARCHITECTURES.
-    side: of the image, in patches.
-    prompts: P.
-    tail: lengths have a long tail; else all have 64 tokens.
-    trains_vision: else the tower is frozen, and sees each prompt once.
+    model: A key of ARCHITECTURES.
+    side: Side of the image of each prompt in patches.
+    prompts: Number of prompts, P.
+    tail: Whether the lengths of responses have a long tail. Otherwise all have 64 tokens.
+    trains_vision: Whether the vision tower is trained. Otherwise it is frozen and runs once for
+      each prompt.
   """
 
   model: str
@@ -94,7 +102,7 @@ class Case:
     )
 
   def lengths(self) -> np.ndarray:
-    """Tokens of each response, i[P, G]."""
+    """Returns the number of tokens of each response, i[P, G]."""
     shape = (self.prompts, GROUP)
     return tail(shape, 256) if self.tail else np.full(shape, 64)
 
@@ -113,7 +121,7 @@ CASES += [Case("large", 64, 1, tail, trains_vision=False) for tail in (False, Tr
 
 
 class Ours:
-  """The update of a stage, with a step of 0, of prompts [P] and responses [P, G, T]."""
+  """The update of a stage with learning rate 0, for P prompts and responses [P, G, T]."""
 
   def __init__(self, model, params, prompt, tokens, mask, advantages, trains_vision):
     trainable = () if trains_vision else ("!vision",)
@@ -127,7 +135,7 @@ class Ours:
       trainable=trainable,
       part_tokens=max(ROOM, mask.shape[2]),
     )
-    # The update gives its state away: it needs one of its own.
+    # The update donates its state, so it gets a copy of the parameters.
     trained, self.frozen = lora.split(jax.tree.map(jnp.copy, params), trainable)
     self.state = self.programs.init_state(trained)
     self.packing = self.programs.pack(mask)
@@ -156,7 +164,7 @@ class Ours:
 
 
 class Torch:
-  """transformers' model; log-probabilities of a group at a time, padded to its longest."""
+  """The model of transformers, applied to one group at a time, padded to its longest response."""
 
   def __init__(self, folder, prompt, tokens, lengths, scale, trains_vision):
     import torch
@@ -190,14 +198,14 @@ class Torch:
 
 
 def padding(packing, mask: np.ndarray) -> float:
-  """The share of padding in the tokens of responses that pass through the model."""
+  """Returns the share of padding in the response tokens that go through the model."""
   _, _, devices, room = packing.index.shape
   computed = int(np.asarray(packing.used).sum()) * devices * room * packing.size
   return 1 - int(mask.sum()) / computed
 
 
 def padding_of_runs() -> dict[str, float]:
-  """In a batch of 64 prompts x 8 with the default room, on one device."""
+  """Computes the padding of batches of 64 prompts x 8 responses with the default `part_tokens`."""
   config = scratch.model_config(ARCHITECTURE)
   programs = Programs(
     models.VLM(config),
@@ -218,9 +226,16 @@ def padding_of_runs() -> dict[str, float]:
 def measure(
   folder: pathlib.Path, case: Case, repeats: int = REPEATS, product: int = PRODUCT
 ) -> dict:
-  """One case; `folder` has its model."""
+  """Measures one case.
+
+  Args:
+    folder: Directory of its model.
+    case: The case.
+    repeats: Number of turns.
+    product: Side of the matrices whose product is timed.
+  """
   model, params, _ = jv.load_pretrained(folder)
-  # As transformers' model: every token has its probability.
+  # As in transformers, no token is suppressed.
   model = model.clone(config=model.config.replace(suppressed_tokens=()))
   config = model.config
   prompt = speed.make_prompt(config, case.prompts, TEXT, case.side)
@@ -252,7 +267,7 @@ def measure(
   )
   norms = [float(shared()), float(apart()), torch.norm()]
   if not np.allclose(norms, norms[0], rtol=1e-3):
-    raise SystemExit(f"{case.name}: gradients of another norm: {norms}")
+    raise SystemExit(f"{case.name}: expected gradients of equal norm, got {norms}")
 
   middle = speed.median(seconds)
   frames = [(case.side, case.side)]
@@ -289,9 +304,9 @@ def describe(name: str, r: dict) -> str:
   return (
     f"{name}: {r['medians']['shared']:.2f} s, separate {r['medians']['separate']:.2f} s, "
     f"torch {r['medians']['torch']:.2f} s; sharing is {r['faster']:.2f} times faster with "
-    f"{r['fewer_flops']:.2f} times fewer FLOPs, share {r['share']:.0%} (asked: "
+    f"{r['fewer_flops']:.2f} times fewer FLOPs, share {r['share']:.0%} (target: "
     f"{r['asked']['share']:.0%}); padding {r['padding']:.0%}; MFU {r['mfu']['shared']:.0%} "
-    f"(asked: {r['asked']['mfu']:.0%}), separate {r['mfu']['separate']:.0%}, torch "
+    f"(target: {r['asked']['mfu']:.0%}), separate {r['mfu']['separate']:.0%}, torch "
     f"{r['mfu']['torch']:.0%}"
   )
 

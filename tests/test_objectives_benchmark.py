@@ -1,4 +1,4 @@
-"""The comparison of objectives: its numbers, its page, and runs that fail or are stopped."""
+"""Tests the comparison of objectives: its numbers, its page, and runs that fail or are stopped."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # -- Numbers --------------------------------------------------------------------------------------
 
 
-def test_a_curve_counts_tokens_and_the_seconds_of_steps_alone():
+def test_a_curve_counts_tokens_and_only_the_seconds_of_steps():
   def step(number, tokens, seconds, compilations):
     return {
       "step": number,
@@ -52,7 +52,7 @@ def test_a_curve_counts_tokens_and_the_seconds_of_steps_alone():
     ]
   )
   assert found["step"] == [0, 2, 3] and found["tokens"] == [0, 250, 400]
-  # The first step compiled: it counts as one of 3 seconds.
+  # The first step compiled programs, so it counts as 3 seconds, the median of the other steps.
   assert found["seconds"] == [0, 5, 9]
   assert found["overall"] == [0.2, 0.3, 0.5] and found["reasoning"] == [0.1, 0.2, 0.4]
   run = {"curve": found}
@@ -62,7 +62,7 @@ def test_a_curve_counts_tokens_and_the_seconds_of_steps_alone():
   assert bench.reached(run, 0.6, "tokens") is None
 
 
-def test_intervals_and_tests_are_the_textbooks():
+def test_intervals_and_p_values_equal_those_of_textbooks_and_r():
   mean, half = bench.interval([1.0, 2.0, 3.0, 4.0, 5.0])
   assert mean == 3 and half == pytest.approx(2.776 * np.sqrt(2.5 / 5), rel=1e-3)
   assert np.isnan(bench.interval([1.0])[1])
@@ -106,7 +106,7 @@ def data():
     results += [
       result("grpo", rates[1], seed, "compare", 0.6 + 0.01 * seed),
       result("vppo", rates[1], seed, "compare", 0.65 + 0.012 * seed),
-      result("vppo", rates[0], seed, "compare", 0.1),  # of a rate that was tuned away
+      result("vppo", rates[0], seed, "compare", 0.1),  # a rate that tuning did not choose
       result("vppo_full_kl", rates[1], seed, "compare", 0.64),
     ]
   return {
@@ -123,19 +123,19 @@ def data():
   }
 
 
-def test_the_best_mean_over_tuning_seeds_is_the_learning_rate(data):
+def test_tuning_chooses_the_rate_with_the_best_mean_over_seeds(data):
   assert data["learning_rates"] == dict.fromkeys(("grpo", "vppo"), bench.LEARNING_RATES[1])
   trials = bench.comparison_trials(data["learning_rates"])
   assert {t.method for t in trials} == {"grpo", "vppo", *bench.VARIANTS}
   assert [t.seed for t in trials] == sorted(t.seed for t in trials)
 
 
-def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
+def test_the_numbers_are_written_between_the_markers_of_the_page(data, tmp_path):
   (tmp_path / "docs").mkdir()
   file = tmp_path / bench.PAGE
   file.write_text(f"# Title\n\nBefore.\n{bench.BEGIN}\nold\n{bench.END}\nAfter.\n")
   bench.write(tmp_path, data)
-  bench.write(tmp_path, data)  # again: the same
+  bench.write(tmp_path, data)  # writing again must change nothing
   text = file.read_text()
   assert text.startswith(f"# Title\n\nBefore.\n{bench.BEGIN}\n") and "old" not in text
   assert text.endswith(f"{bench.END}\nAfter.\n")
@@ -153,7 +153,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert grpo[:4] == ["GRPO", "0.0001", "3", "61.0 ± 2.5"] and grpo[6] == ""
   assert vppo[3] == "66.2 ± 3.0" and vppo[6] == "+5.2 ± 0.5"
   assert float(vppo[7]) < 0.001 and vppo[7] == vppo[8]
-  # GRPO's level is 61%, between 40% at 100k and 65, 66.2 and 67.4% at 310k.
+  # GRPO's accuracy is 61 %. VPPO reaches it between 40 % at 100k and 65, 66.2 or 67.4 % at 310k.
   assert vppo[9] == f"{np.mean([100 + 210 * 0.21 / (d - 0.4) for d in (0.65, 0.662, 0.674)]):.0f}k"
   assert grpo[9].endswith("(2 of 3)")
   assert grpo[11:] == vppo[11:] == ["310k", "20"] and "tokens per run | seconds per run" in main
@@ -161,7 +161,7 @@ def test_the_page_has_the_numbers_between_its_markers(data, tmp_path):
   assert (tmp_path / bench.PICTURE).stat().st_size > 10_000
 
 
-def test_what_becomes_of_the_tokens():
+def test_step_means_and_their_table():
   records = [
     {"step": 1, "train/tries": 1.0, "objective/clip_low": 0.1, "objective/clip_high": 0.0},
     {"step": 2, "train/tries": 2.0, "objective/clip_low": 0.2, "objective/clip_high": 0.3},
@@ -173,7 +173,7 @@ def test_what_becomes_of_the_tokens():
     "objective/clip_low": pytest.approx(0.15),
     "objective/clip_high": pytest.approx(0.15),
   }
-  old = result("grpo", 1e-4, 0, "compare", 0.6)  # of results that were kept without means
+  old = result("grpo", 1e-4, 0, "compare", 0.6)  # older results have no means
   new = [result("vppo", 1e-4, seed, "compare", 0.6) | {"means": found} for seed in (0, 1)]
   rows = bench.steps_table({"grpo": [old], "vppo": new}).splitlines()[2:]
   assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
@@ -182,12 +182,12 @@ def test_what_becomes_of_the_tokens():
   ]
 
 
-def test_nothing_measured_yet_is_a_page_too(data, tmp_path):
+def test_the_page_can_be_written_without_any_results(data, tmp_path):
   bench.write(tmp_path, data | {"results": [], "learning_rates": {}, "done": 0})
   assert "0 of 157 runs" in (tmp_path / bench.PAGE).read_text()
 
 
-def test_the_page_is_written_from_results_that_are_there(data, tmp_path, monkeypatch):
+def test_the_page_can_be_written_from_stored_results(data, tmp_path, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["objectives.py", "--page", f"--out={tmp_path}"])
   with pytest.raises(SystemExit, match=r"objectives.json: no such file; expected results"):
     bench.main()
@@ -211,7 +211,7 @@ def tunings(method, finals):
   ("finals", "rates", "best"),
   [
     ({}, (5e-5, 1e-4, 2e-4), None),
-    ({5e-5: 0.3, 1e-4: 0.9}, (5e-5, 1e-4, 2e-4), None),  # one is missing: nothing is known
+    ({5e-5: 0.3, 1e-4: 0.9}, (5e-5, 1e-4, 2e-4), None),  # one rate is not measured yet
     ({5e-5: 0.3, 1e-4: 0.5, 2e-4: 0.4}, (5e-5, 1e-4, 2e-4), 1e-4),
     ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5}, (5e-5, 1e-4, 2e-4, 4e-4), None),
     ({5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.4}, (5e-5, 1e-4, 2e-4, 4e-4), 2e-4),
@@ -220,7 +220,7 @@ def tunings(method, finals):
     ({5e-5: 0.5, 1e-4: 0.4, 2e-4: 0.3, 2.5e-5: 0.6}, (5e-5, 1e-4, 2e-4, 2.5e-5, 1.25e-5), None),
   ],
 )
-def test_rates_go_on_beyond_the_edge_while_the_best_is_there(finals, rates, best):
+def test_tuning_adds_further_rates_while_the_best_one_is_at_the_edge(finals, rates, best):
   results = tunings("grpo", finals)
   assert bench.grid(bench.tuning(results, "grpo")) == rates
   assert bench.tuned(results) == ({} if best is None else {"grpo": best})
@@ -242,8 +242,8 @@ def test_the_tuning_table_marks_a_best_rate_at_the_edge(data):
   assert "†" not in bench.tuning_table(data)
 
 
-class Pretended(runs.Runner):
-  """Runs take no time and end at an accuracy; those in `fail` fail."""
+class FakeRunner(runs.Runner):
+  """A runner that writes the results of runs without training. Jobs in `fail` fail."""
 
   weights = b"weights"
 
@@ -293,14 +293,17 @@ SETTINGS = {"token_budget": 1000, "eval_every": 10}
 
 
 def accuracy(method, rate):
-  """GRPO's best is beyond all that is tried, RLOO's below the common rates, others' inside."""
+  """The best rate is above all tried rates for GRPO and below the common rates for RLOO.
+
+  For other methods it is one of the common rates.
+  """
   best = {"grpo": 1.0, "rloo": 2.5e-5}.get(method, 1e-4)
   return 0.6 - 0.01 * abs(np.log2((rate or 1.0) / best))
 
 
-def test_common_rates_first_then_those_beyond_then_the_comparison(tmp_path, monkeypatch):
+def test_common_rates_run_first_then_further_rates_then_the_comparison(tmp_path, monkeypatch):
   monkeypatch.setattr(bench, "write", lambda *_: None)
-  runner = Pretended(tmp_path / "runs", accuracy)
+  runner = FakeRunner(tmp_path / "runs", accuracy)
   more = ("--config.log_every=5",)
 
   def plan():
@@ -318,17 +321,17 @@ def test_common_rates_first_then_those_beyond_then_the_comparison(tmp_path, monk
   rates = benchmark.data["learning_rates"]
   assert rates == dict.fromkeys(bench.TUNED, 1e-4) | {"grpo": 8e-4, "rloo": 2.5e-5}
   assert benchmark.data["done"] == benchmark.data["planned"] == 133 == len(runner.ran)
-  # A run at a rate that is not the tuned one is of no use, and is not counted.
+  # A comparison run at a rate that tuning did not choose is not counted.
   other = bench.Trial("grpo", 1e-4, 0, "compare")
   list(runner.run([benchmark.job(other)]))
   assert plan().startswith("133 runs") and "x 1 seeds, and 4 at further rates)" in plan()
   assert plan().endswith(" 133 finished.\nAt 360 seconds per run, 2 side by side: 0.0 hours left.")
 
 
-def test_a_method_is_compared_once_its_tuning_is_complete(tmp_path, capsys, monkeypatch):
+def test_a_method_is_compared_only_if_its_tuning_is_complete(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(bench, "write", lambda *_: None)
   fail = ["tune_cispo_0.0002_100", "tune_vppo_5e-05_100", "tune_rloo_2.5e-05_100"]
-  runner = Pretended(tmp_path / "runs", accuracy, fail)
+  runner = FakeRunner(tmp_path / "runs", accuracy, fail)
   with pytest.raises(SystemExit, match="3 runs failed; the same command"):
     bench.Benchmark(runner, tmp_path, SETTINGS, ()).run_all()
   left_out = {"cispo", "vppo", "rloo", *bench.VARIANTS}
@@ -340,25 +343,25 @@ def test_a_method_is_compared_once_its_tuning_is_complete(tmp_path, capsys, monk
     for seed in bench.SEEDS
   }
   assert {name for name in runner.ran if name.startswith("compare")} == expected
-  said = capsys.readouterr().err
+  err = capsys.readouterr().err
   for name in ("cispo", "vppo", "rloo"):
-    assert f"{name}: not compared, because a run of its tuning failed" in said
-  again = Pretended(tmp_path / "runs", accuracy)
+    assert f"{name}: not compared, because a run of its tuning failed" in err
+  again = FakeRunner(tmp_path / "runs", accuracy)
   benchmark = bench.Benchmark(again, tmp_path, SETTINGS, ())
   benchmark.run_all()
   assert not benchmark.data["failed"] and benchmark.data["done"] == 133
 
 
 def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
-  """The results file is enough: runs that it holds are not done again, only the cold start is."""
+  """Only the results file is needed. Runs in it are not repeated, except for the cold start."""
   write = bench.write
   monkeypatch.setattr(bench, "write", lambda *_: None)
-  first = bench.Benchmark(Pretended(tmp_path / "runs", accuracy), tmp_path, SETTINGS, ())
+  first = bench.Benchmark(FakeRunner(tmp_path / "runs", accuracy), tmp_path, SETTINGS, ())
   first.run_all()
   results = first.data["results"]
   write(tmp_path, first.data | {"results": results[:-3]})
 
-  runner = Pretended(tmp_path / "elsewhere", accuracy)
+  runner = FakeRunner(tmp_path / "elsewhere", accuracy)
   second = bench.Benchmark(runner, tmp_path, SETTINGS, ())
   second.run_all()
   last = [
@@ -371,17 +374,17 @@ def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
 
   with pytest.raises(SystemExit, match="settings is .* move it away to start over"):
     bench.Benchmark(
-      Pretended(tmp_path / "other", accuracy), tmp_path, SETTINGS | {"token_budget": 7}, ()
+      FakeRunner(tmp_path / "other", accuracy), tmp_path, SETTINGS | {"token_budget": 7}, ()
     ).run_all()
-  monkeypatch.setattr(Pretended, "weights", b"others")
+  monkeypatch.setattr(FakeRunner, "weights", b"others")
   with pytest.raises(SystemExit, match="cold_start is .* move it away to start over"):
-    bench.Benchmark(Pretended(tmp_path / "third", accuracy), tmp_path, SETTINGS, ()).run_all()
+    bench.Benchmark(FakeRunner(tmp_path / "third", accuracy), tmp_path, SETTINGS, ()).run_all()
 
 
-def test_other_settings_are_refused_before_anything_runs(tmp_path):
-  runner = Pretended(tmp_path / "runs", accuracy)
+def test_other_settings_are_an_error_before_anything_runs(tmp_path):
+  runner = FakeRunner(tmp_path / "runs", accuracy)
   benchmark = bench.Benchmark(runner, tmp_path, SETTINGS, ())
-  # The last kind of run that would be reached, at a rate beyond the common ones.
+  # This run would be executed last. Its rate is beyond the common ones.
   list(runner.run([benchmark.job(bench.Trial("vppo_full_kl", 8e-4, 4, "compare"))]))
   runner.ran.clear()
   settings = {**SETTINGS, "token_budget": 2000}
@@ -400,7 +403,7 @@ def test_other_settings_are_refused_before_anything_runs(tmp_path):
 
 
 def test_every_run_of_the_benchmark_has_a_valid_config(tmp_path, one_device):
-  """What is on its command lines fits the config and the objective of that name."""
+  """The flags of each run must fit the config and its objective."""
   rates = dict.fromkeys(bench.TUNED, 1e-4)
   trials = [t for t in bench.comparison_trials(rates) if t.seed == 0]
   trials += [t for t in bench.tuning_trials() if t.seed == bench.TUNING_SEEDS[0]]
@@ -439,7 +442,7 @@ if "slow" in workdir.name and not (workdir / "begun").exists():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-  """A repository whose training command does nothing, but leaves files like the real one."""
+  """A repository whose training command does not train but writes the files of a run."""
   (tmp_path / "jaxrl_vlm").mkdir()
   (tmp_path / "jaxrl_vlm" / "__init__.py").touch()
   (tmp_path / "jaxrl_vlm" / "train.py").write_text(TRAIN)
@@ -447,7 +450,7 @@ def root(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_a_failed_run_is_reported_and_tried_again_a_finished_one_is_not(root):
+def test_failed_runs_are_reported_and_repeated_and_finished_runs_are_not(root):
   jobs = [runs.Job(name, "configs/x.py") for name in ("a", "bad", "c")]
   with runs.Runner(root / "runs", 2) as runner:
     first = dict(runner.run(jobs))
@@ -459,7 +462,7 @@ def test_a_failed_run_is_reported_and_tried_again_a_finished_one_is_not(root):
     second = dict(runner.run(jobs))
   assert (root / "runs" / "a" / "log.txt").read_text() == log
   assert second[jobs[0]] == first[jobs[0]]
-  # Both of its lives count.
+  # The seconds of both starts count.
   assert second[jobs[1]] == sum(json.loads((root / "runs" / "bad" / "seconds.json").read_text()))
 
 
@@ -468,7 +471,7 @@ def run_alone(folder, *jobs):
     return list(runner.run(jobs))
 
 
-def test_a_run_with_other_settings_is_refused_before_anything_runs(root):
+def test_a_run_with_other_settings_is_an_error_before_anything_runs(root):
   folder = root / "runs"
   model = f"--config.model.path={folder}/base/model"
   done = runs.Job("done", "configs/x.py", ("--config.seed=1", model, "--config.seed", "2"))
@@ -501,25 +504,27 @@ def test_a_run_with_other_settings_is_refused_before_anything_runs(root):
     assert line.startswith(f"{folder}/done: ") and text in line and "\n" not in line
     assert "delete the run, or choose another --folder" in line
   assert not (folder / "new").exists()
-  # Moved, it is the same run.
+  # After the folder is moved, it is still the same run.
   folder.rename(root / "moved")
   flags = (f"--config.model.path={root}/moved/base/model", "--config.seed=2")
   ((_, seconds),) = run_alone(root / "moved", runs.Job("done", "configs/x.py", flags))
   assert isinstance(seconds, float)
 
 
-def test_begun_runs_keep_their_settings_and_those_that_did_not_begin_take_new_ones(root):
+def test_only_runs_that_have_not_begun_may_get_new_settings(root):
   bad = runs.Job("bad", "configs/x.py", ("--config.sed=1",))
-  ((_, failed),) = run_alone(root / "runs", bad)  # its config is refused: nothing is done
+  ((_, failed),) = run_alone(
+    root / "runs", bad
+  )  # the config has an error, so the run does not begin
   assert isinstance(failed, runs.Failed)
   better = runs.Job("bad", "configs/x.py", ("--config.seed=1",))
   run_alone(root / "runs", better)
-  (root / "runs" / "bad" / "config.json").write_text("{}")  # now it has begun
+  (root / "runs" / "bad" / "config.json").write_text("{}")  # the first file of a run that has begun
   with pytest.raises(SystemExit, match="--config.seed is 1 in this run, 2 now"):
     run_alone(root / "runs", runs.Job("bad", "configs/x.py", ("--config.seed=2",)))
 
 
-def test_a_finished_run_without_a_file_of_settings_counts_and_gets_one(root):
+def test_a_finished_run_without_a_settings_file_is_accepted_and_gets_one(root):
   job = runs.Job("old", "configs/x.py", ("--config.seed=1",))
   run_alone(root / "runs", job)
   file, log = (root / "runs" / "old" / name for name in ("settings.json", "log.txt"))
@@ -534,7 +539,7 @@ def test_a_finished_run_without_a_file_of_settings_counts_and_gets_one(root):
     run_alone(root / "runs", runs.Job("old", "configs/x.py"))
 
 
-def test_digit_runs_in_a_relative_folder_that_fail_give_an_exit_code(root, monkeypatch, capsys):
+def test_failed_digit_runs_in_a_relative_folder_give_an_exit_code(root, monkeypatch, capsys):
   monkeypatch.setattr(digits, "RESULT", root / "digits.json")
   monkeypatch.setattr(
     digits,
@@ -563,7 +568,7 @@ def test_digit_runs_in_a_relative_folder_that_fail_give_an_exit_code(root, monke
   assert not (root / "elsewhere" / "my_runs" / "new_0").exists()
 
 
-def test_two_benchmarks_do_not_share_a_folder(root):
+def test_two_benchmarks_cannot_use_the_same_folder(root):
   with runs.Runner(root / "runs", 1), pytest.raises(SystemExit, match="another benchmark"):
     runs.Runner(root / "runs", 1).__enter__()
 
@@ -584,7 +589,7 @@ runs.main_of(work)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_passes_that_on_and_the_same_command_continues(number, root):
+def test_a_stopped_benchmark_stops_its_runs_and_the_same_command_continues(number, root):
   script = [sys.executable, "-c", SCRIPT.format(repository=str(ROOT), root=str(root))]
   process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   begun = [root / "runs" / name / "begun" for name in ("slow_1", "slow_2")]
@@ -596,7 +601,7 @@ def test_asked_to_stop_it_passes_that_on_and_the_same_command_continues(number, 
   out, err = process.communicate(timeout=50)
   assert time.monotonic() - began < 30 and process.returncode == 130
   assert "the same command continues" in err and "done" not in out
-  for path in begun:  # nothing of it is left
+  for path in begun:  # no process is left
     pid = int((path.parent / "log.txt").read_text().split()[1])
     with pytest.raises(ProcessLookupError):
       os.kill(pid, 0)

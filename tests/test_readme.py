@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_vlm import metrics
+from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,7 +80,7 @@ def shell(command: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
     "PATH": os.pathsep.join(path),
     "PYTHONPATH": str(ROOT),
     "TFDS_DATA_DIR": str(folder / "tfds"),
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": tiny_run.xla_flags(1),
   }  # one device, as a user has
   return subprocess.run(
     ["bash", "-euo", "pipefail", "-c", command],
@@ -143,13 +144,14 @@ def test_examples(folder):
 
 
 def test_commands_are_those_of_ci():
-  """The test command of the README is the one that CI runs."""
+  """CI runs the test command of the README, and then the exhaustive tests."""
   commands = [text.strip() for _, text in blocks(README) if "venv" in text]
   assert len(commands) == 2
   script = (ROOT / ".ci" / "run").read_text()
   environment, install, test = commands[1].split(" && ")
   lines = script.splitlines()
-  assert environment in lines and install in lines and lines[-1] == f"exec {test}"
+  assert environment in lines and install in lines and test in lines
+  assert lines[-1] == f"exec {test} -m exhaustive"
   assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 

@@ -1,4 +1,4 @@
-"""Rollouts on disk, and the report: whole, self-contained, and safe to open."""
+"""Tests rollout files and the report, which must be complete, self-contained and safe to open."""
 
 import base64
 import hashlib
@@ -32,7 +32,7 @@ def sample(text="<think>2 + 2</think>\\boxed{4}", reward=0.9, advantage=1.0):
 
 
 class Page(html.parser.HTMLParser):
-  """Every element and all text, as a browser would see them."""
+  """The elements, attributes and text of a page as a browser parses them."""
 
   def __init__(self, text):
     super().__init__()
@@ -49,7 +49,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def workdir(tmp_path):
-  """A run of two stages, 40 steps, with three logged steps of rollouts."""
+  """A run of two stages and 40 steps, with rollouts of four steps."""
   config_lib.check_workdir(
     tmp_path,
     ConfigDict(
@@ -126,14 +126,14 @@ def test_rollouts_round_trip_and_images_are_stored_once(tmp_path):
   assert (tmp_path / "rollouts" / first["images"][0]).read_bytes() == red
   with Image.open(tmp_path / "rollouts" / first["images"][1]) as image:
     assert image.format == "PNG"
-    np.testing.assert_allclose(np.asarray(image)[0, 0], (0, 0, 255), atol=2)  # JPEG rounds
+    np.testing.assert_allclose(np.asarray(image)[0, 0], (0, 0, 255), atol=2)  # JPEG is lossy
   assert steps[20][0]["samples"][0]["text"] == "\ud800 lone"
 
   log.write(20, "rl", [(Example("c", "Again?", "6"), [])])
   assert [record["id"] for record in read_rollouts(tmp_path)[20]] == ["c"]
 
 
-def test_bad_images_and_files_are_named(tmp_path):
+def test_errors_name_bad_images_and_files(tmp_path):
   log = RolloutLog(tmp_path)
   with pytest.raises(UserError, match=r"^example 'a': image does not decode: "):
     log.write(1, "rl", [(Example("a", "?", "", (b"no image",)), [])])
@@ -142,7 +142,7 @@ def test_bad_images_and_files_are_named(tmp_path):
     read_rollouts(tmp_path)
 
 
-def test_report_shows_the_run(workdir):
+def test_report_contains_stages_curves_and_samples(workdir):
   path = write_report(workdir)
   assert path == workdir / "report.html"
   page = Page(path.read_text(encoding="utf-8"))
@@ -191,7 +191,7 @@ ATTACKS = (
 )
 
 
-def test_untrusted_text_is_inert_wherever_it_stands(workdir):
+def test_untrusted_text_is_escaped_everywhere(workdir):
   safe = Page(write_report(workdir).read_text(encoding="utf-8"))
   for step in (10, 30, 40):
     examples = [
@@ -222,35 +222,35 @@ def test_untrusted_text_is_inert_wherever_it_stands(workdir):
     (tag, name) for tag, name, _ in safe.attributes
   }
   for attack in ATTACKS[:5]:
-    assert attack in page.text  # shown as it was written
+    assert attack in page.text  # shown unchanged
   assert "{{ 7 * 7 }}" in page.text
   assert "<script" not in text and "<iframe" not in text
 
 
-def test_policy_forbids_everything_but_our_style_and_embedded_pictures(workdir):
+def test_content_security_policy_allows_only_our_style_and_embedded_images(workdir):
   text = write_report(workdir).read_text(encoding="utf-8")
   policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
   assert policy
-  # A policy binds only what comes after it.
+  # A policy applies only to elements after it.
   assert policy.start() < text.index("<style>")
   assert re.fullmatch(
     r"default-src 'none'; img-src data:; style-src 'sha256-([A-Za-z0-9+/=]{44})';"
     r" base-uri 'none'; form-action 'none'",
     policy[1],
   )
-  # The hash as a browser computes it, over exactly what stands between the tags.
+  # A browser computes the hash over exactly the text between the tags.
   style = text.partition("<style>")[2].partition("</style>")[0]
   assert base64.b64encode(hashlib.sha256(style.encode()).digest()).decode() in policy[1]
 
 
-def test_report_of_a_run_that_has_only_begun(tmp_path):
+def test_report_of_a_run_without_metrics_and_with_a_missing_image(tmp_path):
   assert "<h1>" in write_report(tmp_path).read_text()
   RolloutLog(tmp_path).write(1, "rl", [(Example("a", "?", "4", (picture("red"),)), [sample()])])
   next((tmp_path / "rollouts" / "images").iterdir()).unlink()
   assert "image missing" in write_report(tmp_path).read_text()
 
 
-def test_large_pictures_are_embedded_smaller(tmp_path):
+def test_large_images_are_embedded_at_a_smaller_size(tmp_path):
   noise = np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), dtype=np.uint8)
   out = io.BytesIO()
   Image.fromarray(noise).save(out, format="PNG")
@@ -260,7 +260,7 @@ def test_large_pictures_are_embedded_smaller(tmp_path):
   assert ("img", "height", "320") in page.attributes
 
 
-def test_chart_places_points_on_its_axes():
+def test_chart_places_points_by_its_axes():
   chart = plots.chart(
     "t",
     {"a": ([0, 5, 10], [0.0, None, 1.0]), "none": ([0], [float("nan")])},
@@ -289,8 +289,8 @@ def test_save_curve_writes_an_image(tmp_path):
     assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
-def test_no_jax_and_nothing_slow_at_import():
-  # Reward workers import the entry points, and with them these modules.
+def test_importing_the_report_imports_no_jax_or_slow_modules():
+  # Reward workers import the entry points, which import these modules.
   code = (
     "import sys, json; import jaxrl_vlm.config, jaxrl_vlm.metrics, jaxrl_vlm.report;"
     "print(json.dumps([m for m in ('jax', 'matplotlib', 'jinja2', 'tensorboardX')"

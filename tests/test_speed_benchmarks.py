@@ -1,5 +1,6 @@
-"""The benchmarks of speed: their arithmetic, and that each runs, on a model of a few thousand
-parameters. Nothing here asserts how fast anything is."""
+"""Tests the arithmetic of the speed benchmarks, and that each runs on a model of a few thousand
+parameters. No test asserts a speed.
+"""
 
 import dataclasses
 import json
@@ -20,7 +21,7 @@ TEXTS = [f"the word {i}" for i in range(400)]
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-  """What is compiled here runs once or twice."""
+  """Turns off most of XLA's optimizations, because these programs run only once or twice."""
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
@@ -32,10 +33,10 @@ def config():
   return scratch.model_config(tiny_run.ARCHITECTURE)
 
 
-# -- What they share ------------------------------------------------------------------------------
+# -- Shared code ----------------------------------------------------------------------------------
 
 
-def test_what_is_measured_is_not_measured_again(tmp_path):
+def test_stored_results_are_not_measured_again(tmp_path):
   path, calls = tmp_path / "results.json", []
 
   def measure():
@@ -54,7 +55,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path):
   assert speed.Results(path, again=True).get("one", measure)["value"] == 3
 
 
-def test_sides_take_turns_and_only_later_ones_count():
+def test_sides_take_turns_and_warm_up_turns_do_not_count():
   order = []
   seconds = speed.take_turns({name: lambda n=name: order.append(n) for name in "ab"}, 2)
   assert order == list("ababab")
@@ -65,7 +66,7 @@ def test_sides_take_turns_and_only_later_ones_count():
 
 
 @pytest.mark.parametrize("side", [0, 4])
-def test_a_made_up_prompt_is_one_that_a_processor_could_make(config, side):
+def test_synthetic_prompts_have_the_form_of_a_processors_prompts(config, side):
   prompt = speed.make_prompt(config, 2, 10, side)
   tokens, image = side**2 // 4, json.loads(config.hf)["image_token_id"]
   assert prompt.tokens.shape == (2, 10 + tokens) and (prompt.length == 10 + tokens).all()
@@ -77,7 +78,7 @@ def test_a_made_up_prompt_is_one_that_a_processor_could_make(config, side):
   assert jax.tree.map(np.shape, prompt) == jax.tree.map(np.shape, want)
 
 
-# -- Each of them ---------------------------------------------------------------------------------
+# -- Benchmarks -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,10 @@ def folder(tmp_path_factory):
   return path
 
 
-def test_update(folder, monkeypatch):
+def test_update_benchmark(folder, monkeypatch):
   monkeypatch.setattr(update, "GROUP", 2)
   case = update.Case("small", side=4, prompts=2)
-  # It compares the gradients' norms: shared, separate, and by torch.
+  # The benchmark fails if the norms of the three gradients differ.
   result = update.measure(folder, case, repeats=1, product=64)
   text = [64] * 2
   config = models.from_directory(folder)
@@ -99,11 +100,11 @@ def test_update(folder, monkeypatch):
   apart = 4 * flops.forward_backward(config, update.TEXT + 4, text[:1], [(4, 4)])
   assert result["fewer_flops"] == pytest.approx(apart / whole)
   assert result["share"] == pytest.approx((result["faster"] - 1) / (result["fewer_flops"] - 1))
-  assert result["padding"] == 0  # 256 tokens fill a batch of 256
-  assert "asked: 70%" in update.describe(case.name, result)
+  assert result["padding"] == 0  # 256 response tokens fill a pass of 256
+  assert "target: 70%" in update.describe(case.name, result)
 
 
-def test_padding_is_what_no_response_fills():
+def test_padding_is_the_share_of_computed_tokens_outside_responses():
   mask = np.arange(32) < np.array([[[20], [4]]])
   packing = programs.Packing(np.zeros((1, 2, 1, 3), np.int32), np.array([2]), 16)
   assert update.padding(packing, mask) == 1 - 24 / (2 * 3 * 16)
@@ -111,17 +112,17 @@ def test_padding_is_what_no_response_fills():
   assert lengths.max() == 1024 and 60 < np.median(lengths) < 110
 
 
-def test_images_and_rewards():
-  found = host.preprocessing(count=1, repeats=1)  # equal to transformers, or it fails
+def test_preprocessing_and_grading_benchmarks():
+  found = host.preprocessing(count=1, repeats=1)  # fails if patches differ from transformers
   assert set(found) == {"decoded", "JPEG"}
   graded = {
     name: host.grading(name, 1, prompts=4, group=2, repeats=1) for name in ("math", "exact")
   }
-  assert graded["math"]["mean_reward"] == 0.5  # in any notation
+  assert graded["math"]["mean_reward"] == 0.5  # accepts any notation
   assert graded["exact"]["mean_reward"] == 0.25
 
 
-def test_the_trace_of_a_step_tells_waiting_from_work():
+def test_the_trace_distinguishes_calls_with_an_idle_device():
   trace = host.Trace()
   busy = iter([True, False, True])
   trace.in_flight = lambda: next(busy)
@@ -138,7 +139,7 @@ def test_the_trace_of_a_step_tells_waiting_from_work():
   assert text.startswith("RL step, tiny, 1.00 s: grade ")
 
 
-def test_the_picture_of_a_step(tmp_path):
+def test_drawing_the_phases_of_a_step(tmp_path):
   parts = {part: 0.5 + i for i, part in enumerate([*host.PARTS, "everything else"])}
   values = {
     f"parts, {name}": {"parts": parts, "step_seconds": sum(parts.values())} for name in host.RUNS
@@ -147,7 +148,7 @@ def test_the_picture_of_a_step(tmp_path):
   assert (tmp_path / "step.png").stat().st_size > 5_000
 
 
-def test_growth_of_one_point(config, monkeypatch):
+def test_growth_benchmark_of_one_point(config, monkeypatch):
   monkeypatch.setattr(growth, "ARCHITECTURE", tiny_run.ARCHITECTURE)
   point = growth.Point(prompts=2, group=2, prompt=16, response=8, vocabulary=320)
   found = growth.measure("rollout", point, repeats=1)
@@ -156,7 +157,7 @@ def test_growth_of_one_point(config, monkeypatch):
   assert growth.model_flops("rollout", point) == 2 * flops.forward(config, 16, [8, 8])
 
 
-def test_the_page_of_growth(tmp_path, monkeypatch, capsys):
+def test_the_table_and_the_plot_of_growth(tmp_path, monkeypatch, capsys):
   assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
   values = {}
   for axis, sizes in growth.AXES.items():
@@ -173,7 +174,7 @@ def test_the_page_of_growth(tmp_path, monkeypatch, capsys):
   growth.main()
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2 + 2 * len(growth.AXES)
-  # Seconds that grow as model FLOPs have their slopes.
+  # These seconds are proportional to model FLOPs, so the slopes must be equal.
   cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines[2:]]
   assert all(row[6] == row[7] for row in cells)
   assert cells[0][:4] == ["responses of a prompt (G)", "1", "32", "rollout"]
@@ -181,7 +182,7 @@ def test_the_page_of_growth(tmp_path, monkeypatch, capsys):
   assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
-def test_gpu_on_a_very_small_model(config, tmp_path, monkeypatch):
+def test_gpu_benchmark_on_a_very_small_model(config, tmp_path, monkeypatch):
   size = gpu.TINY
   result = gpu.measure(config, size)
   parts = result["parts"]
@@ -196,7 +197,7 @@ def test_gpu_on_a_very_small_model(config, tmp_path, monkeypatch):
   assert result["update_mfu"] == pytest.approx(
     result["model_flops"] / parts["update"] / result["product_flops"]
   )
-  assert "asked: 45%" in gpu.describe("card", result)
+  assert "target: 45%" in gpu.describe("card", result)
 
   params = models.abstract_params(config)
   weights = sum(x.size for x in jax.tree.leaves((params["decoder"], params["head"])))
@@ -210,7 +211,7 @@ def test_gpu_on_a_very_small_model(config, tmp_path, monkeypatch):
     gpu.main()
 
 
-def test_the_gpu_benchmark_asks_for_the_kernels_of_its_card():
+def test_the_gpu_benchmark_chooses_the_kernels_of_its_gpu():
   class Card:
     platform, device_kind, compute_capability = "gpu", "a card", "9.0"
 

@@ -421,14 +421,16 @@ def test_create(world, words, group, kind):
   assert shown(result) == world.calls()
 
   before = len(world.calls())
-  assert "is there and ready" in ok(world.script("create.sh", *words)).stderr
+  assert "exists and is ready" in ok(world.script("create.sh", *words)).stderr
   assert not [call for call in world.calls()[before:] if "create" in call]
 
 
 def test_create_says_what_is_in_the_way(world):
   world.answer(["tpu-vm describe", [["PREEMPTED", 0]]])
   result = world.script("create.sh")
-  assert result.returncode == 2 and "my-tpu is PREEMPTED; tpu_scripts/delete.sh" in result.stderr
+  assert (
+    result.returncode == 2 and "my-tpu is PREEMPTED; run tpu_scripts/delete.sh" in result.stderr
+  )
   world.answer(["tpu-vm describe", [["NOT_FOUND", 1]]], ["queued.* describe", [["FAILED", 0]]])
   result = world.script("create.sh", "--queued")
   assert result.returncode == 2 and "my-tpu is FAILED" in result.stderr
@@ -564,7 +566,7 @@ def test_launch_stop_and_launch_again(world):
   for worker in "01":
     assert f"worker {worker}: stopped: SIGTERM: stopped after step 7" in result.stdout
   out, err = follower.communicate(timeout=30)
-  assert "begins: wait" in out and "not finished; the same command continues" in err
+  assert "begins: wait" in out and "not finished; the same command resumes the run" in err
   assert "no run to stop" in ok(world.script("launch.sh", "--stop")).stdout
 
   ok(world.script("launch.sh", "--detach", CONFIG))
@@ -600,7 +602,7 @@ def test_delete_asks(world):
   ok(world.script("create.sh"))
   before = len(world.calls())
   result = world.script("delete.sh")
-  assert result.returncode == 2 and "give --yes" in result.stderr and len(world.calls()) == before
+  assert result.returncode == 2 and "pass --yes" in result.stderr and len(world.calls()) == before
 
   for answer, deleted in (("n", False), ("", False), ("y", True)):
     keyboard, terminal = pty.openpty()
@@ -751,7 +753,7 @@ def test_watch_gives_up_when_nothing_gets_further(world):
   assert names(world).count("start") == 2 and names(world)[-1] == "start"
   assert "worker 1: ended with status 3: broken: no such file" in result.stderr
   assert "launched 2 times from checkpoint none without reaching a newer one" in result.stderr
-  assert "costs money until tpu_scripts/delete.sh" in result.stderr
+  assert "costs money until you run tpu_scripts/delete.sh" in result.stderr
 
 
 def test_watch_waits_long_for_a_tpu_that_is_not_to_be_had(world):
@@ -759,7 +761,7 @@ def test_watch_waits_long_for_a_tpu_that_is_not_to_be_had(world):
   result = world.script("watch.sh", CONFIG, CREATES="12")
   assert result.returncode == 1
   assert result.stderr.count("ERROR: there is no more capacity in the zone") == 12
-  assert "my-tpu: could not be had 12 times in a row; giving up" in result.stderr
+  assert "my-tpu: could not be created 12 times in a row; giving up" in result.stderr
 
 
 def test_watch_does_not_touch_what_does_not_answer(world):
@@ -813,7 +815,7 @@ def test_gpu_hosts_over_ssh(world):
   assert len(world.calls()) == calls + 2
 
   result = world.script("gpu_host.sh", "launch", CONFIG, **settings | {"WORKDIR": "runs/x"})
-  assert result.returncode == 2 and "WORKDIR=runs/x: expected an absolute path" in result.stderr
+  assert result.returncode == 2 and "WORKDIR=runs/x: expected the absolute path" in result.stderr
 
 
 def test_gpu_hosts_that_share_a_home(world):

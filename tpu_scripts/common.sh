@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts share: settings, flags, and the one way in which commands are run. Sourced.
+# Code that the scripts share: settings, flags, and functions that run commands. To be sourced.
 set -euo pipefail
 
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
@@ -12,10 +12,10 @@ CLONE=$(dirname "$HERE")
 SCRATCH=$(mktemp -d)
 trap 'rm -rf "$SCRATCH"' EXIT
 
-POLL=${POLL:-30}                # seconds between two looks
+POLL=${POLL:-30}                # seconds between two checks
 RELAUNCHES=${RELAUNCHES:-5}     # launches from the same checkpoint before watching gives up
-CREATES=${CREATES:-1000}        # times in a row that a TPU may not be had before watching gives up
-MOUNT=${MOUNT:-/bucket}         # where every host sees the bucket
+CREATES=${CREATES:-1000}        # failed creations of a TPU in a row before watching gives up
+MOUNT=${MOUNT:-/bucket}         # directory where every host mounts the bucket
 
 declare -A EXAMPLE=(
   [NAME]="my-tpu" [ZONE]="us-west4-a" [TYPE]="v5litepod-16" [BUCKET]="my-bucket"
@@ -29,7 +29,7 @@ die() {
   exit 2
 }
 
-# need NAME...: these settings are there.
+# need NAME...: exits unless these settings are set.
 need() {
   local name
   for name in "$@"; do
@@ -37,10 +37,11 @@ need() {
   done
 }
 
-# The comment that a script begins with.
+# Prints the comment at the beginning of the script, which is its help.
 usage() { sed -n '2,/^$/s/^# \{0,1\}//p' "$0"; }
 
-# parse FLAGS "$@": own flags become FLAG[--x]=1; ARGS is the rest, from the first other word on.
+# parse FLAGS "$@": sets FLAG[--x]=1 for each leading flag, which must be one of FLAGS, and ARGS to
+# the remaining words, from the first one that is not a flag.
 declare -A FLAG=()
 parse() {
   local known="--dry-run --help${1:+ $1}"
@@ -63,18 +64,19 @@ no_arguments() {
   ((${#ARGS[@]} == 0)) || die "${ARGS[0]}: $(basename "$0") takes no such argument; see --help"
 }
 
-# ARGS are a config of this clone and flags for the run; they become TRAIN.
+# Checks that ARGS are a config of this clone and flags of the run, and sets TRAIN to the arguments
+# of jaxrl_vlm.train.
 need_config() {
   ((${#ARGS[@]})) || die "no config; expected: $(basename "$0") configs/NAME.py [FLAGS OF THE RUN]"
   [[ -e $CLONE/${ARGS[0]%%:*} ]] ||
-    die "${ARGS[0]}: no such file in $CLONE; a config is named from there, as configs/NAME.py"
+    die "${ARGS[0]}: no such file in $CLONE; expected a config of this clone, like configs/NAME.py"
   # shellcheck disable=SC2034  # for the script that sources this
   TRAIN=("--config=${ARGS[0]}" "${ARGS[@]:1}")
 }
 
 dry() { [[ ${FLAG[--dry-run]:-} ]]; }
 
-# The words in such quotes that a shell, here or at the other end of ssh, reads the same words.
+# Prints the words in shell quotes, so that a shell reads the same words, here or over ssh.
 quoted() {
   local word words=()
   for word in "$@"; do
@@ -86,14 +88,15 @@ quoted() {
 
 show() { say "+ $(quoted "$@")"; }
 
-# Every command goes through one of these two, which show it first.
+# `run` and `ask` run all commands. They print each command first, and with --dry-run only print it.
 run() {
   show "$@"
   dry || "$@"
 }
 
-# ask ABSENT COMMAND...: prints what it prints; nothing where its error matches ABSENT, which
-# says that there is no such thing. Any other failure is one: an outage must not look like absence.
+# ask ABSENT COMMAND...: prints the output of the command. If the command fails with an error that
+# matches ABSENT, the object does not exist, and nothing is printed. Any other failure is an error,
+# so that an outage is not taken for absence.
 ask() {
   local absent=$1 answer
   shift
@@ -107,7 +110,7 @@ ask() {
   fi
 }
 
-# Another of these scripts, with the same --dry-run.
+# Runs another one of these scripts, with --dry-run if this script has it.
 script() {
   local name=$1
   shift
@@ -116,15 +119,16 @@ script() {
   "$HERE/$name" "$@"
 }
 
-# In a host's home directory: the packed clone, and where it is unpacked and run. ~/jaxrl_vlm may be
-# the user's own clone, so neither is there; and hosts may share a home, so each has its own part.
+# Paths in the home directory of a host: the packed clone, and the directory where it is unpacked
+# and run. Neither is in ~/jaxrl_vlm, which may be the user's own clone. Hosts may share a home
+# directory, so each host has its own subdirectory.
 PACKED=.jaxrl_vlm.tar.gz
-# shellcheck disable=SC2016  # the host asks for its name
+# shellcheck disable=SC2016  # expanded on the host
 PLACE='.jaxrl_vlm/"$(uname -n)"/clone'
 
 launch_id() { date -u +%Y%m%dT%H%M%SZ; }
 
-# The clone as it is now, new files too but nothing that git ignores, as $SCRATCH/$PACKED.
+# Packs the clone into $SCRATCH/$PACKED, with changed and new files, without files that git ignores.
 pack() {
   local tree
   run env GIT_INDEX_FILE="$SCRATCH/index" git -C "$CLONE" add --all
@@ -132,7 +136,8 @@ pack() {
   run git -C "$CLONE" archive --format=tar.gz --output="$SCRATCH/$PACKED" "${tree:-TREE}"
 }
 
-# What a host does with it, in its home directory. Under a running run no file is changed.
+# Unpacks it in the home directory of a host. Fails if a run is in progress there, because its files
+# must not change.
 # shellcheck disable=SC2034  # for the scripts that source this
 UNPACK="if [ -x $PLACE/tpu_scripts/worker.sh ]; then $PLACE/tpu_scripts/worker.sh idle ||\
  exit 1; fi; mkdir -p $PLACE && rm -rf $PLACE/jaxrl_vlm $PLACE/configs &&\
@@ -144,7 +149,7 @@ tpu_settings() {
   need NAME ZONE
   # shellcheck disable=SC2153  # ZONE is no misspelling of DONE
   SCOPE=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
-  RUN=${RUN:-runs/$NAME}        # the run's directory in the bucket
+  RUN=${RUN:-runs/$NAME}        # directory of the run in the bucket
   BUCKET=${BUCKET:-}
   BUCKET=${BUCKET#gs://} BUCKET=${BUCKET%/}
   RESULTS=gs://$BUCKET/$RUN
@@ -164,17 +169,18 @@ queue_state() {
 
 in_bucket() { ask "matched no objects" gcloud storage ls "$RESULTS/$1"; }
 
-# on_workers WHICH COMMAND: in the home directory of one worker or of `all` at once.
+# on_workers WHICH COMMAND: runs the command in the home directory of one worker, or of `all`
+# workers in parallel.
 on_workers() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${SCOPE[@]}" --quiet "--worker=$1" "--command=$2"
 }
 
 # -- Watching -------------------------------------------------------------------------------------
 
-# The number of the newest checkpoint in a listing.
+# Prints the number of the newest checkpoint in a listing.
 newest_step() { sed -n 's|^.*/checkpoints/\([0-9][0-9]*\)/*$|\1|p' | sort -n | tail -n 1; }
 
-# Sets STATE from what all workers' `worker.sh status` printed.
+# Sets STATE from the output of `worker.sh status` on all workers.
 state_of_workers() {
   local all running
   all=$(grep -c '^worker ' <<<"$1" || true)
@@ -190,10 +196,11 @@ state_of_workers() {
   fi
 }
 
-# Until the run is finished: looks, and launches it again where it is not running.
-#   look        sets STATE (running, mixed, idle, gone, busy), STEP (of the newest checkpoint) and
-#               DONE (not empty: the final model is written); fails where something did not answer
-#   relaunch    from STATE; fails where a command did
+# watch_run NAME: checks the run until it is finished, and launches it again if it is not running.
+# The script that calls it defines two functions:
+#   look        sets STATE (running, mixed, idle, gone, busy), STEP (the newest checkpoint) and DONE
+#               (not empty if the final model exists); fails if a host or service does not answer
+#   relaunch    launches the run again, depending on STATE; fails if a command fails
 watch_run() {
   local last=- tries=0 failures=0 mixed=0 creates=0
   while :; do
@@ -203,12 +210,12 @@ watch_run() {
       sleep "$POLL"
       continue
     fi
-    # A model that is there while processes run is still being written.
+    # While processes run, an existing model is still being written.
     if [[ $DONE && $STATE != running && $STATE != mixed ]]; then
       say "$1: finished"
       return
     fi
-    # After one process died the others stop by themselves, within a minute.
+    # After one process has died, the others stop by themselves within a minute.
     if [[ $STATE == mixed ]]; then ((++mixed)); else mixed=0; fi
     if [[ $STATE == running || $STATE == busy ]] || ((mixed > 0 && mixed < 5)); then
       failures=0
@@ -218,27 +225,27 @@ watch_run() {
     if [[ $STEP != "$last" ]]; then last=$STEP tries=0; fi
     if ((tries >= RELAUNCHES)); then
       say "$1: launched $tries times from checkpoint ${STEP:-none} without reaching a newer one;" \
-        "giving up. Its last lines, above, and its logs tell why; mend it, then watch again."
+        "giving up. The last lines above and the logs show the cause. Fix it, then watch again."
       return 1
     fi
-    say "$1: $STATE, checkpoint ${STEP:-none}; launch $((tries + 1)) of $RELAUNCHES from there"
+    say "$1: $STATE, checkpoint ${STEP:-none}; launch $((tries + 1)) of $RELAUNCHES"
     if relaunch; then
       ((++tries))
       failures=0 creates=0
-    elif [[ $STATE == gone ]]; then  # nothing is free at the moment, most probably
+    elif [[ $STATE == gone ]]; then  # most probably, no TPU is available at the moment
       if ((++creates >= CREATES)); then
-        say "$1: could not be had $creates times in a row; giving up. The reason stands above."
+        say "$1: could not be created $creates times in a row; giving up. The errors are above."
         return 1
       fi
     else
       ((++failures < 10)) || break
     fi
     if dry; then
-      say "(dry run) and so on, every $POLL s, until model/config.json is there"
+      say "(dry run) this is repeated every $POLL s until model/config.json exists"
       return
     fi
     sleep "$POLL"
   done
-  say "$1: ten failures in a row; giving up. What failed stands above."
+  say "$1: ten failures in a row; giving up. The failures are printed above."
   return 1
 }

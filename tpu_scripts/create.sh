@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Creates the TPU and waits until it is ready. One that is there and ready is left as it is.
+# Creates the TPU and waits until it is ready. A TPU that is ready stays as it is.
 #
 #   create.sh [--spot] [--queued] [--dry-run]
 #
-#   --spot      cheaper, and may be taken away at any time (watch.sh brings it back)
-#   --queued    waits in Google's queue until there is one, instead of failing
+#   --spot      request a spot TPU, which is cheaper and can be preempted at any time (watch.sh
+#               creates it again)
+#   --queued    wait in Google's queue until a TPU is available, instead of failing
+#   --dry-run   print the commands without running them
 #
-# Settings: NAME, ZONE, TYPE (v5litepod-16, ...), PROJECT, RUNTIME (by TYPE), POLL (30 seconds)
+# Settings: NAME, ZONE, TYPE (v5litepod-16, ...), PROJECT, RUNTIME (default: depends on TYPE),
+# POLL (30 seconds)
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -21,13 +24,13 @@ case $TYPE in
   v6e-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;
   v4-*) RUNTIME=${RUNTIME:-tpu-ubuntu2204-base} ;;
   *)
-    [[ ${RUNTIME:-} ]] || die "TYPE=$TYPE: no runtime version is known for it; expected" \
-      "v4-*, v5litepod-*, v5p-* or v6e-*, or RUNTIME (gcloud compute tpus versions list)"
+    [[ ${RUNTIME:-} ]] || die "TYPE=$TYPE: unknown type; expected v4-*, v5litepod-*, v5p-*" \
+      "or v6e-*, or set RUNTIME to a version of: gcloud compute tpus versions list"
     ;;
 esac
 SPOT=(${FLAG[--spot]:+--spot})
 
-# wait_for STATE FUNCTION: until the function prints it.
+# wait_for STATE FUNCTION: waits until the function prints this state.
 wait_for() {
   local state
   dry && return
@@ -36,17 +39,17 @@ wait_for() {
     case $state in
       "$1") return ;;
       FAILED | SUSPEND* | PREEMPTED | TERMINATED | STOP* | DELETING | HID*)
-        die "$NAME is $state; tpu_scripts/delete.sh, then create again"
+        die "$NAME is $state; run tpu_scripts/delete.sh, then create it again"
         ;;
     esac
-    say "$NAME: ${state:-not there yet}; looking again in $POLL s"
+    say "$NAME: ${state:-does not exist yet}; checking again in $POLL s"
     sleep "$POLL"
   done
 }
 
 state=$(node_state)
 if [[ $state == READY ]]; then
-  say "$NAME is there and ready"
+  say "$NAME exists and is ready"
   exit
 fi
 

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Deletes the TPU and its place in the queue. Asks first. The bucket and all results stay.
+# Deletes the TPU and its request in the queue, after asking for confirmation. The bucket and all
+# results stay.
 #
 #   delete.sh [--yes] [--dry-run]
 #
-#   --yes    does not ask
+#   --yes        do not ask for confirmation
+#   --dry-run    print the commands without running them
 #
 # Settings: NAME, ZONE, PROJECT
 
@@ -14,13 +16,13 @@ no_arguments
 tpu_settings
 
 if [[ -z ${FLAG[--yes]:-} ]] && ! dry; then
-  [[ -t 0 ]] || die "delete.sh asks before it deletes, and there is no terminal; give --yes"
-  read -r -p "Delete the TPU $NAME in $ZONE? What runs there stops. [y/N] " answer
+  [[ -t 0 ]] || die "delete.sh asks for confirmation, but there is no terminal; pass --yes"
+  read -r -p "Delete the TPU $NAME in $ZONE? A run on it stops. [y/N] " answer
   [[ $answer == [yY]* ]] || die "$NAME was not deleted"
 fi
 
 queue=$(queue_state)
-if [[ $queue ]] || dry; then  # takes its TPU along
+if [[ $queue ]] || dry; then  # deletes its TPU too
   run gcloud compute tpus queued-resources delete "$NAME" "${SCOPE[@]}" --force --quiet
 fi
 state=$(node_state)

@@ -1,15 +1,23 @@
 #!/usr/bin/env bash
-# The same for hosts with GPUs: this machine, or others over ssh. One process drives all GPUs of a
-# host; a run that is already finished is left alone.
+# Trains a config on hosts with GPUs: on this machine, or on others over ssh. One process per host
+# uses all of its GPUs. A run that is finished stays as it is.
 #
-#   gpu_host.sh [--dry-run] setup                               copies this clone, installs it
+#   gpu_host.sh [--dry-run] setup
+#       copy this clone to the hosts and install it; on this machine, only install it
 #   gpu_host.sh [--detach] [--dry-run] launch configs/NAME.py [FLAGS OF THE RUN]
-#   gpu_host.sh [--dry-run] watch configs/NAME.py [FLAGS OF THE RUN]    again until finished
-#   gpu_host.sh [--dry-run] follow                              the first host's output
-#   gpu_host.sh [--dry-run] stop                                saves, then stops
+#       launch the run and show the output of the first host; with --detach, return at once
+#   gpu_host.sh [--dry-run] watch configs/NAME.py [FLAGS OF THE RUN]
+#       launch the run, again and again until it is finished
+#   gpu_host.sh [--dry-run] follow
+#       show the output of the first host again
+#   gpu_host.sh [--dry-run] stop
+#       save and stop the run
 #
-# Settings: WORKDIR, a directory that all hosts see; HOSTS ("user@a user@b", as ssh knows them;
-# none: this machine); COORDINATOR (first host:8476, as the others reach it); POLL; RELAUNCHES
+#   --dry-run    print the commands without running them
+#
+# Settings: WORKDIR (a directory that all hosts can read and write), HOSTS (names for ssh, such as
+# "user@a user@b"; default: this machine), COORDINATOR (host:port at which the other hosts reach the
+# first one; default: port 8476 of the first host), POLL (30 seconds), RELAUNCHES (5)
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -22,14 +30,14 @@ count=${#hosts[@]}
 if ((count)); then there="cd $PLACE"; else there="cd $(quoted "$CLONE")"; fi
 WORKER="$there && tpu_scripts/worker.sh"
 
-# at NUMBER COMMAND: ON becomes what runs it on that host.
+# at NUMBER COMMAND: sets ON to the command line that runs the command on this host.
 at() {
-  # Without a standard input: hosts are spoken to at the same time.
+  # ssh gets no standard input, because commands run on several hosts at the same time.
   if ((count)); then ON=(ssh -n "${hosts[$1]}" "$2"); else ON=(bash -c "$2"); fi
 }
 
-# on_all COMMAND [REST]: on all hosts at once, because a run stops on all or on none. %i in COMMAND
-# is the number of the host.
+# on_all COMMAND [REST]: runs the command on all hosts in parallel, because the processes of a run
+# stop together. %i in COMMAND stands for the number of the host. REST is appended as it is.
 on_all() {
   local i pids=() code=0
   for ((i = 0; i < (count ? count : 1); i++)); do
@@ -58,13 +66,13 @@ setup() {
 launch() {
   need WORKDIR
   ((count < 2)) || [[ $WORKDIR == /* ]] ||
-    die "WORKDIR=$WORKDIR: expected an absolute path, of a directory that all $count hosts see"
+    die "WORKDIR=$WORKDIR: expected the absolute path of a directory that all $count hosts share"
   local together=""
   if ((count > 1)); then
     together="JAX_COORDINATOR_ADDRESS=$(quoted "${COORDINATOR:-${hosts[0]#*@}:8476}")"
     together+=" JAX_NUM_PROCESSES=$count JAX_PROCESS_ID=%i "
   fi
-  # Before any starts: processes that wait for one which cannot start would hang.
+  # Check all hosts before any process starts: the others would wait for one that cannot start.
   on_all "$WORKER idle" || return 1
   on_all "$there && ${together}WORKER=%i tpu_scripts/worker.sh start " \
     "$(quoted "$WORKDIR" "$(launch_id)" "${TRAIN[@]}")"

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Copies the results of the run (model, report, metrics, rollouts, logs) from the bucket to a
-# directory here. Can be repeated; what is there already is not copied again.
+# Copies the results of the run (model, report, metrics, rollouts, logs) from the bucket to a local
+# directory. It can be repeated. Files that are already there are not copied again.
 #
 #   sync.sh [--checkpoints] [--dry-run] [DIRECTORY]
 #
-#   --checkpoints    these too; they are large
+#   --checkpoints    also copy the checkpoints, which are large
+#   --dry-run        print the commands without running them
 #
-# DIRECTORY is RUN if not given. Settings: NAME, ZONE, BUCKET, RUN (runs/NAME)
+# The default of DIRECTORY is RUN. Settings: NAME, ZONE, BUCKET, RUN (runs/NAME)
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Trains a config until it is finished: creates the TPU, sets it up, launches, and does so again
-# whenever the TPU was taken away or the run stopped. Finished means that model/config.json is in
-# the directory of the run. Gives up when several launches in a row reach no new checkpoint.
+# Trains a config until the run is finished: creates the TPU, sets it up and launches the run, and
+# repeats this when the TPU is preempted or the run stops. The run is finished when
+# model/config.json is in its directory. The script gives up after RELAUNCHES launches from the same
+# checkpoint.
 #
 #   watch.sh [--spot] [--queued] [--delete] [--dry-run] configs/NAME.py [FLAGS OF THE RUN]
 #
-#   --spot, --queued    how to create it, as in create.sh
-#   --delete            deletes the TPU when the run is finished (never the bucket)
+#   --spot, --queued    how to create the TPU, as in create.sh
+#   --delete            delete the TPU (never the bucket) when the run is finished
+#   --dry-run           print the commands without running them
 #
-# Settings: those of create.sh and launch.sh; RELAUNCHES (5), from one checkpoint; POLL (30 s)
+# Settings: those of create.sh and launch.sh, RELAUNCHES (5), CREATES (1000 failed creations in a
+# row before the script gives up), POLL (30 seconds)
 
 # shellcheck source=common.sh
 source "$(dirname "$0")/common.sh"
@@ -25,14 +28,14 @@ look() {
   STEP=$(newest_step <<<"$checkpoints")
   case $state in
     READY)
-      # One that was created but not set up has nothing to say: idle.
+      # A TPU that was created but not set up prints nothing, which counts as idle.
       workers=$(ask "" gcloud compute tpus tpu-vm ssh "$NAME" "${SCOPE[@]}" --quiet --worker=all \
         "--command=! cd $PLACE 2>/dev/null || tpu_scripts/worker.sh status") || return 1
       state_of_workers "$workers"
       ;;
     "" | PREEMPTED | TERMINATED | STOPPED | HIDDEN)
       STATE=gone
-      say "$NAME: ${state:-not there}"
+      say "$NAME: ${state:-does not exist}"
       ;;
     *)
       STATE=busy
@@ -41,10 +44,11 @@ look() {
   esac
 }
 
-remains() {  # something of it has to be deleted before it can be created again
+# Prints "remains" if a TPU or request must be deleted before the TPU can be created again.
+remains() {
   local state queue
   state=$(node_state) && queue=$(queue_state) || return 1
-  # A request that still waits keeps its place in the queue.
+  # A request that is still waiting keeps its place in the queue.
   [[ $state || $queue == ACTIVE || $queue == FAILED || $queue == SUSPEND* ]] && echo remains
   return 0
 }
@@ -56,17 +60,18 @@ relaunch() {
     if [[ $remains ]] || dry; then script delete.sh --yes || return 1; fi
     script create.sh "${HOW[@]}" || return 1
   else
-    script launch.sh --stop || say "(nothing to stop)"
+    script launch.sh --stop || say "(there was no run to stop)"
   fi
   script setup.sh && script launch.sh --detach "${ARGS[@]}"
 }
 
 if ! watch_run "$NAME"; then
-  say "$NAME was not deleted: it costs money until tpu_scripts/delete.sh"
+  say "$NAME was not deleted; it costs money until you run tpu_scripts/delete.sh"
   exit 1
 fi
 if [[ ${FLAG[--delete]:-} ]]; then
   script delete.sh --yes
 else
-  say "results: tpu_scripts/sync.sh; the TPU costs money until tpu_scripts/delete.sh"
+  say "to get the results, run tpu_scripts/sync.sh; the TPU costs money until you run" \
+    "tpu_scripts/delete.sh"
 fi

@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
-# What one host does; the other scripts run it there, in its copy of the clone.
+# Runs on one host of a TPU slice or GPU cluster. The other scripts call it there, in the host's
+# copy of the clone.
 #
-#   worker.sh install EXTRA                 Python 3.11 and this package in .venv
-#   worker.sh mount BUCKET DIRECTORY        the bucket, as a directory
-#   worker.sh start WORKDIR LAUNCH ARG...   trains in the background
-#   worker.sh idle                          fails if a run is going on
-#   worker.sh status [WORKDIR]              one line; of a WORKDIR also what is there
-#   worker.sh follow                        what the run prints, until it ends; then its status
-#   worker.sh stop                          saves and stops
-#   worker.sh pod WORKDIR LAUNCH ARG...     trains in the foreground, in a container
+#   worker.sh install EXTRA                 install Python 3.11 and this package in .venv
+#   worker.sh mount BUCKET DIRECTORY        mount the bucket as a directory
+#   worker.sh start WORKDIR LAUNCH ARG...   train in the background
+#   worker.sh idle                          fail if a run is in progress
+#   worker.sh status [WORKDIR]              print one line about the run; with WORKDIR also whether
+#                                           it is finished, and its checkpoints
+#   worker.sh follow                        show the output of the run until it ends; exit with its
+#                                           status
+#   worker.sh stop                          save and stop the run
+#   worker.sh pod WORKDIR LAUNCH ARG...     train in the foreground, in a container
 #
-# What a run prints goes to a file here, copied to WORKDIR/logs/LAUNCH every minute: a bucket keeps
-# no line of a file that is still being written.
+# The output of a run goes to a local file, which is copied to WORKDIR/logs/LAUNCH every minute. It
+# is not written to the bucket directly, because a bucket stores a file only when it is closed.
 
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 CLONE=$(dirname "$HERE")
-# Of the run here: keeper, child, log, status. Hosts may share a home: each has its own.
+# Directory of notes about the run on this host: keeper, child, log, status. Hosts may share a home
+# directory, so each has its own.
 NOTES=$HOME/.jaxrl_vlm/$(uname -n)
 WORKER=${WORKER:-${JAX_PROCESS_ID:-}}
 GCSFUSE=3.4.4
@@ -26,7 +30,7 @@ run() {
   "$@"
 }
 
-# Of this host among all; on a TPU asked for where JAX asks for it.
+# Prints the number of this host in the run. On TPUs, the metadata server has it, as for JAX.
 number() {
   local url=http://metadata.google.internal/computeMetadata/v1/instance/attributes
   mkdir -p "$NOTES"
@@ -41,7 +45,7 @@ number() {
 
 note() { if [[ -e $NOTES/$1 ]]; then cat "$NOTES/$1"; fi; }
 
-# The process that keeps the run is there; after a reboot its number may be another's.
+# Succeeds if the process that keeps the run exists. After a reboot, its id may be another's.
 alive() {
   local keeper
   keeper=$(note keeper)
@@ -50,7 +54,7 @@ alive() {
 
 install() {
   cd "$CLONE"
-  # The image's own Python may be older than 3.11; uv brings one.
+  # The Python of the image may be older than 3.11, so uv installs one.
   export PATH=$HOME/.local/bin:$PATH:$NOTES/uv/bin
   command -v uv >/dev/null || run python3 -m pip install -q --target="$NOTES/uv" uv
   [[ -x .venv/bin/python ]] || run uv venv -q --python=3.11 .venv
@@ -62,10 +66,10 @@ mount() {
     local mounted
     mounted=$(findmnt -no SOURCE --mountpoint "$2" || true)  # gcsfuse names its bucket there
     [[ $mounted != "$1" ]] || return 0
-    # A run would write where nobody looks for it.
+    # A run would write its results to the wrong place.
     echo "worker $(number): $2 is ${mounted:-something else}, not the bucket BUCKET=$1;" \
-      "unmount it on all workers (fusermount -u $2), or set BUCKET to that one," \
-      "or another MOUNT" >&2
+      "unmount it on all workers (fusermount -u $2), or set BUCKET to the mounted bucket," \
+      "or set another MOUNT" >&2
     return 1
   fi
   if [[ ! $(gcsfuse --version 2>/dev/null) =~ version\ [3-9] ]]; then
@@ -76,8 +80,8 @@ mount() {
   fi
   run sudo mkdir -p "$2"
   run sudo chown "$(id -u):$(id -g)" "$2"
-  # Nothing is remembered of what is not there: a host must see at once what another wrote. On TPU
-  # machines the default is to remember for ever.
+  # Metadata is not cached, because a host must see immediately what another host has written. On
+  # TPU machines, gcsfuse caches metadata forever by default.
   run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
     "$1" "$2"
 }
@@ -102,8 +106,9 @@ start() {
 
 copy_often() { while sleep "${COPY_SECONDS:-60}"; do cp "$1" "$2" || true; done; }
 
-# Keeps a run: starts it, copies its log, notes its exit status. With FORWARD it passes SIGTERM on:
-# whoever ends a container signals this process alone; who shuts a machine down signals them all.
+# Keeps a run: starts it, copies its log, and stores its exit status. With FORWARD, it forwards
+# SIGTERM to the run, because the end of a container signals only this process. The shutdown of a
+# machine signals all processes.
 keep() {
   local workdir=$1 launch=$2 log=$NOTES/$2.log code=0 child copy python=$CLONE/.venv/bin/python
   shift 2
@@ -116,7 +121,7 @@ keep() {
   "$@" >>"$log" 2>&1 </dev/null &
   child=$!
   echo "$child" >"$NOTES/child"
-  # This process lives on until the run has ended, to note how.
+  # This process continues until the run has ended, to store the exit status.
   trap 'if [[ ${FORWARD:-} ]]; then kill -TERM "$child" || true; fi' TERM
   trap : HUP INT
   copy_often "$log" "$copy" &>/dev/null &
@@ -125,7 +130,7 @@ keep() {
     tail -n +1 -F --pid="$child" "$log" 2>/dev/null &
     shown=$!
   fi
-  # A signal ends the waiting, not the run.
+  # A signal interrupts `wait`, but not the run.
   while :; do
     code=0
     wait "$child" || code=$?
@@ -173,7 +178,7 @@ stop() {
     alive || break
     sleep 1
   done
-  if alive; then  # the keeper leads the group of all that the run started
+  if alive; then  # the keeper leads the process group of the run
     kill -KILL -- "-$(note keeper)" || true
     echo "worker $(number): killed, after ${STOP_SECONDS:-600} s"
   else
@@ -181,8 +186,9 @@ stop() {
   fi
 }
 
-# A run that SIGTERM stopped ends with status 0 too; its container must be started again. With 75
-# the run itself says that another is gone: if that one has failed, it should be heard first.
+# Exits with 0 only if the run is finished. A run that SIGTERM stopped also exits with 0, but its
+# container must be started again, so the pod exits with 75. A run exits with 75 if another process
+# is lost. The pod then waits, so that an error of the other process is reported first.
 pod() {
   local code=0
   FORWARD=1 keep "$@" || code=$?

@@ -1,21 +1,21 @@
-"""Boards of real handwritten digits, with questions that need seeing and then reasoning.
+"""The digit boards dataset: questions about boards of handwritten digits.
 
-A board is a small grid; every cell holds one coloured digit of `sklearn.datasets.load_digits()`.
-Every fifth digit of each class is held out: `train` boards never draw it, `test` boards draw
-nothing else. A sample is a function of (split, seed, index), so a dataset needs no storage;
-`builder()` writes one as TFDS all the same, for whoever wants files.
+A board is a small grid. Each cell contains one coloured digit of `sklearn.datasets.load_digits()`.
+Every fifth image of each digit is held out: `test` boards use only held-out images, and `train`
+boards use only the others. An example is a function of (split, seed, index), so the dataset needs
+no storage. `builder()` can also write it to disk as a TFDS dataset.
 
     example = make_example("train", seed=0, index=7, style="local")
     example.question   # What is the sum of row 2?
     example.target     # <think>row 2: 3 8 1; 3+8=11; 11+1=12</think>\\boxed{12}
 
-Every question can be answered in three styles, the shorter the harder:
-  direct: a guess, no reading and no steps.
-  local:  reads the cells that the question is about, then one step of work at a time.
-  board:  reads the whole board (digits, initials of the colours), then goes on as `local`.
+The target of a question has one of three styles. Shorter targets are harder to get right:
+  direct: A guess, without reading cells and without steps.
+  local:  Reads the cells that the question is about, then solves the question step by step.
+  board:  Reads the whole board (digits and initials of colours), then continues like `local`.
 
-Targets can be written by a teacher that slips (`slips`): a model that imitates it misreads and
-miscalculates, which leaves something to learn.
+With `slips`, targets contain errors at given rates. A model trained on them misreads digits and
+miscalculates sums, which leaves room for reinforcement learning to improve it.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ from jaxrl_vlm.example import Example
 CELL = 16  # pixels
 ROWS = (2, 3)
 COLUMNS = (2, 3)
-GLYPH = (12, 16)  # pixels, the sides of a drawn digit
+GLYPH = (12, 16)  # smallest and largest side of a drawn digit in pixels
 SPLITS = ("train", "test")
 STYLES = ("direct", "local", "board")
-TRAIN, TEST = 6_000, 1_000  # questions of the dataset on disk
+TRAIN, TEST = 6_000, 1_000  # default numbers of questions in the dataset on disk
 COLOURS = ("red", "green", "blue", "yellow")
 SLIPS = ("digit", "colour", "sum")
 
 PERCEPTION = ("read", "colour", "where")
 REASONING = ("sum_row", "sum_column", "count", "largest_colour", "compare")
 QUESTION_TASKS = PERCEPTION + REASONING
-# For supervised training of a base model only: these have one way of answering.
+# Only for supervised training of a base model. Their targets have no styles.
 BASE_TASKS = ("transcribe", "arithmetic")
 
 _QUESTIONS = {
@@ -66,13 +66,22 @@ _QUESTIONS = {
 }
 _INK = np.array([[240, 70, 60], [70, 205, 80], [80, 135, 255], [245, 215, 60]], np.float32)
 
-# A choice: one name, several equally likely names, or names with weights.
+# One name, several equally likely names, or names with weights.
 Choice = str | Sequence[str] | Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One drawn digit. `source` is its index in load_digits(); x, y its top left corner, pixels."""
+  """One drawn digit.
+
+  Attributes:
+    digit: The digit, 0 to 9.
+    colour: One of COLOURS.
+    source: Index of its image in load_digits().
+    x, y: Position of its top left corner on the board in pixels.
+    size: Its side in pixels.
+    brightness: Factor on its colour.
+  """
 
   digit: int
   colour: str
@@ -85,7 +94,12 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Board:
-  """cells[row][column], and the colour of the ground."""
+  """A board of cells.
+
+  Attributes:
+    cells: cells[row][column].
+    background: Red, green and blue value of the background, 0 to 255.
+  """
 
   cells: tuple[tuple[Cell, ...], ...]
   background: tuple[int, int, int]
@@ -106,8 +120,8 @@ class Board:
 
 @functools.cache
 def _handwritten() -> tuple[np.ndarray, np.ndarray]:
-  """images uint8[1797, 8, 8] scaled to 0..255, labels int[1797]."""
-  from sklearn.datasets import load_digits  # half a second: only whoever draws pays it
+  """Returns the images uint8[1797, 8, 8], scaled to 0..255, and their labels int[1797]."""
+  from sklearn.datasets import load_digits  # slow to import
 
   data: Any = load_digits()
   return np.round(data.images * (255 / 16)).astype(np.uint8), data.target.astype(int)
@@ -115,7 +129,7 @@ def _handwritten() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def sources(split: str) -> tuple[np.ndarray, ...]:
-  """For each digit 0..9 the indices into load_digits() that boards of this split may draw."""
+  """Returns for each digit 0..9 the indices into load_digits() that boards of a split may use."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
   _, labels = _handwritten()
@@ -129,7 +143,16 @@ def sources(split: str) -> tuple[np.ndarray, ...]:
 
 @functools.cache
 def _glyph(source: int, size: int) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-  """Ink float32[size, size, 1] in 0..1 and the box of what is visible of it, x0, y0, x1, y1."""
+  """Returns a handwritten digit and its bounding box.
+
+  Args:
+    source: Index of the image in load_digits().
+    size: Side of the digit in pixels.
+
+  Returns:
+    The opacity of the ink float32[size, size, 1], 0 to 1, and the box (x0, y0, x1, y1) of pixels
+    whose opacity is above 0.25.
+  """
   small = Image.fromarray(_handwritten()[0][source])
   ink = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC), np.float32) / 255
   visible = ink > 0.25
@@ -143,10 +166,10 @@ def _glyph(source: int, size: int) -> tuple[np.ndarray, tuple[int, int, int, int
 
 
 def _draw_board(rng: np.random.Generator, split: str, digits: np.ndarray) -> Board:
-  """Draws everything but the digits int[rows, cols] themselves."""
+  """Samples the appearance of a board with the given digits int[rows, cols]."""
   rows, cols = digits.shape
   pool = sources(split)
-  background = rng.integers(0, 51) + rng.integers(0, 15, 3)  # dark, with a tint
+  background = rng.integers(0, 51) + rng.integers(0, 15, 3)  # dark and slightly coloured
   shape = (rows, cols)
   colours = rng.integers(0, len(COLOURS), shape).tolist()
   picks = rng.random(shape).tolist()
@@ -176,7 +199,7 @@ def _draw_board(rng: np.random.Generator, split: str, digits: np.ndarray) -> Boa
 
 
 def render(board: Board) -> np.ndarray:
-  """Paints a board: uint8[16 * rows, 16 * cols, 3]."""
+  """Renders a board as an image uint8[16 * rows, 16 * cols, 3]."""
   shape = CELL * len(board.cells), CELL * len(board.cells[0]), 3
   canvas = np.empty(shape, np.float32)
   canvas[:] = board.background
@@ -189,14 +212,14 @@ def render(board: Board) -> np.ndarray:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-  """uint8[H, W, 3] as a PNG file."""
+  """Encodes an image uint8[H, W, 3] as a PNG file."""
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, "png", compress_level=1)
   return buffer.getvalue()
 
 
 def _cells(board: Board) -> list[list[dict[str, Any]]]:
-  """The ground truth of a board, JSON-like; boxes are x0, y0, x1, y1 in pixels."""
+  """Returns the ground truth of a board in JSON types. Boxes are [x0, y0, x1, y1] in pixels."""
   truth = []
   for row in board.cells:
     line = []
@@ -226,7 +249,7 @@ def _draw_question(
   rows_range: Sequence[int],
   columns_range: Sequence[int],
 ) -> tuple[Board, dict[str, Any]]:
-  """A board, and what the task asks about it. Rows and columns count from 1."""
+  """Samples a board, and the values for the question of a task. Rows and columns count from 1."""
   rows = int(rng.integers(rows_range[0], rows_range[1] + 1))
   cols = int(rng.integers(columns_range[0], columns_range[1] + 1))
   digits = rng.integers(0, 10, (rows, cols))
@@ -239,7 +262,8 @@ def _draw_question(
   elif task == "sum_column":
     asked = {"column": column}
   elif task in ("where", "count"):
-    # Uniform digits would rarely repeat: plant the wanted number of them among nine others.
+    # Uniformly random digits would rarely repeat. Therefore place the digit a sampled number of
+    # times among the nine other digits.
     digit = int(rng.integers(10))
     digits = (digit + rng.integers(1, 10, (rows, cols))) % 10
     times = 1 if task == "where" or rng.random() < 0.1 else int(rng.integers(1, 5))
@@ -254,7 +278,7 @@ def _draw_question(
     asked = {"row": row, "other": other}
   board = _draw_board(rng, split, digits)
   if task == "largest_colour":
-    asked = {"colour": board.colours[row - 1][column - 1]}  # one that is there
+    asked = {"colour": board.colours[row - 1][column - 1]}  # a colour on the board
   return board, asked
 
 
@@ -263,7 +287,7 @@ def _spaced(items: Sequence[Any]) -> str:
 
 
 def _running_sum(numbers: Sequence[int], add: Callable[[int, int], int]) -> tuple[list[str], int]:
-  """[3, 8, 1] -> ["3+8=11", "11+1=12"], 12: one addition a step."""
+  """Adds numbers one at a time: [3, 8, 1] gives ["3+8=11", "11+1=12"] and 12."""
   steps, total = [], numbers[0]
   for number in numbers[1:]:
     before, total = total, add(total, number)
@@ -272,7 +296,7 @@ def _running_sum(numbers: Sequence[int], add: Callable[[int, int], int]) -> tupl
 
 
 def board_text(board: Board) -> str:
-  """The whole board in words: "1: 3r 8b; 2: 0g 5y"."""
+  """Returns the digits and colours of a board as text: "1: 3r 8b; 2: 0g 5y"."""
   return "; ".join(
     f"{r}: " + _spaced([f"{cell.digit}{cell.colour[0]}" for cell in row])
     for r, row in enumerate(board.cells, 1)
@@ -282,10 +306,20 @@ def board_text(board: Board) -> str:
 def solve(
   board: Board, task: str, asked: Mapping[str, Any], add: Callable[[int, int], int] = operator.add
 ) -> tuple[list[str], str]:
-  """The steps of the `local` style and the answer; `add` does the running sums.
+  """Solves a question.
+
+  Args:
+    board: The board.
+    task: One of QUESTION_TASKS.
+    asked: The values in the question.
+    add: The addition used for running sums.
+
+  Returns:
+    The steps of a target in the `local` style, and the answer.
 
   Raises:
-    ValueError: the board has no answer: not that digit or colour, or two rows of the same sum.
+    ValueError: The question has no answer, because the board lacks the digit or colour or because
+      both rows have the same sum, or the task is unknown.
   """
   digits, colours = board.digits, board.colours
   numbered = list(enumerate(digits, 1))
@@ -349,9 +383,9 @@ def _check_slips(slips: Mapping[str, float]) -> None:
 
 
 class _Slips:
-  """Misreads boards and miscalculates sums, at the given rates.
+  """Solves questions with errors in reading and addition, at given rates.
 
-  Its random numbers are its own: boards and questions are the same with slips and without.
+  It uses a random generator of its own, so boards and questions do not depend on the rates.
   """
 
   def __init__(self, rates: Mapping[str, float], *seed: int):
@@ -359,7 +393,7 @@ class _Slips:
 
   @functools.cached_property
   def _rng(self) -> np.random.Generator:
-    return np.random.default_rng(self._seed)  # costs as much as half a board: only if needed
+    return np.random.default_rng(self._seed)  # slow, therefore created only if needed
 
   def _slips(self, name: str) -> bool:
     rate = self._rates.get(name, 0.0)
@@ -381,7 +415,7 @@ class _Slips:
     )
 
   def add(self, a: int, b: int) -> int:
-    """a + b, or a number at most 3 away from it."""
+    """Returns a + b or, in the case of an error, another number that differs from it by up to 3."""
     if not self._slips("sum"):
       return a + b
     return int(self._rng.choice([n for n in range(max(0, a + b - 3), a + b + 4) if n != a + b]))
@@ -389,10 +423,10 @@ class _Slips:
   def solve(
     self, board: Board, task: str, asked: Mapping[str, Any]
   ) -> tuple[Board, list[str], str]:
-    """The board as it was read, and `solve` of that."""
+    """Reads a board with errors and solves it. Returns the board as read, the steps and answer."""
     for _ in range(1000):
       seen = self.read(board)
-      # A board that was misread may have no answer: then it is read once more.
+      # A misread board may have no answer. In this case it is read again.
       with contextlib.suppress(ValueError):
         return seen, *solve(seen, task, asked, self.add)
     raise ValueError(
@@ -416,7 +450,7 @@ def _choose(rng: np.random.Generator, field: str, choice: Choice, known: Sequenc
     if name not in known:
       raise ValueError(f"{field}={name!r}: expected one of {', '.join(known)}")
   weights = [float(weighted[name]) for name in names] if weighted else [1.0] * len(names)
-  # One uniform number however many names: cheap, and the later draws do not shift.
+  # Use one random number for any number of names, so that later random numbers do not change.
   at = rng.random() * sum(weights)
   for name, weight in zip(names, weights, strict=True):
     at -= weight
@@ -435,7 +469,7 @@ def sample(
   columns: Sequence[int] = COLUMNS,
   slips: Mapping[str, float] | None = None,
 ) -> tuple[Board | None, Example]:
-  """As `make_example`, but gives the board itself (None for arithmetic) and no images."""
+  """Like `make_example`, but returns the board (None for arithmetic) instead of its image."""
   if split not in SPLITS:
     raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
   _check_slips(slips or {})
@@ -450,7 +484,7 @@ def sample(
     "task": task,
   }
   if task == "arithmetic":
-    # The additions that occur in running sums of at most four digits.
+    # Additions like those in running sums of up to four digits.
     more = int(rng.integers(1, 4))
     numbers = [int(rng.integers(0, 37 - 9 * more)), *rng.integers(0, 10, more).tolist()]
     steps, total = _running_sum(numbers, teacher.add)
@@ -469,7 +503,7 @@ def sample(
     target = board_text(teacher.read(board))
   else:
     _, answer = solve(board, task, asked)
-    if style is not None:  # drawn last: the same board and question in every style
+    if style is not None:  # sampled last, so that the board and question do not depend on it
       meta["style"] = _choose(rng, "style", style, STYLES)
       seen, steps, reached = teacher.solve(board, task, asked)
       thought = {"direct": ["guess"], "local": steps, "board": [board_text(seen), *steps]}
@@ -495,21 +529,23 @@ def make_example(
   columns: Sequence[int] = COLUMNS,
   slips: Mapping[str, float] | None = None,
 ) -> Example:
-  """The sample number `index`: one PNG image of [16 * rows, 16 * cols], none for arithmetic.
+  """Returns the example with the given index.
 
   Args:
-    split: "train" or "test"; decides which handwritten digits may be drawn.
-    seed, index: non-negative; the same numbers give the same sample.
-    tasks: of QUESTION_TASKS (all of them when None) and BASE_TASKS; with weights when a mapping.
-    style: of STYLES, with weights when a mapping; None leaves `target` None for the questions.
-    rows, columns: the least and the most of them.
-    slips: errors of the target, and of nothing else: probabilities that a cell's `digit` or its
-      `colour` is taken for another one, and that an addition (`sum`) is off by up to 3. The
-      target's answer follows from its steps; `answer` is right.
+    split: "train" or "test". It determines which handwritten digits the board may use.
+    seed, index: Non-negative integers. Equal numbers give equal examples.
+    tasks: Names from QUESTION_TASKS and BASE_TASKS. A mapping gives their weights. None means all
+      of QUESTION_TASKS.
+    style: Names from STYLES. A mapping gives their weights. With None, questions get no `target`.
+    rows, columns: Smallest and largest number of rows and of columns.
+    slips: Probabilities of errors in the target: that the `digit` or the `colour` of a cell is
+      mistaken for another one, and that an addition (`sum`) is wrong by up to 3. The final answer
+      of the target follows from its steps. Slips change only the target; `answer` is always right.
 
   Returns:
-    An Example whose meta holds skill, task, style, asked (the numbers in the question), rows,
-    cols, and cells[row][column] = {digit, colour, source, box}.
+    An Example with one PNG image of 16 * rows x 16 * cols pixels, or no image for arithmetic. Its
+    meta contains skill and task and, except for arithmetic, asked (the values in the question),
+    rows, cols, cells[row][column] = {digit, colour, source, box}, and style if there is one.
   """
   board, example = sample(split, seed, index, tasks, style, rows, columns, slips)
   return example if board is None else example.replace(images=(encode_png(render(board)),))
@@ -521,7 +557,7 @@ def make_example(
 
 
 class LiveBoards:
-  """Samples drawn as they are read: random access to `size` of them, and nothing on disk."""
+  """A dataset of `size` examples with random access, generated when they are read."""
 
   def __init__(
     self,
@@ -538,7 +574,7 @@ class LiveBoards:
       raise ValueError(f"{split}={size}: expected at least 1 question")
     self._split, self._size, self._seed = split, size, seed
     self._how = (tasks, style, rows, columns, slips)
-    sample(split, seed, 0, *self._how)  # a wrong name is an error now, not in a worker
+    sample(split, seed, 0, *self._how)  # raises an error for wrong arguments now, not in a worker
 
   def __len__(self) -> int:
     return self._size
@@ -550,16 +586,16 @@ class LiveBoards:
 
 
 def _make_builder(data_dir: pathlib.Path, settings: Mapping[str, Any]) -> Any:
-  """The TFDS builder of these settings, prepared or not."""
-  import tensorflow_datasets as tfds  # a second: only whoever builds or opens the dataset pays
+  """Returns the TFDS builder for the given settings. The dataset may not be written yet."""
+  import tensorflow_datasets as tfds  # slow to import
 
-  # A configuration of its own for all settings: none is ever read in place of another.
+  # Other settings have another configuration name, so a dataset is never read in place of another.
   digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:10]
 
   class DigitBoards(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Boards of handwritten digits with questions, written as TFDS without TensorFlow."""
+    """Questions about boards of handwritten digits. Writing them does not need TensorFlow."""
 
-    VERSION = tfds.core.Version("1.1.0")  # a change of the boards or questions needs another
+    VERSION = tfds.core.Version("1.1.0")  # increase it with every change of boards or questions
     BUILDER_CONFIGS = [
       tfds.core.BuilderConfig(
         name="default" if settings == check_settings() else digest, description=json.dumps(settings)
@@ -623,7 +659,11 @@ def check_settings(
   style: Choice | None = ("local", "board"),
   slips: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-  """The settings of `builder` in JSON's types; a ValueError names the first wrong one."""
+  """Returns the settings of `builder` in JSON types.
+
+  Raises:
+    ValueError: A setting is wrong. The message names the first wrong one.
+  """
   if tasks is not None and "arithmetic" in ([tasks] if isinstance(tasks, str) else tasks):
     raise ValueError("tasks='arithmetic': has no image to store; set live=True")
   for split, size in (("train", train), ("test", test)):
@@ -635,26 +675,28 @@ def check_settings(
     "tasks": _plain(tasks),
     "style": _plain(style),
   }
-  # Without slips the settings are those that datasets on disk are named after.
+  # Datasets on disk are named after their settings. Without slips, their names must not change.
   return settings | {"slips": dict(slips)} if slips else settings
 
 
 def builder(data_dir: str | os.PathLike, **settings: Any) -> Any:
-  """The prepared TFDS builder, written under `data_dir` by the first call (some ten seconds).
+  """Returns a prepared TFDS builder. The first call writes the dataset under `data_dir`.
 
-  Safe to call from several processes at once, and again after a build that was killed: a dataset
-  appears whole or not at all. Other settings are another dataset.
+  Several processes may call this function at once. After a call that was killed, the next call
+  writes the dataset again; an incomplete dataset is never read. Each combination of settings is a
+  separate dataset. Writing the default one takes about ten seconds.
 
   Args:
-    data_dir: the TFDS directory.
-    **settings: train, test: numbers of questions; seed, tasks, style, slips: as in `make_example`.
+    data_dir: The TFDS directory.
+    **settings: `train` and `test` are numbers of questions. `seed`, `tasks`, `style` and `slips`
+      are documented in `make_example`.
 
   Returns:
-    A tfds.core.DatasetBuilder with the splits train and test; features id, image (PNG),
-    question, answer, target, meta (JSON text).
+    A tfds.core.DatasetBuilder with the splits train and test. Its features are id, image (PNG),
+    question, answer, target and meta (JSON text).
 
   Raises:
-    ValueError: an unknown task or style, or arithmetic, which has no image.
+    ValueError: A task or style is unknown, or is arithmetic, which has no image.
   """
   settings = check_settings(**settings)
   root = pathlib.Path(data_dir).expanduser()
@@ -667,12 +709,13 @@ def builder(data_dir: str | os.PathLike, **settings: Any) -> Any:
   path.parent.mkdir(parents=True, exist_ok=True)
   with open(path.parent / ".lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    for leftover in path.parent.glob("incomplete*"):  # of a killed build: nobody else is building
+    # The lock excludes other builds, so what is incomplete is left from a killed build.
+    for leftover in path.parent.glob("incomplete*"):
       shutil.rmtree(leftover)
-    made = _make_builder(root, settings)  # whoever held the lock may have written it
+    made = _make_builder(root, settings)  # another process may have written it meanwhile
     tfds.disable_progress_bar()
     try:
-      with contextlib.redirect_stdout(io.StringIO()):  # it speaks of downloads
+      with contextlib.redirect_stdout(io.StringIO()):  # hide misleading output about downloads
         made.download_and_prepare(file_format="array_record")
     finally:
       tfds.enable_progress_bar()
@@ -680,7 +723,7 @@ def builder(data_dir: str | os.PathLike, **settings: Any) -> Any:
 
 
 def _plain(choice: Choice | None) -> Any:
-  """The same choice in types that JSON keeps apart and orders."""
+  """Converts a choice to a string, list or dict, which JSON represents."""
   if choice is None or isinstance(choice, str):
     return choice
   return dict(choice) if isinstance(choice, Mapping) else list(choice)

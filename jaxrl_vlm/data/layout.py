@@ -37,8 +37,8 @@ def lay_out_patches(
 
   A window is a square with sides of `window_size` pixels, rounded down to whole visual tokens.
   Windows are cut off at the right and lower border. If `window_size` is None, each frame is one
-  window. Positions equal `get_vision_position_ids` of transformers. Windows contain the same patches
-  as those of `get_vision_window_index`.
+  window. Positions equal `get_vision_position_ids` of transformers. Windows contain the same
+  patches as the windows of `get_vision_window_index`.
 
   Args:
     grids: (frames, rows, columns) of patches of each image or video.

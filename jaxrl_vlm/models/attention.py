@@ -1,8 +1,11 @@
-"""Attention by kernels that hold no scores: Pallas' splash on TPU, cuDNN's on GPU.
+"""Attention kernels that do not store the attention scores: Pallas splash on TPU, cuDNN on GPU.
 
-`layers.attend` is the plain one, for what is small, for what these cannot say, and for other
-devices. Every set of keys that a query sees is given to one kernel, one behind another: nothing is
-left to merge, and the gradient is the kernel's own.
+`layers.attend` is the implementation without a kernel. It is used for small inputs, for attention
+that the kernels do not support, and on other devices.
+
+If queries attend to several sets of keys (their own response and a prefix), these are concatenated
+and passed to one kernel call. There are then no partial results to merge, and the gradient is that
+of the kernel.
 """
 
 import dataclasses
@@ -22,23 +25,26 @@ from jaxrl_vlm.models.config import ModelConfig
 from jaxrl_vlm.types import Array
 
 CHOICES = ("auto", "xla", "splash", "cudnn")
-MOST_SPANNED = 2**16  # numbers of keys that fit into half of an int32
-_BLOCK = 512  # the most queries, and the most keys, that splash computes at a time
-_LANES = 128  # of a TPU; blocks are multiples
+MOST_SPANNED = 2**16  # `_splash` packs both ends of a span, two key indices, into one int32
+_BLOCK = 512  # maximum number of queries, and of keys, in a block of the splash kernel
+_LANES = 128  # lanes of a TPU; block sizes are multiples of it
 
 
 @struct.dataclass
 class Sight:
-  """Which keys queries see: those of their segment, of the first `spanned` those in their span.
+  """The attention mask: which keys each query attends to.
 
-  Every query must see at least one.
+  A query attends to the keys that have the same segment. The first `spanned` keys must also be in
+  the span of the query. Every query must attend to at least one key.
 
   Attributes:
-    segment: i32[B, Q]; of each query, at least 0.
-    key_segment: i32[B, S]; of each key, -1 where none sees it.
-    first, last: i32[B, Q]; the span, both ends included. None where `spanned` is 0.
-    spanned: how many keys the spans are about, at most `MOST_SPANNED`.
-    causal: all this comes to nothing but what is before the query and the query itself.
+    segment: i32[B, Q]; segment of each query, at least 0.
+    key_segment: i32[B, S]; segment of each key, or -1 if no query attends to it.
+    first, last: i32[B, Q]; first and last key of the span of each query, both included. None if
+      `spanned` is 0.
+    spanned: number of keys that the spans apply to, at most `MOST_SPANNED`.
+    causal: whether the mask is the causal one: each query attends to itself and to all keys before
+      it.
   """
 
   segment: Array
@@ -49,7 +55,7 @@ class Sight:
   causal: bool = struct.field(pytree_node=False, default=False)
 
   def mask(self) -> Array:
-    """bool[B, Q, S]."""
+    """Returns the mask as an array, bool[B, Q, S]."""
     mask = self.segment[..., None] == self.key_segment[:, None]
     if self.first is None or self.last is None:
       return mask
@@ -58,7 +64,11 @@ class Sight:
     return mask & (within | (at >= self.spanned))
 
   def padded(self, queries: int, keys: int) -> "Sight":
-    """With copies of the last query, which sees something, and keys that none sees."""
+    """Pads to `queries` queries and `keys` keys.
+
+    The added queries are copies of the last one, because every query must attend to a key. No query
+    attends to the added keys.
+    """
 
     def repeat(a):
       return None if a is None else jnp.pad(a, ((0, 0), (0, queries - a.shape[1])), mode="edge")
@@ -74,34 +84,43 @@ class Sight:
 
 
 def choose(name: str, devices: Iterable[Any], config: ModelConfig) -> str:
-  """The attention that `config.model.attention` asks for on the devices of a mesh.
+  """Returns the attention implementation for the devices of a mesh.
+
+  Args:
+    name: value of `config.model.attention`. "auto" chooses a kernel that supports the devices and
+      the model, or "xla" if there is none.
+    devices: the devices of the mesh.
+    config: config of the model.
+
+  Returns:
+    "xla", "splash" or "cudnn".
 
   Raises:
-    ValueError: there is no such attention, or these devices or this model cannot have it.
+    ValueError: the name is unknown, or the devices or the model do not support it.
   """
   if name not in CHOICES:
     raise ValueError(f"config.model.attention={name!r}: expected one of {', '.join(CHOICES)}")
   devices = list(devices)
   platforms = {device.platform for device in devices}
-  # Others than NVIDIA's have no number here.
+  # Only NVIDIA GPUs have a number as compute capability.
   capabilities = [str(getattr(device, "compute_capability", "")) for device in devices]
   ampere = all(c.replace(".", "").isdigit() and float(c) >= 8 for c in capabilities)
   hopper = ampere and all(float(c) >= 9 for c in capabilities)
   missing: dict[str, str] = {}
   if platforms != {"tpu"}:
-    missing["splash"] = f"a mesh of TPUs, this one is of {', '.join(sorted(platforms))}"
+    missing["splash"] = f"a mesh of TPUs, got one of {', '.join(sorted(platforms))}"
   if platforms != {"gpu"} or not ampere:
     missing["cudnn"] = (
-      f"a mesh of NVIDIA GPUs of compute capability 8.0 or more, this one is of "
+      f"a mesh of NVIDIA GPUs of compute capability 8.0 or more, got one of "
       f"{', '.join(sorted({device.device_kind for device in devices}))}"
     )
   elif config.dtype != "bfloat16":
-    missing["cudnn"] = f"config.model.dtype='bfloat16', this model computes in {config.dtype!r}"
-  elif config.head_dim > (256 if hopper else 128):
-    missing["cudnn"] = f"smaller heads than this model's, of head_dim={config.head_dim}"
+    missing["cudnn"] = f"config.model.dtype='bfloat16', got {config.dtype!r}"
+  elif config.head_dim > (limit := 256 if hopper else 128):
+    missing["cudnn"] = f"a model with head_dim of at most {limit}, got {config.head_dim}"
   if name in missing:
     raise ValueError(
-      f"config.model.attention={name!r}: expected {missing[name]}; the others are "
+      f"config.model.attention={name!r}: expected {missing[name]}; other choices: "
       f"{', '.join(choice for choice in CHOICES if choice != name)}"
     )
   if name != "auto":
@@ -110,16 +129,17 @@ def choose(name: str, devices: Iterable[Any], config: ModelConfig) -> str:
 
 
 def attend(config: ModelConfig, q: Array, k: Array, v: Array, sight: Sight, scale: float) -> Array:
-  """Softmax attention with grouped key/value heads by the kernel of `config.attention`.
+  """Computes softmax attention with grouped key/value heads by the kernel `config.attention`.
 
-  With a mesh every device computes its rows (`parallel.ROWS`) and its heads (`tensor`).
+  With a mesh, each device computes its rows of the batch (mesh axes `parallel.ROWS`) and its heads
+  (mesh axis `tensor`). An axis is not split if its size is not divisible.
 
   Args:
-    config: `attention` and `mesh`.
+    config: config of the model; `attention` and `mesh` are used.
     q: [B, Q, H, D].
     k, v: [B, K, S, D]; H is a multiple of K.
-    sight: which keys each query sees.
-    scale: of the products of queries and keys.
+    sight: the attention mask.
+    scale: factor on the products of queries and keys.
 
   Returns:
     [B, Q, H, D].
@@ -129,7 +149,8 @@ def attend(config: ModelConfig, q: Array, k: Array, v: Array, sight: Sight, scal
   if mesh is None:
     return kernel(q, k, v, sight)
   split = mesh.shape["tensor"]
-  # Fewer key/value heads than devices: each has a copy of the one that its queries want.
+  # If the number of key/value heads is not divisible by the size of `tensor`, they are repeated, so
+  # that each device has the heads of its queries.
   copies = split // math.gcd(split, k.shape[1])
   if q.shape[2] % (copies * k.shape[1]) == 0:
     k, v = (jnp.repeat(a, copies, axis=1) for a in (k, v))
@@ -145,14 +166,15 @@ def attend(config: ModelConfig, q: Array, k: Array, v: Array, sight: Sight, scal
 
 
 def reads(config: ModelConfig, tokens: int) -> bool:
-  """Whether a kernel computes prompts of so many tokens."""
+  """Returns whether `over_prompts` supports prompts of `tokens` tokens."""
   return config.attention != "xla" and tokens <= MOST_SPANNED
 
 
 def answers(config: ModelConfig, tokens: int) -> bool:
-  """Whether a kernel computes responses, so many tokens together.
+  """Returns whether `over_responses` supports this model, and `tokens` response tokens per shard.
 
-  Not where layers slide: a query has one span, and its window would be a second one, of the prefix.
+  Models with sliding layers are not supported. A query has only one span, and the window of a
+  sliding layer would need a second one for the prefix.
   """
   return config.attention != "xla" and tokens <= MOST_SPANNED and not config.sliding_window
 
@@ -160,13 +182,16 @@ def answers(config: ModelConfig, tokens: int) -> bool:
 def over_prompts(
   config: ModelConfig, q: Array, k: Array, v: Array, sliding: Array, images: Array | None
 ) -> Array:
-  """Attention of prompts over themselves, with windows and images that see all of themselves.
+  """Computes the attention of prompts to themselves.
+
+  Supports sliding windows, and images whose tokens attend to each other in both directions.
 
   Args:
-    config: of the model.
+    config: config of the model.
     q, k, v: [P, 1, T, H or K, D].
-    sliding: bool; whether queries see `config.sliding_window` back.
-    images: i32[P, T]; tokens with the same number above 0 see each other; or None.
+    sliding: bool scalar; whether queries attend only `config.sliding_window` tokens back.
+    images: i32[P, T]; tokens with the same number above 0 attend to each other. None if all tokens
+      are causal.
 
   Returns:
     [P, 1, T, H, D].
@@ -199,18 +224,18 @@ def over_responses(
   prefix_kv: Sequence[Array],
   prefix_length: Array,
 ) -> Array:
-  """Attention of blocks of responses over their own responses and the prefixes of their prompts.
+  """Computes the attention of blocks of responses to their own responses and their prefixes.
 
-  The keys of a part are those of its blocks and, behind them, of all its prefixes; the prompt is
-  the segment, and the response up to the query is the span.
+  The keys of a shard are those of its blocks, followed by those of all its prefixes. The segment of
+  a query is its prompt. Its span is its response up to the query itself.
 
   Args:
-    config: of the model.
+    config: config of the model.
     q, k, v: [R, N, B, H or K, D].
-    number: i32[R, N]; of the block in its response, whose blocks stand one after another.
-    row: i32[R, N]; of the prefix in its part.
+    number: i32[R, N]; index of the block in its response. The blocks of a response are consecutive.
+    row: i32[R, N]; index of the prefix of the block in its shard.
     prefix_kv: keys and values [R·S, K, Lp, D].
-    prefix_length: i32[R·S]; how many of the Lp positions are seen.
+    prefix_length: i32[R·S]; number of the Lp positions that responses attend to.
 
   Returns:
     [R, N, B, H, D].
@@ -245,8 +270,17 @@ def over_responses(
 def over_frames(
   config: ModelConfig, q: Array, k: Array, v: Array, segments: Array, scale: float
 ) -> Array:
-  """Attention of patches over their frames; `segments`: i32[B, N], 0 is padding. As `attend`."""
-  # Padding sees a little padding: less to compute than if all of it were one frame.
+  """Computes the attention of patches to the patches of the same frame.
+
+  Args:
+    config, q, k, v, scale: as in `attend`.
+    segments: i32[B, N]; frame of each patch, 0 at padding.
+
+  Returns:
+    [B, N, H, D].
+  """
+  # Padding is divided into segments of up to `_LANES` patches. One large segment would be more to
+  # compute.
   n = segments.shape[1]
   segments = jnp.where(segments > 0, segments, n + 1 + jnp.arange(n) // _LANES)
   return attend(config, q, k, v, Sight(segments, segments), scale)
@@ -254,7 +288,10 @@ def over_frames(
 
 @dataclasses.dataclass(frozen=True)
 class _WithinSpan:
-  """bool; whether the key of a number is in a span (first · 2^16 + last) or behind all spans."""
+  """The mask function of the splash kernel, of a packed span (first · 2^16 + last) and a key index.
+
+  Returns whether the key is in the span, or is none of the `spanned` keys that spans apply to.
+  """
 
   spanned: int
 
@@ -264,14 +301,18 @@ class _WithinSpan:
 
 
 def _blocks(n: int) -> tuple[int, int]:
-  """Size of a block and of all blocks together that hold n."""
+  """Returns a block size for n queries or keys, and n padded to a multiple of it."""
   count = -(-n // _BLOCK)
   size = -(-n // (count * _LANES)) * _LANES
   return size, count * size
 
 
 def _upcoming(active: Array) -> Array:
-  """i32[I, J]; the j of this block or else of the next active one, which is fetched meanwhile."""
+  """Returns the block that the kernel fetches in advance at each step (i, j), i32[I, J].
+
+  This is the j of the first active pair of blocks from (i, j) on, in row-major order. If there is
+  none, it is the last j.
+  """
   i, j = active.shape
   at = jnp.where(active.reshape(-1), jnp.arange(i * j, dtype=jnp.int32), i * j - 1)
   return jax.lax.cummin(at, reverse=True).reshape(i, j) % j
@@ -280,10 +321,12 @@ def _upcoming(active: Array) -> Array:
 def _splash(
   q: Array, k: Array, v: Array, sight: Sight, scale: float, interpret: bool = False
 ) -> Array:
-  """`attend` on one TPU. Pairs of blocks in which no row has a query that sees a key are skipped.
+  """Computes `attend` on one TPU.
 
-  Which ones these are is known only when it runs. The kernel can take that, but what makes it
-  (`make_splash_mha`) takes only masks that are known before: so it is made here.
+  A pair of a query block and a key block is skipped if no query of the one attends to a key of the
+  other, in any row of the batch. Which pairs these are is known only at run time. The kernel
+  accepts such masks, but its constructor `make_splash_mha` requires masks that are known at trace
+  time. This function therefore constructs `SplashAttentionKernel` itself.
   """
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
@@ -333,10 +376,10 @@ def _splash(
 def _cudnn(
   q: Array, k: Array, v: Array, sight: Sight, scale: float, implementation: Any = "cudnn"
 ) -> Array:
-  """`attend` on one GPU.
+  """Computes `attend` on one GPU.
 
-  The kernel wants even numbers of queries and keys. Any other mask than the causal one it takes as
-  an array: two bytes for each pair of a query and a key, whatever the number of heads.
+  The kernel requires even numbers of queries and keys. It receives every mask except the causal one
+  as an array, of two bytes for each pair of a query and a key, whatever the number of heads.
   """
   n, s = q.shape[1], k.shape[2]
   k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, s % 2), (0, 0))).swapaxes(1, 2) for a in (k, v))
@@ -348,7 +391,8 @@ def _cudnn(
   return out[:, :n]
 
 
-# By `ModelConfig.attention`; those behind the first two are for machines without such devices.
+# Kernels by the value of `ModelConfig.attention`. The last two compute the same on machines without
+# a TPU or GPU.
 _KERNELS = {
   "splash": _splash,
   "cudnn": _cudnn,

@@ -1,4 +1,4 @@
-"""What a model is: sizes and switches of its parts. `families.py` reads it from `config.json`."""
+"""The architecture of a model. `families.py` makes it from `config.json`."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ from jax.sharding import Mesh
 
 from jaxrl_vlm import parallel
 
-# What a layer keeps for its backward pass: everything; only what matrix products and attention
-# gave; nothing but its input.
+# What a layer keeps for its backward pass: everything; only the results of matrix products and of
+# attention; only its input.
 REMAT = ("none", "dots", "full")
 
 
@@ -16,9 +16,9 @@ class LoRA:
   """Low-rank adapters: y = W·x + alpha / rank · B·A·x (arXiv 2106.09685).
 
   Attributes:
-    rank: columns of A.
-    alpha: the adapter's output is scaled by alpha / rank.
-    targets: patterns (`models/patterns.py`) of the linear layers that get one.
+    rank: the rank of the product B·A.
+    alpha: the output of the adapter is multiplied by alpha / rank.
+    targets: patterns (`models/patterns.py`) of the linear layers that have an adapter.
   """
 
   rank: int
@@ -28,12 +28,12 @@ class LoRA:
 
 @dataclasses.dataclass(frozen=True)
 class MoE:
-  """A mixture of experts in place of the decoder's MLP.
+  """A mixture of experts, which replaces the MLP of the decoder.
 
   Attributes:
-    num_experts: of every layer.
-    experts_per_token: how many of them each token passes through.
-    intermediate_size: hidden units of one expert.
+    num_experts: number of experts in each layer.
+    experts_per_token: number of experts that process each token.
+    intermediate_size: number of hidden units of one expert.
   """
 
   num_experts: int
@@ -46,17 +46,20 @@ class VisionConfig:
   """The vision tower.
 
   Attributes:
-    norm: "rms" or "layer".
-    gated_mlp: gate, up and down; otherwise two layers.
-    activation: of the MLP; a key of `layers.ACTIVATIONS`.
-    fused_qkv: one projection for queries, keys and values.
-    rope_theta: of 2-D rotary positions; 0 for none.
-    position_grid: side of the learned table of positions, interpolated to each image's grid; 0
-      for none.
-    full_attention_layers: layers that attend to the whole frame; None is all. The others attend
+    norm: kind of the norms, "rms" or "layer".
+    gated_mlp: whether MLPs have three linear layers (gate, up, down) instead of two.
+    activation: activation of the MLPs; a key of `layers.ACTIVATIONS`.
+    fused_qkv: whether queries, keys and values come from one projection.
+    rope_theta: base of the 2-D rotary positions; 0 means no rotary positions.
+    position_grid: side of the square table of learned positions, which is interpolated to the grid
+      of each image; 0 means no table.
+    window_size: side of an attention window, in pixels.
+    full_attention_layers: layers that attend to the whole frame; None means all. The others attend
       within windows of `window_size` pixels.
-    deepstack_layers: layers whose output is also added in the first layers of the decoder.
-    merger: how merge² patches become a visual token: "mlp", or "pool" (mean, norm, projection).
+    deepstack_layers: layers whose output is also added in the first layers of the decoder
+      (DeepStack).
+    merger: how spatial_merge_size² patches become one visual token: "mlp", or "pool" (mean, norm
+      and projection).
   """
 
   depth: int
@@ -87,14 +90,17 @@ class VisionConfig:
 
   @property
   def window_patches(self) -> int:
-    """Patches of a whole window, which is rounded down to whole visual tokens."""
-    assert self.window_size is not None, "this tower has no windows"
+    """Number of patches in a full window, whose side is rounded down to whole visual tokens."""
+    assert self.window_size is not None, "window_size=None: this vision tower has no windows"
     merge = self.spatial_merge_size
     return (self.window_size // merge // self.patch_size * merge) ** 2
 
   @property
   def segments(self) -> tuple[tuple[int, int], ...]:
-    """(first, last + 1) layers of the stretches between which features are taken out."""
+    """Ranges (first, last + 1) that divide the layers after each DeepStack layer.
+
+    The output of a DeepStack layer is taken out at the end of a range.
+    """
     ends = [i + 1 for i in self.deepstack_layers]
     ends = ends if ends and ends[-1] == self.depth else [*ends, self.depth]
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
@@ -102,40 +108,43 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A vision-language model: its decoder, its vision tower, and how to compute.
+  """A vision-language model: its decoder, its vision tower, and how they are computed.
 
   Attributes:
     family: `model_type` of `config.json`.
-    activation: of the MLP; a key of `layers.ACTIVATIONS`.
-    attention_scale: multiplies queries · keys.
-    qkv_bias: queries, keys and values have a bias.
-    qk_norm: RMS norm of each head's queries and keys, before rotation.
-    norm_offset: RMS norms multiply by 1 + scale.
-    post_norms: also a norm after attention and after the MLP, before they are added.
-    embed_scale: multiplies the embeddings of tokens (not of images).
-    rope_factor: divides the positions (linear rotary scaling).
-    mrope_section: how many rotary frequencies follow time, height and width; () when all
-      positions are those in the text.
-    mrope_interleaved: time, height and width alternate instead of one after the other.
-    sliding_window: how far back the sliding layers see, in tokens; 0 where there are none.
-    sliding_layers: of each layer; () where there are none.
+    activation: activation of the MLPs; a key of `layers.ACTIVATIONS`.
+    attention_scale: factor on the products of queries and keys.
+    qkv_bias: whether the projections to queries, keys and values have a bias.
+    qk_norm: whether the queries and keys of each head pass through an RMS norm before rotation.
+    norm_offset: whether RMS norms multiply by 1 + scale instead of scale.
+    post_norms: whether there is also a norm after attention and after the MLP, before their output
+      is added to the residual stream.
+    embed_scale: factor on the embeddings of tokens (not of images).
+    rope_factor: divisor of the positions (linear rotary scaling).
+    mrope_section: number of rotary frequencies that use the position in time, height and width
+      (M-RoPE); () if all use the position in the text.
+    mrope_interleaved: whether the frequencies of time, height and width alternate. Otherwise they
+      are in three consecutive sections.
+    sliding_window: number of tokens that sliding layers attend to, up to and including the token
+      of the query; 0 if no layer slides.
+    sliding_layers: whether each layer slides; () if none does.
     sliding_rope_theta: rotary base of the sliding layers.
-    bidirectional_images: an image's tokens see each other in both directions.
-    moe: experts in place of the MLP.
-    suppressed_tokens: ids that the policy never produces (image and vision special tokens); its
-      distribution over responses is renormalised without them.
+    bidirectional_images: whether the tokens of an image attend to each other in both directions.
+    moe: the experts that replace the MLPs, or None.
+    suppressed_tokens: ids that the policy never generates (image and vision special tokens). Its
+      distribution over response tokens is renormalised without them.
     stop_tokens: ids that end a response.
-    pad_token: id after the end.
-    lora: where adapters are, if there are any.
-    dtype: of activations; "float32" or "bfloat16".
+    pad_token: id of the padding after the end of a response.
+    lora: the adapters, or None.
+    dtype: dtype of activations, "float32" or "bfloat16".
     attention: "xla" (`layers.attend`), or a kernel of `models/attention.py`: "splash" or "cudnn".
-      Decoding is always "xla", and so are window attention and responses in models whose layers
-      slide.
-    mesh: over whose devices activations and kernels are spread (`VLM.on`); None where everything
-      is on one device.
-    rules: how parameters lie on the mesh (`parallel.param_shardings`).
-    remat: what each layer keeps for the backward pass, one of `REMAT`; the rest is computed again.
-    hf: the `config.json` this came from, as text; `save_pretrained` writes it back.
+      Decoding, window attention of the vision tower, and responses in models with sliding layers
+      always use "xla".
+    mesh: the mesh that activations and kernels are sharded over (`VLM.on`). None if everything is
+      on one device.
+    rules: sharding rules of the parameters (`parallel.param_shardings`).
+    remat: what each layer keeps for the backward pass, one of `REMAT`. The rest is recomputed.
+    hf: the text of the `config.json` that this config was made from. `save_pretrained` writes it.
   """
 
   family: str

@@ -1,4 +1,4 @@
-"""What each family's `config.json` says: the switches of `ModelConfig`."""
+"""Makes a `ModelConfig` from the `config.json` of each model family."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,15 +12,17 @@ Json = Mapping[str, Any]
 
 
 def from_hf(config: Json, **overrides) -> ModelConfig:
-  """Reads a `config.json`, in the old flat or the new nested form, whole or without defaults.
+  """Returns the architecture that a `config.json` describes.
 
   Args:
-    config: the parsed file.
-    **overrides: fields of `ModelConfig` that are not in the file (dtype, remat ...).
+    config: the parsed file. The fields of the decoder may be at the top level (older files) or in
+      `text_config`. Fields with default values may be absent.
+    **overrides: fields of `ModelConfig` that replace those of the file or are not in it, such as
+      dtype and remat.
 
   Raises:
-    ValueError: a family or a setting that is not supported; one line with field, value and what
-      is supported.
+    ValueError: a family or a setting is not supported. The message is one line that names the
+      field, its value, and what is supported.
   """
   whole = hf_config.complete(config)
   text = whole["text_config"]
@@ -102,8 +104,8 @@ def _qwen3_vl_moe(config: Json, text: Json) -> dict[str, Any]:
   if text["decoder_sparse_step"] != 1 or text["mlp_only_layers"]:
     raise ValueError(
       f"config.json: decoder_sparse_step={text['decoder_sparse_step']}, mlp_only_layers="
-      f"{text['mlp_only_layers']} are not supported; expected 1 and []: experts in every "
-      "layer"
+      f"{text['mlp_only_layers']} are not supported; expected 1 and [], which "
+      "means experts in every layer"
     )
   return _qwen3_vl(config, text) | {
     "moe": MoE(text["num_experts"], text["num_experts_per_tok"], text["moe_intermediate_size"])
@@ -130,7 +132,7 @@ def _gemma3(config: Json, text: Json) -> dict[str, Any]:
   rope_type(near, ("default",))
   linear = rope_type(everywhere, ("default", "linear")) == "linear"
   if linear and not everywhere.get("factor"):
-    raise ValueError("config.json: rope_type='linear' without factor: expected a positive number")
+    raise ValueError("config.json: rope_type='linear' without factor: expected a positive factor")
   side = vision["image_size"] // vision["patch_size"]
   tokens = int(config["mm_tokens_per_image"] ** 0.5)
   return {
@@ -170,7 +172,8 @@ def _gemma3(config: Json, text: Json) -> dict[str, Any]:
   }
 
 
-# Under their `model_type`, from what `hf_config.complete` makes of the file, and its text_config.
+# By `model_type`: functions of the file as completed by `hf_config.complete`, and of its
+# text_config. Each returns fields of `ModelConfig`.
 FAMILIES: dict[str, Callable[[Json, Json], dict[str, Any]]] = {
   "qwen2_vl": _qwen2_vl,
   "qwen2_5_vl": _qwen2_5_vl,
@@ -181,7 +184,7 @@ FAMILIES: dict[str, Callable[[Json, Json], dict[str, Any]]] = {
 
 
 def _qwen_decoder(config: Json, text: Json) -> dict[str, Any]:
-  """What the Qwen families share: multimodal rotary positions, scale, no sliding window."""
+  """Returns the fields that all Qwen families read in the same way, such as M-RoPE."""
   rope = text["rope_parameters"] or text["rope_scaling"] or {}
   rope_type(rope, ("default", "mrope"))
   if text["use_sliding_window"]:
@@ -200,7 +203,8 @@ def _qwen_decoder(config: Json, text: Json) -> dict[str, Any]:
     "rope_theta": rope.get("rope_theta") or text["rope_theta"],
     "mrope_section": section,
     "mrope_interleaved": interleaved,
-    # As in transformers: older files of the first two families have it among the decoder's sizes.
+    # As in transformers: older files of Qwen2-VL and Qwen2.5-VL have the field among those of the
+    # decoder.
     "tied": bool(
       config["tie_word_embeddings"] or (not interleaved and text["tie_word_embeddings"])
     ),
@@ -224,7 +228,7 @@ def _qwen_vision(vision: Json) -> dict[str, Any]:
 
 
 def rope_type(rope: Json, supported: tuple[str, ...]) -> str:
-  """The kind of rotary scaling; ValueError if it is none of `supported`."""
+  """Returns the kind of rotary scaling. Raises ValueError if it is not in `supported`."""
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind not in supported:
     raise ValueError(
@@ -238,8 +242,8 @@ def _head_dim(text: Json) -> int:
   return text["head_dim"] or text["hidden_size"] // text["num_attention_heads"]
 
 
-def _activation(part: Json, field: str) -> str:
-  value = part[field.rpartition(".")[2]]
+def _activation(section: Json, field: str) -> str:
+  value = section[field.rpartition(".")[2]]
   if value not in ACTIVATIONS:
     raise ValueError(
       f"config.json: {field}={value!r} is not supported; supported: "

@@ -1,4 +1,8 @@
-"""What vision towers and decoders share: linear layers, norms, MLPs, rotation, attention."""
+"""Layers that the vision tower and the decoder share.
+
+Linear layers with adapters, norms, MLPs, mixtures of experts, rotary embedding, and attention
+without a kernel.
+"""
 
 import functools
 import math
@@ -17,11 +21,11 @@ from jaxrl_vlm.models.config import LoRA, ModelConfig, MoE
 from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Array
 
-MASKED = -1e30  # finite, so that a fully masked row gives numbers, not NaN
-KEPT = "kept"  # the name of what remat "dots" keeps
-SCORES = 2**19  # of queries and keys of one head, that attention holds at a time
+MASKED = -1e30  # finite, so that the softmax of a fully masked row is not NaN
+KEPT = "kept"  # `checkpoint_name` of the values that remat "dots" keeps
+SCORES = 2**19  # maximum number of scores per head (queries · keys) that `attend` holds at a time
 
-# Under their names in `config.json`.
+# By name in `config.json`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": nn.silu,
   "gelu": functools.partial(nn.gelu, approximate=False),
@@ -31,14 +35,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Adapter(nn.Module):
-  """alpha / rank · B·A·x, 0 at first because B is. x: [..., in] -> [..., features]."""
+  """A low-rank adapter: alpha / rank · B·A·x. x: [..., in] -> [..., features].
+
+  B is initialised to 0, so the adapter initially returns 0.
+  """
 
   features: int
   lora: LoRA
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    # Uniform in ±1/√in, as in PEFT.
+    # A is uniform in ±1/√in, as in PEFT.
     start = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     a = self.param("a", start, (x.shape[-1], self.lora.rank))
     b = self.param("b", nn.initializers.zeros, (self.lora.rank, self.features))
@@ -48,10 +55,13 @@ class Adapter(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: Array, kernel: Array, dtype: Any = None) -> Array:
-  """x·kernel. x: [..., in]; kernel: [in, out]; `dtype` of the result, None: as x.
+  """Returns x·kernel. x: [..., in]; kernel: [in, out].
 
-  In the backward pass all of x's leading axes are one, and x stands left: contracted otherwise,
-  XLA for CPU copies the output's gradient with rows and columns exchanged.
+  `dtype` is that of the result; None means the dtype of x.
+
+  The backward pass flattens the leading axes of x, and computes the gradient of the kernel with x
+  as the left operand. With other contractions, XLA for CPU makes a transposed copy of the gradient
+  of the output.
   """
   return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
@@ -63,24 +73,26 @@ def _product_forward(x, kernel, dtype):
 def _product_backward(dtype, saved, g):
   del dtype
   x, kernel = saved
-  g = g.astype(x.dtype)  # of float32 logits too: products of one type, and no copy of the kernel
-  of_kernel = jax.lax.dot_general(
+  # The gradient of float32 logits is cast too. Otherwise the operands below would have two dtypes,
+  # and the kernel would be copied to convert it.
+  g = g.astype(x.dtype)
+  kernel_gradient = jax.lax.dot_general(
     x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), (((0,), (0,)), ((), ()))
   )
-  return jnp.matmul(g, kernel.T), of_kernel
+  return jnp.matmul(g, kernel.T), kernel_gradient
 
 
 product.defvjp(_product_forward, _product_backward)
 
 
 def _kept(x: Array) -> Array:
-  """x, which remat "dots" keeps."""
+  """Marks x as a value that remat "dots" keeps. Returns x."""
   named: Any = checkpoint_name(x, KEPT)
   return named
 
 
 def rematted(layer: type[nn.Module], remat: str) -> type[nn.Module]:
-  """A layer, to be scanned, that keeps what `ModelConfig.remat` says."""
+  """Returns the layer with the rematerialisation `ModelConfig.remat`, to be used in `nn.scan`."""
   if remat == "none":
     return layer
   kept = jax.checkpoint_policies.save_only_these_names(KEPT) if remat == "dots" else None
@@ -88,10 +100,10 @@ def rematted(layer: type[nn.Module], remat: str) -> type[nn.Module]:
 
 
 class Dense(nn.Module):
-  """x·kernel + bias, and an adapter where the parameters hold one. x: [..., in].
+  """A linear layer, x·kernel + bias, with an optional adapter. x: [..., in].
 
-  The parameters decide: the same model applied to the same pytree without adapters is the model
-  that they adapt.
+  The adapter is applied only if the parameters contain one. Applied to the same parameters without
+  adapters, a model with `lora` computes the base model.
   """
 
   features: int
@@ -118,18 +130,23 @@ class Dense(nn.Module):
 def vocabulary(
   config: ModelConfig, mesh: Mesh, size: int
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-  """Axes of the mesh that split a vocabulary; those of them that split prompts too; the others."""
+  """Returns which mesh axes split a vocabulary of `size` tokens.
+
+  Returns:
+    All these axes; those of them that split prompts too; and the others.
+  """
   vocab = parallel.split_over(mesh, config.rules, "vocab", size)
   shared = tuple(axis for axis in vocab if axis in parallel.ROWS)
   return vocab, shared, tuple(axis for axis in vocab if axis not in shared)
 
 
 def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
-  """Rows of the embedding [V, D] in `config.dtype`: i32[P, ...] -> [P, ..., D].
+  """Looks up tokens in the embedding table [V, D]: i32[P, ...] -> [P, ..., D] in `config.dtype`.
 
-  Where devices have parts of the vocabulary, each looks up its own for the tokens of all that share
-  it, and neither the table nor its gradient are ever whole on one; if these tokens are more than
-  the table has rows, it is the table that they gather.
+  If the vocabulary is sharded, each device looks up its rows of the table for the tokens of all
+  devices that share the vocabulary, and the results are added. No device ever holds the whole table
+  or its gradient. If these devices have more tokens than the table has rows, they gather the table
+  instead, along the mesh axes that also split prompts.
   """
   table = table.astype(config.dtype)
   mesh = config.mesh
@@ -137,19 +154,21 @@ def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
     return jnp.take(table, tokens, axis=0)
   vocab, shared, others = vocabulary(config, mesh, len(table))
   count, parts = (math.prod(mesh.shape[axis] for axis in axes) for axes in (shared, others))
-  few = tokens.size // parallel.rows(mesh) * count <= len(table)
+  gather_tokens = tokens.size // parallel.rows(mesh) * count <= len(table)
 
   def local(table, tokens):
-    block, row = jnp.divmod(tokens, len(table))  # block i · parts + j is on device i of `shared`
-    if few:
-      block, row = jax.lax.all_gather((block, row), shared, tiled=True)
-      here = block == jax.lax.axis_index(vocab)
+    # Shard i · parts + j of the table is on the device with index i along `shared` and j along
+    # `others`.
+    shard, row = jnp.divmod(tokens, len(table))
+    if gather_tokens:
+      shard, row = jax.lax.all_gather((shard, row), shared, tiled=True)
+      is_local = shard == jax.lax.axis_index(vocab)
     else:
-      here = block % parts == jax.lax.axis_index(others)
-      row += block // parts * len(table)
+      is_local = shard % parts == jax.lax.axis_index(others)
+      row += shard // parts * len(table)
       table = jax.lax.all_gather(table, shared, tiled=True)
-    found = jnp.where(here[..., None], jnp.take(table, row, axis=0), 0)
-    if few:
+    found = jnp.where(is_local[..., None], jnp.take(table, row, axis=0), 0)
+    if gather_tokens:
       found = jax.lax.psum_scatter(found, shared, tiled=True)
     return jax.lax.psum(found, others)
 
@@ -160,7 +179,10 @@ def lookup(config: ModelConfig, table: Array, tokens: Array) -> Array:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) · scale, or · (1 + scale) with `offset`; in float32. x: [..., D]."""
+  """x / rms(x) · scale, or x / rms(x) · (1 + scale) with `offset`. x: [..., D].
+
+  x / rms(x) is computed in float32.
+  """
 
   eps: float = 1e-6
   offset: bool = False
@@ -171,7 +193,7 @@ class RMSNorm(nn.Module):
     scale = self.param("scale", start, (x.shape[-1],))
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-    if self.offset:  # rounded once, after the product
+    if self.offset:  # the product is in float32 too, and only its result is rounded
       return (y * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
     return scale.astype(x.dtype) * y.astype(x.dtype)
 
@@ -192,7 +214,7 @@ class LayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-  """down(act(up(x))), or down(act(gate(x)) · up(x)) when gated. x: [..., D]."""
+  """down(act(up(x))), or down(act(gate(x)) · up(x)) if gated. x: [..., D]."""
 
   hidden: int
   activation: str
@@ -215,10 +237,11 @@ class MLP(nn.Module):
 
 
 class Experts(nn.Module):
-  """Each token through its k likeliest experts, weighted by their renormalised probabilities.
+  """A mixture of experts. x: [..., D].
 
-  x: [..., D]. Tokens are sorted by expert, so that every expert multiplies only its own (ragged
-  matrix products); nothing is dropped. Source: Qwen3-VL-MoE in transformers.
+  The output for a token is the sum over its k most probable experts, weighted by their renormalised
+  probabilities. Tokens are sorted by expert, so that each expert processes only its own tokens
+  (ragged matrix products). No token is dropped. Source: Qwen3-VL-MoE in transformers.
   """
 
   moe: MoE
@@ -243,7 +266,7 @@ class Experts(nn.Module):
     share, chosen = jax.lax.top_k(nn.softmax(scores.astype(jnp.float32)), k)  # [N, k]
     share = (share / share.sum(axis=-1, keepdims=True)).astype(x.dtype)
 
-    order = jnp.argsort(chosen.reshape(-1))  # of the N·k (token, expert) pairs, by expert
+    order = jnp.argsort(chosen.reshape(-1))  # sorts the N·k (token, expert) pairs by expert
     counts = jnp.bincount(chosen.reshape(-1), length=e).astype(jnp.int32)
     rows = tokens[order // k]
     product = functools.partial(jax.lax.ragged_dot, group_sizes=counts)
@@ -254,7 +277,7 @@ class Experts(nn.Module):
 
 
 def mlp(config: ModelConfig, name: str) -> nn.Module:
-  """The decoder's MLP, or its experts."""
+  """Returns the MLP of a decoder layer, or the experts that replace it."""
   if config.moe is not None:
     return Experts(config.moe, config.activation, config.dtype, name=name)
   return MLP(
@@ -263,17 +286,20 @@ def mlp(config: ModelConfig, name: str) -> nn.Module:
 
 
 def frequencies(dim: int, theta: float) -> Array:
-  """Rotary frequencies θ^(-2i/dim), f32[dim/2]."""
+  """Returns the rotary frequencies θ^(-2i/dim), f32[dim/2]."""
   return 1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
 
 
 def turns(angles: Array) -> Array:
-  """Cosines and sines f32[..., 2, D/2] of angles f32[..., D/2]."""
+  """Returns the cosines and sines f32[..., 2, D/2] of angles f32[..., D/2]."""
   return jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-2)
 
 
 def rotate(x: Array, turns: Array) -> Array:
-  """Rotary embedding, halves convention, in float32. x: [..., H, D]; turns: f32[..., 2, D/2]."""
+  """Applies rotary embedding in float32. x: [..., H, D]; turns: f32[..., 2, D/2].
+
+  Element i of the first half of D is rotated together with element i of the second half.
+  """
   cos, sin = turns[..., None, 0, :], turns[..., None, 1, :]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -281,62 +307,67 @@ def rotate(x: Array, turns: Array) -> Array:
 
 
 def attend(
-  q: Array, k: Array, v: Array, sees: Callable[[Array], Array], scale: float
+  q: Array, k: Array, v: Array, mask_of: Callable[[Array], Array], scale: float
 ) -> tuple[Array, Array]:
-  """Softmax attention with grouped key/value heads, and its log-sum-exp.
+  """Computes softmax attention with grouped key/value heads, and its log-sum-exp.
 
-  Where there are many queries and keys it goes through the queries in blocks: scores exist for one
-  block at a time.
+  With many queries and keys, the queries are processed in blocks, and the scores of only one block
+  exist at a time.
 
   Args:
     q: [B, Q, H, D].
-    k: [B, K, S, D]; H is a multiple of K. Heads stand before positions, as matrix products want
-      them: keys that are read again and again (decoding) are never transposed.
+    k: [B, K, S, D]; H is a multiple of K. Heads come before positions, which is the layout of the
+      matrix products. Keys that are read repeatedly, as in decoding, are therefore never
+      transposed.
     v: [B, K, S, D].
-    sees: numbers of queries i32[n] -> bool, broadcastable to [B, n, S]; where they see a key.
-    scale: of the products of queries and keys.
+    mask_of: function of query indices i32[n] that returns their mask, bool, broadcastable to
+      [B, n, S]: True where a query attends to a key.
+    scale: factor on the products of queries and keys.
 
   Returns:
-    out [B, Q, H, D] and lse f32[B, Q, H]: the log of the softmax's denominator, by which
-    attentions of the same queries over different keys merge exactly (`merge`).
+    out [B, Q, H, D], and lse f32[B, Q, H], the logarithm of the denominator of the softmax. With
+    lse, `merge` combines the attention of the same queries to different keys exactly.
   """
   n, s = q.shape[1], k.shape[2]
   size = max(1, SCORES // s)
   if n <= size:
-    return _attend(q, k, v, sees(jnp.arange(n)), scale)
+    return _attend(q, k, v, mask_of(jnp.arange(n)), scale)
   count = -(-n // size)
   size = -(-n // count)
 
-  def block(part):
-    return _attend(part[0], k, v, sees(part[1]), scale)
+  def of_block(inputs):
+    q, indices = inputs
+    return _attend(q, k, v, mask_of(indices), scale)
 
-  # What is added at the end are zeros that see what the last query sees.
-  at = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
-  parts = jnp.moveaxis(
+  # The queries are padded with zeros, which have the mask of the last query.
+  indices = jnp.minimum(jnp.arange(count * size), n - 1).reshape(count, size)
+  blocks = jnp.moveaxis(
     jnp.pad(q, ((0, 0), (0, count * size - n), (0, 0), (0, 0))).reshape(
       q.shape[0], count, size, *q.shape[2:]
     ),
     1,
     0,
   )
-  # Only the mask is computed again.
-  again = jax.checkpoint(block, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
-  out = jax.lax.map(again, (parts, at))
+  # The backward pass recomputes the masks, but not the outputs.
+  rematted_block = jax.checkpoint(
+    of_block, policy=jax.checkpoint_policies.save_only_these_names(KEPT)
+  )
+  out = jax.lax.map(rematted_block, (blocks, indices))
   return tuple(jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1, *a.shape[3:])[:, :n] for a in out)  # type: ignore[return-value]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: Array, k: Array, v: Array, mask: Array, scale: float) -> tuple[Array, Array]:
-  """`attend` of all queries at once; mask: bool, broadcastable to [B, Q, S].
+  """Computes `attend` for all queries at once. mask: bool, broadcastable to [B, Q, S].
 
-  The backward pass computes the probabilities again, from lse: nothing of the size of scores is
+  The backward pass recomputes the probabilities from lse. No array of the size of the scores is
   kept for it.
   """
   scores = _scores(_by_head(q, k.shape[1]), k, mask, scale)
   top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  # Divided last, where there is less to divide.
+  # Dividing the output takes fewer divisions than dividing the weights.
   out = jnp.einsum(
     "bkns,bksd->bknd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
   )
@@ -353,49 +384,49 @@ def _attend_forward(q, k, v, mask, scale):
 
 def _attend_backward(scale, saved, gradients):
   q, k, v, mask, out, lse = saved
-  of_out, of_lse = gradients
+  grad_out, grad_lse = gradients
   heads = k.shape[1]
-  q, g = _by_head(q, heads), _by_head(of_out, heads)
-  # Of a score: p (g·v - g·out + of_lse).
-  shift = of_lse - jnp.sum(of_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+  q, g = _by_head(q, heads), _by_head(grad_out, heads)
+  # With g = grad_out, the gradient of a score is p · (g·v - g·out + grad_lse).
+  shift = grad_lse - jnp.sum(grad_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
   lse, shift = (_by_head(a[..., None], heads) for a in (lse, shift))
   p = jnp.exp(_scores(q, k, mask, scale) - lse)
-  of_p: Any = jnp.einsum("bknd,bksd->bkns", g, v, preferred_element_type=jnp.float32)
-  of_scores = (p * (of_p + shift) * scale).astype(q.dtype)
-  of_q = jnp.einsum("bkns,bksd->bknd", of_scores, k)
-  of_k = jnp.einsum("bkns,bknd->bksd", of_scores, q)
-  of_v = jnp.einsum("bkns,bknd->bksd", p.astype(v.dtype), g)
-  return _by_query(of_q, out.shape[2]), of_k, of_v, None
+  grad_p: Any = jnp.einsum("bknd,bksd->bkns", g, v, preferred_element_type=jnp.float32)
+  grad_scores = (p * (grad_p + shift) * scale).astype(q.dtype)
+  grad_q = jnp.einsum("bkns,bksd->bknd", grad_scores, k)
+  grad_k = jnp.einsum("bkns,bknd->bksd", grad_scores, q)
+  grad_v = jnp.einsum("bkns,bknd->bksd", p.astype(v.dtype), g)
+  return _by_query(grad_q, out.shape[2]), grad_k, grad_v, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(q: Array, k: Array, mask: Array, scale: float) -> Array:
-  """f32[B, K, H/K · Q, S] of q as `_by_head` gives it."""
+  """Returns the masked scores f32[B, K, H/K · Q, S] of q, which `_by_head` has rearranged."""
   scores: Any = jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
   b, heads, rows, s = scores.shape
   n = mask.shape[1]
-  # Masks of one query are those of all.
+  # A mask with only one query applies to all queries.
   scores = scores.reshape(b, heads, -1, n if n > 1 else rows, s) * scale
   return jnp.where(mask[:, None, None], scores, MASKED).reshape(b, heads, rows, s)
 
 
 def _by_head(a: Array, heads: int) -> Array:
-  """[B, Q, H, D] -> [B, K, H/K · Q, D]: the queries of a key/value head are rows of a product."""
+  """[B, Q, H, D] -> [B, K, H/K · Q, D]: one matrix of queries for each key/value head."""
   b, n, h, d = a.shape
   return jnp.moveaxis(a.reshape(b, n, heads, h // heads, d), 1, 3).reshape(b, heads, -1, d)
 
 
 def _by_query(a: Array, h: int) -> Array:
-  """`_by_head` undone."""
+  """Inverse of `_by_head`; h is H."""
   b, heads, rows, d = a.shape
   n = rows * heads // h
   return jnp.moveaxis(a.reshape(b, heads, h // heads, n, d), 3, 1).reshape(b, n, h, d)
 
 
 def merge(*parts: tuple[Array, Array]) -> tuple[Array, Array]:
-  """(out, lse) over the union of sets of keys, from (out, lse) over each of them."""
+  """Returns (out, lse) of attention to several sets of keys together, from those of each set."""
   top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [lse for _, lse in parts]))
   shares = [jnp.exp(lse - top)[..., None] for _, lse in parts]
   total: Any = sum(shares)

@@ -1,7 +1,7 @@
-"""Which parameters train, and low-rank adapters (arXiv 2106.09685): made, folded in, saved.
+"""Selecting the trainable parameters, and low-rank adapters (LoRA, arXiv 2106.09685).
 
-Parameters are nested dicts. An adapter is the entry `lora` beside a layer's `kernel`:
-`a` [in, rank] and `b` [rank, out], both with a leading axis where layers are stacked.
+Parameters are nested dicts. An adapter is the entry `lora` next to the `kernel` of a linear layer.
+It contains `a` [in, rank] and `b` [rank, out], with a leading axis if layers are stacked.
 """
 
 import functools
@@ -24,64 +24,68 @@ from jaxrl_vlm.models.patterns import matches
 from jaxrl_vlm.types import Params
 
 _ADAPTERS = ("lora",)
-_PREFIX = "base_model.model."  # of every name in PEFT's file
+_PREFIX = "base_model.model."  # prefix of every tensor name in a PEFT file
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
-# -- Parts of a pytree of parameters; leaves are never copied --------------------------------------
+# -- Splitting and joining pytrees of parameters, without copying leaves ---------------------------
 
 
 def split(params: Params, patterns: Sequence[str]) -> tuple[Params, Params]:
-  """(trainable, frozen): the parameters that the patterns choose and the others; () is all."""
+  """Returns (trainable, frozen): the parameters that the patterns select, and the others.
 
-  def part(tree: Params, path: tuple[str, ...], chosen: bool) -> Params:
+  An empty list of patterns selects all parameters. See `models/patterns.py`.
+  """
+
+  def select(tree: Params, parent: tuple[str, ...], chosen: bool) -> Params:
     out = {}
     for key, value in tree.items():
-      here = (*path, key)
+      path = (*parent, key)
       if isinstance(value, Mapping):
-        if inner := part(value, here, chosen):
+        if inner := select(value, path, chosen):
           out[key] = inner
-      elif matches(patterns, here) is chosen:
+      elif matches(patterns, path) is chosen:
         out[key] = value
     return out
 
-  return part(params, (), True), part(params, (), False)
+  return select(params, (), True), select(params, (), False)
 
 
 def merge(one: Params, other: Params) -> Params:
-  """The parameters of both, which have none in common: what `split` took apart."""
+  """Returns the parameters of both pytrees, which must have none in common. Inverse of `split`."""
   out = dict(one)
   for key, value in other.items():
     if key in out:
-      assert isinstance(value, Mapping), f"both hold {key!r}"
+      assert isinstance(value, Mapping), f"both pytrees contain {key!r}"
       value = merge(out[key], value)
     out[key] = value
   return out
 
 
 def strip(params: Params) -> Params:
-  """The parameters without adapters."""
+  """Returns the parameters without the adapters."""
   return split(params, _ADAPTERS)[1]
 
 
 def adapters(params: Params) -> Params:
-  """The adapters without the other parameters."""
+  """Returns only the adapters."""
   return split(params, _ADAPTERS)[0]
 
 
-# -- Mistakes in a config --------------------------------------------------------------------------
+# -- Validating a config ---------------------------------------------------------------------------
 
 
 def check(shapes: Params, lora: LoRA | None, trainable: Sequence[str]) -> None:
   """Checks `config.model.lora.targets` and `config.model.trainable` against a model.
 
   Args:
-    shapes: the parameters of the model with an adapter wherever there can be one.
-    lora: as configured; None for no adapters.
-    trainable: patterns.
+    shapes: the parameters of the model with adapters in all layers that can have one.
+    lora: the configured adapters; None means no adapters.
+    trainable: the configured patterns of trainable parameters.
 
   Raises:
-    ValueError: one line naming the field, its value and what was expected.
+    ValueError: a pattern matches nothing, or the patterns together select nothing. The message is
+      one line that names the field, its value and what was expected.
   """
   layers = [path[:-2] for path in weights.by_path(adapters(shapes)) if path[-1] == "a"]
   if lora is not None:
@@ -90,7 +94,7 @@ def check(shapes: Params, lora: LoRA | None, trainable: Sequence[str]) -> None:
     _check_each(field, lora.targets, layers, "linear layer", names)
     layers = [layer for layer in layers if matches(lora.targets, layer)]
     if not layers:
-      raise ValueError(f"{field}: expected patterns that leave at least one linear layer")
+      raise ValueError(f"{field}: expected patterns that select at least one linear layer")
   field = f"config.model.trainable={tuple(trainable)!r}"
   adapted = set(layers) if lora is not None else set()
   every = list(weights.by_path(shapes))
@@ -100,13 +104,12 @@ def check(shapes: Params, lora: LoRA | None, trainable: Sequence[str]) -> None:
       bare = pattern.removeprefix("!")
       if _holds_any(bare, every) and not _holds_any(bare, paths):
         raise ValueError(
-          f"{field}: {bare!r} matches adapters alone; expected "
-          "config.model.lora.rank above 0, got 0"
+          f"{field}: {bare!r} matches only adapters; expected config.model.lora.rank above 0, got 0"
         )
   names = {path[0] for path in paths} | ({"lora"} if lora is not None else set())
   _check_each(field, trainable, paths, "parameter", names)
   if not any(matches(trainable, path) for path in paths):
-    raise ValueError(f"{field}: expected patterns that leave at least one parameter to train")
+    raise ValueError(f"{field}: expected patterns that select at least one parameter")
 
 
 def _holds_any(pattern: str, paths: Sequence[Sequence[str]]) -> bool:
@@ -119,22 +122,25 @@ def _check_each(
   for pattern in patterns:
     bare = pattern.removeprefix("!")
     if not _holds_any(bare, paths):
-      # PEFT's names of the same layers end so.
+      # PEFT's names of these layers end in `_proj`.
       raise ValueError(
         f"{field}: {bare!r} matches no {what}; {hint(bare.removesuffix('_proj'), names)}"
       )
 
 
-# -- Fresh adapters, and adapters folded in --------------------------------------------------------
+# -- Initialising and merging adapters -------------------------------------------------------------
 
 
 def init_adapters(shapes: Params, key: jax.Array, shardings: Params | None = None) -> Params:
-  """Fresh adapters, which change nothing: `a` uniform in ±1/√in as in PEFT, `b` zero.
+  """Returns new adapters, which do not change the output of the model.
+
+  As in PEFT, `a` is uniform in ±1/√in and `b` is zero.
 
   Args:
-    shapes: ShapeDtypeStructs of parameters with adapters; only those are made.
-    key: of jax.random.
-    shardings: a pytree like `shapes`; None is the default device.
+    shapes: ShapeDtypeStructs of the parameters with adapters. Only the adapters are initialised.
+    key: a JAX random key.
+    shardings: the sharding of each parameter, as a pytree like `shapes`. None means the default
+      device.
   """
   wanted = adapters(shapes)
 
@@ -160,48 +166,54 @@ def init_adapters(shapes: Params, key: jax.Array, shardings: Params | None = Non
 
 
 def merged(params: Params, config: ModelConfig, donate: bool = False) -> Params:
-  """The parameters with every adapter folded into its kernel: kernel + alpha / rank · a·b.
+  """Returns the parameters with every adapter merged into its kernel: kernel + alpha / rank · a·b.
 
-  In float32, one layer at a time, rounded to the kernel's dtype; leaves without an adapter are
-  those of `params`. With `donate` the sums take the place of the kernels, so that there is no
-  second copy of them, and `params` must not be used again.
+  The sum is computed in float32, one layer at a time, and rounded to the dtype of the kernel.
+  Leaves without an adapter are those of `params`, not copies.
+
+  Args:
+    params: parameters with adapters.
+    config: config of the model.
+    donate: whether the sums overwrite the kernels, so that there is no second copy of them.
+      `params` must then not be used again.
   """
   if not isinstance(params, Mapping):
     return params
   out = {k: merged(v, config, donate) for k, v in params.items() if k != "lora"}
   if "lora" in params:
-    assert config.lora is not None, "adapters without config.lora"
+    assert config.lora is not None, "config.lora=None, but the parameters contain adapters"
     kernel = jnp.asarray(params["kernel"])
-    fold = _folder(kernel.sharding, config.lora.alpha / config.lora.rank, donate)
-    out["kernel"] = fold(kernel, params["lora"]["a"], params["lora"]["b"])
+    merge_into = _merger(kernel.sharding, config.lora.alpha / config.lora.rank, donate)
+    out["kernel"] = merge_into(kernel, params["lora"]["a"], params["lora"]["b"])
   return out
 
 
 @functools.lru_cache(maxsize=64)
-def _folder(sharding: Any, scale: float, donate: bool):
-  def one(kernel, a, b):
+def _merger(sharding: Any, scale: float, donate: bool):
+  def merge_layer(kernel, a, b):
     change = jnp.matmul(
       a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
     return (kernel.astype(jnp.float32) + scale * change).astype(kernel.dtype)
 
-  def fold(kernel, a, b):
+  def merge_kernel(kernel, a, b):
     if kernel.ndim == 2:
-      return one(kernel, a, b)
+      return merge_layer(kernel, a, b)
 
     def layer(i, kernel):
-      return jax.lax.dynamic_update_index_in_dim(kernel, one(kernel[i], a[i], b[i]), i, 0)
+      merged_layer = merge_layer(kernel[i], a[i], b[i])
+      return jax.lax.dynamic_update_index_in_dim(kernel, merged_layer, i, 0)
 
     return jax.lax.fori_loop(0, kernel.shape[0], layer, kernel)
 
-  return jax.jit(fold, out_shardings=sharding, donate_argnums=0 if donate else ())
+  return jax.jit(merge_kernel, out_shardings=sharding, donate_argnums=0 if donate else ())
 
 
-# -- PEFT's directories ----------------------------------------------------------------------------
+# -- PEFT directories ------------------------------------------------------------------------------
 
 
 def _adapted(config: ModelConfig, params: Params) -> Iterator[names.Entry]:
-  """Entries of the kernels that have an adapter in `params`."""
+  """Yields the entries of the kernels that have an adapter in `params`."""
   layers = {path[:-2] for path in weights.by_path(adapters(params))}
   return (
     entry
@@ -211,31 +223,31 @@ def _adapted(config: ModelConfig, params: Params) -> Iterator[names.Entry]:
 
 
 def _is_module(entry: names.Entry) -> bool:
-  """Whether theirs is the weight of a module, not a parameter on its own."""
+  """Returns whether the tensor is the weight of a PyTorch module, not a bare parameter."""
   return entry.name.endswith(".weight")
 
 
 def _stems(entry: names.Entry) -> list[str]:
-  """Names of the adapters in PEFT's file, without `.lora_A.weight`."""
+  """Returns the names of the adapters in a PEFT file, without `.lora_A.weight`."""
   return [_PREFIX + name.rpartition(".")[0] for name in entry.names()]
 
 
-def _theirs(
+def _to_peft(
   entry: names.Entry, a: np.ndarray, b: np.ndarray, config: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-  """PEFT's lora_A and lora_B from (one layer of) ours."""
-  if not _is_module(entry):  # it is [in, out], where PEFT takes it for [out, in]
+  """Converts one layer of `a` and `b` to PEFT's lora_A and lora_B."""
+  if not _is_module(entry):  # the parameter is [in, out], but PEFT interprets it as [out, in]
     return b, a
-  if entry.kind == "patches":  # a convolution, and one with kernel size 1
+  if entry.kind == "patches":  # lora_A is a convolution over patches, lora_B has kernel size 1
     first = entry.write(a, config)
     return first, b.T.reshape(*b.T.shape, *(1,) * (first.ndim - 2))
   return a.T, b.T
 
 
-def _ours(
+def _from_peft(
   entry: names.Entry, first: np.ndarray, second: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The inverse of `_theirs`."""
+  """Converts PEFT's lora_A and lora_B to `a` and `b`. Inverse of `_to_peft`."""
   if not _is_module(entry):
     return second, first
   return first.reshape(first.shape[0], -1).T, second.reshape(*second.shape[:2]).T
@@ -247,22 +259,22 @@ def save_adapter(
   """Writes the adapters of `params` as a directory that `peft.PeftModel.from_pretrained` loads.
 
   Args:
-    path: the directory; made if it does not exist.
-    config: of the model, with its `lora`.
-    params: with adapters.
-    base: directory or name of the model that they adapt.
+    path: the directory, which is created if it does not exist.
+    config: config of the model, with `lora`.
+    params: parameters with adapters.
+    base: directory or name of the base model.
   """
-  assert config.lora is not None, "a model without adapters"
+  assert config.lora is not None, "config.lora=None: this model has no adapters"
   path = pathlib.Path(path)
   flat = weights.by_path(params)
   tensors: dict[str, np.ndarray] = {}
   modules, parameters = [], []
   for entry in _adapted(config, params):
-    where = (*entry.path[:-1], "lora")
-    a, b = (weights.fetch(flat[*where, part]) for part in ("a", "b"))
+    adapter_path = (*entry.path[:-1], "lora")
+    a, b = (weights.fetch(flat[*adapter_path, part]) for part in ("a", "b"))
     for i, stem in enumerate(_stems(entry)):
       one = (a, b) if entry.layers is None else (a[i], b[i])
-      first, second = _theirs(entry, *one, config)
+      first, second = _to_peft(entry, *one, config)
       tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(first)
       tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(second)
     if _is_module(entry):
@@ -288,7 +300,7 @@ def save_adapter(
     "modules_to_save": None,
   }
   if jax.process_index():
-    return  # every host took part in fetching; the first writes
+    return  # fetching requires all processes; only process 0 writes
   path.mkdir(parents=True, exist_ok=True)
   weights.write_file(
     path / WEIGHTS_FILE, lambda f: save_file(tensors, f, metadata={"format": "pt"})
@@ -297,10 +309,11 @@ def save_adapter(
 
 
 def check_adapter(path: str | pathlib.Path, adapter: LoRA) -> None:
-  """Checks that a PEFT directory is there and of the rank and alpha of `adapter`.
+  """Checks that a PEFT directory exists, and that its rank and alpha are those of `adapter`.
 
   Raises:
-    FileNotFoundError, ValueError: one line.
+    FileNotFoundError, ValueError: a file is missing or invalid, a value differs, or a setting is
+      not supported. The message is one line.
   """
   settings_file, file = (pathlib.Path(path) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
   for needed in (settings_file, file):
@@ -316,7 +329,7 @@ def check_adapter(path: str | pathlib.Path, adapter: LoRA) -> None:
     if settings.get(key) != value:
       raise ValueError(
         f"config.model.lora.{field}={value!r}: expected {settings.get(key)!r}, "
-        f"which {settings_file} says"
+        f"the value of {key} in {settings_file}"
       )
   for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
     if settings.get(key):
@@ -326,27 +339,31 @@ def check_adapter(path: str | pathlib.Path, adapter: LoRA) -> None:
 def load_adapter(
   path: str | pathlib.Path, config: ModelConfig, shapes: Params, shardings: Params | None = None
 ) -> Params:
-  """Reads a directory of `save_adapter` or PEFT into the adapters of `shapes`.
+  """Reads the adapters of a directory that `save_adapter` or PEFT has written.
 
   Args:
     path: the directory.
-    config: of the model, with the `lora` that the directory must agree with.
-    shapes: ShapeDtypeStructs of parameters with adapters; only those are read.
-    shardings: a pytree like `shapes`; None is the default device.
+    config: config of the model. `lora` must agree with the directory.
+    shapes: ShapeDtypeStructs of the parameters with adapters. Only the adapters are read.
+    shardings: the sharding of each parameter, as a pytree like `shapes`. None means the default
+      device.
+
+  Returns:
+    The adapters of `shapes`, without the other parameters.
 
   Raises:
-    FileNotFoundError, ValueError: a file is missing or cut; rank, alpha, layers or shapes are
-      others; one line.
+    FileNotFoundError, ValueError: a file is missing or incomplete, or rank, alpha, layers or shapes
+      differ from those of the model. The message is one line.
   """
   adapter = config.lora
-  assert adapter is not None, "a model without adapters"
+  assert adapter is not None, "config.lora=None: this model has no adapters"
   check_adapter(path, adapter)
   file = pathlib.Path(path) / WEIGHTS_FILE
   try:
     stored = load_file(file)
   except SafetensorError as error:
     raise ValueError(f"{file}: not a complete safetensors file ({error})") from None
-  # Adapters that others trained may carry the names of earlier generations of transformers.
+  # Files of earlier versions of transformers contain other names of the same layers.
   found = {_PREFIX + names.canonical_name(name.removeprefix(_PREFIX)): name for name in stored}
   flat, places = weights.by_path(shapes), {}
   if shardings is not None:
@@ -356,28 +373,30 @@ def load_adapter(
     if name not in found:
       raise ValueError(
         f"{file}: tensor {name!r} is missing; config.model.lora.targets="
-        f"{adapter.targets!r} needs it"
+        f"{adapter.targets!r} requires it"
       )
     return stored[found.pop(name)]
 
   loaded: dict[names.Path, jax.Array] = {}
   for entry in _adapted(config, shapes):
     pairs = [
-      _ours(entry, take(f"{stem}.lora_A.weight"), take(f"{stem}.lora_B.weight"))
+      _from_peft(entry, take(f"{stem}.lora_A.weight"), take(f"{stem}.lora_B.weight"))
       for stem in _stems(entry)
     ]
     for part, layers in zip(("a", "b"), zip(*pairs, strict=True), strict=True):
-      where = (*entry.path[:-1], "lora", part)
+      adapter_path = (*entry.path[:-1], "lora", part)
       array = layers[0] if entry.layers is None else np.stack(layers)
-      if array.shape != flat[where].shape:
+      if array.shape != flat[adapter_path].shape:
         raise ValueError(
           f"{file}: the adapter of {'/'.join(entry.path[:-1])} has shape "
-          f"{array.shape}, expected {flat[where].shape}"
+          f"{array.shape}, expected {flat[adapter_path].shape}"
         )
-      loaded[where] = jax.device_put(array.astype(flat[where].dtype), places.get(where))
+      loaded[adapter_path] = jax.device_put(
+        array.astype(flat[adapter_path].dtype), places.get(adapter_path)
+      )
   if found:
     raise ValueError(
-      f"{file}: tensor {min(found.values())!r} has no place in this model "
-      f"({len(found)} such; config.model.lora.targets={adapter.targets!r})"
+      f"{file}: tensor {min(found.values())!r} belongs to no adapter of this model "
+      f"({len(found)} such tensors; config.model.lora.targets={adapter.targets!r})"
     )
   return jax.tree.map_with_path(lambda keys, _: loaded[weights.path_of(keys)], adapters(shapes))

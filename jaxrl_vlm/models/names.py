@@ -1,4 +1,8 @@
-"""Every parameter beside its tensors in Hugging Face checkpoints: names, shapes, layouts."""
+"""Maps each parameter to its tensors in Hugging Face checkpoints: names, shapes and layouts.
+
+"Parameter" means an array of the pytree of this project, "tensor" an array of transformers. A
+parameter of stacked layers corresponds to one tensor per layer.
+"""
 
 import dataclasses
 import re
@@ -14,18 +18,23 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One parameter of ours and the tensor(s) of theirs that it equals.
+  """One parameter and the tensors that contain the same values.
+
+  Methods that take a `shape` or an array of the parameter take that of one layer if layers are
+  stacked.
 
   Attributes:
-    path: in our pytree.
-    name: in transformers' model; `{}` stands for the layer number.
-    layers: numbers of the layers that ours stacks; None for a parameter that is not stacked.
-    kind: how the layouts differ:
-      "same": not at all;
-      "linear": theirs is [out, in], ours [in, out];
-      "patches": theirs is a convolution [out, C, (t,) p, p], ours [C·t·p·p, out];
-      "experts": theirs is [E, out, in] in memory and [E, in, out] in files, as is ours.
-    half: 0 or 1 if ours is the first or the second half of theirs on the axis of outputs.
+    path: path of the parameter in the pytree.
+    name: name of the tensor in the model of transformers. `{}` stands for the layer number.
+    layers: numbers of the layers that the parameter stacks. None if it is not stacked.
+    kind: how the layouts of tensor and parameter differ:
+      "same": they are the same;
+      "linear": the tensor is [out, in], the parameter [in, out];
+      "patches": the tensor is a convolution [out, C, (t,) p, p], the parameter [C·t·p·p, out];
+      "experts": the tensor is [E, out, in] in memory and [E, in, out] in files, the parameter
+        [E, in, out].
+    half: 0 or 1 if the parameter is the first or the second half of the tensor along the axis of
+      outputs. None if it is the whole tensor.
   """
 
   path: Path
@@ -36,73 +45,87 @@ class Entry:
 
   @property
   def turned(self) -> bool:
-    """Whether the parts that `read` returns are still to be transposed (on the device)."""
+    """Whether the result of `read` must still be transposed, which is done on the device."""
     return self.kind == "linear"
 
   def names(self) -> list[str]:
+    """Returns the names of all tensors of the parameter, in the order of its layers."""
     return [self.name] if self.layers is None else [self.name.format(i) for i in self.layers]
 
-  def memory_shape(self, ours: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """Shape of theirs in transformers' model, from that of (one layer of) ours."""
+  def memory_shape(self, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of the tensor in the model of transformers."""
     vision = config.vision
     if self.kind == "linear":
-      return ours[::-1]
+      return shape[::-1]
     if self.kind == "patches":
       time = () if config.family == "gemma3" else (vision.temporal_patch_size,)
-      return (ours[1], vision.in_channels, *time, vision.patch_size, vision.patch_size)
+      return (shape[1], vision.in_channels, *time, vision.patch_size, vision.patch_size)
     if self.kind == "experts":
-      return (ours[0], ours[2] * (1 if self.half is None else 2), ours[1])
-    return ours
+      return (shape[0], shape[2] * (1 if self.half is None else 2), shape[1])
+    return shape
 
-  def file_shape(self, ours: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    """Shape of theirs in a published file."""
-    shape = self.memory_shape(ours, config)
-    return (shape[0], shape[2], shape[1]) if self.kind == "experts" else shape
+  def file_shape(self, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of the tensor in a published file."""
+    memory = self.memory_shape(shape, config)
+    return (memory[0], memory[2], memory[1]) if self.kind == "experts" else memory
 
   def read(
-    self, tensor: Any, ours: tuple[int, ...], index: tuple[slice, ...], config: ModelConfig
+    self, tensor: Any, shape: tuple[int, ...], index: tuple[slice, ...], config: ModelConfig
   ) -> np.ndarray:
-    """Part `index` of (one layer of) ours, or its transpose if `turned`; reads no more than that.
+    """Reads a slice of the parameter from a tensor.
 
-    `tensor` can be sliced and has the shape of a file or, for experts, that in memory. An embedding
-    of patches is small and read whole.
+    Only this slice is read from the file, except for the patch embedding, which is small.
+
+    Args:
+      tensor: an array, or a slice object of a safetensors file, with the shape `file_shape`.
+        Experts may also have `memory_shape`.
+      shape: shape of the parameter.
+      index: the slice of the parameter.
+      config: config of the model.
+
+    Returns:
+      The slice, or its transpose if `turned`.
     """
     if self.kind == "same":
       return tensor[index]
     if self.kind == "linear":
       return tensor[index[::-1]]
     if self.kind == "patches":
-      return np.ascontiguousarray(tensor[:].reshape(ours[1], -1).T[index])
+      return np.ascontiguousarray(tensor[:].reshape(shape[1], -1).T[index])
     expert, into, out = index
     if self.half is not None:
-      first, end, _ = out.indices(ours[2])
-      out = slice(first + self.half * ours[2], end + self.half * ours[2])
-    # As in transformers, what already has the shape in memory is not transposed.
-    if tensor_shape(tensor) == self.memory_shape(ours, config):
+      first, end, _ = out.indices(shape[2])
+      out = slice(first + self.half * shape[2], end + self.half * shape[2])
+    # As in transformers, a tensor that has the shape in memory is in that layout.
+    if tensor_shape(tensor) == self.memory_shape(shape, config):
       return tensor[expert, out, into].swapaxes(1, 2)
     return tensor[expert, into, out]
 
   def write(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Theirs, as in a published file, from (one layer of) ours; of halves, only that half."""
+    """Converts the parameter to the tensor of a published file.
+
+    If the parameter is a half of the tensor, the result is that half.
+    """
     if self.kind in ("linear", "patches"):
       return np.ascontiguousarray(array.T.reshape(self.file_shape(array.shape, config)))
     square = self.file_shape(array.shape, config) == self.memory_shape(array.shape, config)
-    if self.kind == "experts" and square:  # which transformers takes for the layout in memory
+    # Transformers interprets a tensor of square matrices as in the layout in memory.
+    if self.kind == "experts" and square:
       array = array.swapaxes(1, 2)
     return np.ascontiguousarray(array)
 
-  def half_axis(self, ours: tuple[int, ...], config: ModelConfig) -> int:
-    """The axis of what `write` returns on which the two halves follow each other."""
-    square = self.file_shape(ours, config) == self.memory_shape(ours, config)
+  def half_axis(self, shape: tuple[int, ...], config: ModelConfig) -> int:
+    """Returns the axis along which the two halves that `write` returns are concatenated."""
+    square = self.file_shape(shape, config) == self.memory_shape(shape, config)
     return 1 if square else 2
 
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
-  """Every parameter of the model beside its name in transformers' model."""
+  """Yields the entry of every parameter of the model."""
   yield from _vision_entries(config)
   text = "model.language_model"
   yield Entry(("embed", "embedding"), f"{text}.embed_tokens.weight")
-  ours, theirs, layers = ("decoder", "layers"), f"{text}.layers.{{}}", range(config.num_layers)
+  path, name, layers = ("decoder", "layers"), f"{text}.layers.{{}}", range(config.num_layers)
   norms = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
   if config.post_norms:
     norms = {
@@ -113,21 +136,21 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
     }
   if config.qk_norm:
     norms |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-  for part, name in norms.items():
-    yield Entry((*ours, part, "scale"), f"{theirs}.{name}.weight", layers)
+  for part, norm in norms.items():
+    yield Entry((*path, part, "scale"), f"{name}.{norm}.weight", layers)
   for part in ("q", "k", "v", "o"):
     yield from _linear(
-      (*ours, part), f"{theirs}.self_attn.{part}_proj", layers, bias=config.qkv_bias and part != "o"
+      (*path, part), f"{name}.self_attn.{part}_proj", layers, bias=config.qkv_bias and part != "o"
     )
   if config.moe is None:
     for part in ("gate", "up", "down"):
-      yield from _linear((*ours, "mlp", part), f"{theirs}.mlp.{part}_proj", layers)
+      yield from _linear((*path, "mlp", part), f"{name}.mlp.{part}_proj", layers)
   else:
-    yield from _linear((*ours, "mlp", "router"), f"{theirs}.mlp.gate", layers)
-    experts = f"{theirs}.mlp.experts"
-    for half, part in enumerate(("gate", "up")):  # halves of one tensor, one after the other
-      yield Entry((*ours, "mlp", part), f"{experts}.gate_up_proj", layers, "experts", half)
-    yield Entry((*ours, "mlp", "down"), f"{experts}.down_proj", layers, "experts")
+    yield from _linear((*path, "mlp", "router"), f"{name}.mlp.gate", layers)
+    experts = f"{name}.mlp.experts"
+    for half, part in enumerate(("gate", "up")):  # two halves of one tensor
+      yield Entry((*path, "mlp", part), f"{experts}.gate_up_proj", layers, "experts", half)
+    yield Entry((*path, "mlp", "down"), f"{experts}.down_proj", layers, "experts")
   yield Entry(("decoder", "norm", "scale"), f"{text}.norm.weight")
   if not config.tied:
     yield Entry(("head",), "lm_head.weight", kind="linear")
@@ -141,7 +164,7 @@ def _linear(
     yield Entry((*path, "bias"), f"{name}.bias", layers)
 
 
-# Names of the parts of a vision tower, by family.
+# Names of the modules of a vision tower in transformers.
 _QWEN2 = {
   "tower": "model.visual",
   "patch_embed": "patch_embed.proj",
@@ -210,8 +233,8 @@ def _vision_entries(config: ModelConfig) -> Iterator[Entry]:
       yield from norm((*path, part), f"{block}.{names[part]}", layers)
     for part in ("qkv", "q", "k", "v", "proj", "gate", "up", "down"):
       if part in names:
-        where = ("mlp", part) if part in ("gate", "up", "down") else (part,)
-        yield from _linear((*path, *where), f"{block}.{names[part]}", layers, bias=True)
+        suffix = ("mlp", part) if part in ("gate", "up", "down") else (part,)
+        yield from _linear((*path, *suffix), f"{block}.{names[part]}", layers, bias=True)
   if vision.merger == "pool":
     projector = "model.multi_modal_projector"
     yield from norm(("vision", "merger", "post_norm"), f"{tower}.post_layernorm")
@@ -233,7 +256,8 @@ def _vision_entries(config: ModelConfig) -> Iterator[Entry]:
         yield from _linear((*path, part), name, bias=True)
 
 
-# Names in files -> names in transformers' model, for every generation of either.
+# Names in files -> names in the model of transformers, for the files of every version of
+# transformers.
 _CANONICAL = tuple(
   (re.compile(pattern), name)
   for pattern, name in (
@@ -245,7 +269,7 @@ _CANONICAL = tuple(
     (r"^model\.(?=layers\.|embed_tokens\.|norm\.)", "model.language_model."),
   )
 )
-# Names in transformers' model -> names in published files.
+# Names in the model of transformers -> names in published files.
 _GEMMA3 = (
   ("lm_head.", "language_model.lm_head."),
   ("model.language_model.", "language_model.model."),
@@ -257,7 +281,7 @@ _PUBLISHED = {"qwen2_vl": _OLD_QWEN, "qwen2_5_vl": _OLD_QWEN, "gemma3": _GEMMA3}
 
 
 def canonical_name(name: str) -> str:
-  """The name in transformers' model of a tensor in a file."""
+  """Converts the name of a tensor in a file to its name in the model of transformers."""
   for pattern, new in _CANONICAL:
     if pattern.match(name):
       return pattern.sub(new, name)
@@ -265,7 +289,7 @@ def canonical_name(name: str) -> str:
 
 
 def published_name(name: str, family: str) -> str:
-  """The name in published files of a tensor of transformers' model."""
+  """Converts the name of a tensor in the model of transformers to its name in published files."""
   for old, new in _PUBLISHED.get(family, ()):
     if name.startswith(old):
       return new + name.removeprefix(old)
@@ -273,5 +297,5 @@ def published_name(name: str, family: str) -> str:
 
 
 def tensor_shape(tensor: Any) -> tuple[int, ...]:
-  """Of an array, or of a slice of a safetensors file."""
+  """Returns the shape of an array, or of a slice object of a safetensors file."""
   return tuple(tensor.get_shape() if hasattr(tensor, "get_shape") else tensor.shape)

@@ -1,4 +1,4 @@
-"""The architectures of published checkpoints, for planning and testing without their weights."""
+"""Architectures of published checkpoints, for plans and tests without their weights."""
 
 from typing import Any
 
@@ -157,7 +157,8 @@ def _gemma3(*sizes: int, **more: int):
 
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
 
-# `config.json` by name. Under sizes: hidden, MLP, layers, heads, key/value heads.
+# Contents of `config.json` by name of the checkpoint. The sizes are: hidden size, intermediate size
+# of the MLP, layers, heads, key/value heads.
 CONFIGS: dict[str, dict[str, Any]] = {
   "Qwen2-VL-2B": _qwen2_vl(151936, True, 1536, 8960, 28, 12, 2),
   "Qwen2-VL-7B": _qwen2_vl(152064, False, 3584, 18944, 28, 28, 4),

@@ -1,8 +1,11 @@
-"""The vision tower: patches in, visual tokens in the decoder's width out.
+"""The vision tower, which turns image patches into visual tokens of the decoder's hidden size.
 
-One tower for all families: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923: windows, RMS norm,
-gated MLP), Qwen3-VL (learned positions, DeepStack, 2406.04334) and Gemma 3's SigLIP (2303.15343,
-pooled as in 2503.19786); each as implemented in transformers.
+One module implements the towers of all families, each as in transformers:
+
+- Qwen2-VL (arXiv 2409.12191);
+- Qwen2.5-VL (2502.13923): window attention, RMS norm, gated MLP;
+- Qwen3-VL: learned positions, DeepStack (2406.04334);
+- Gemma 3: SigLIP (2303.15343), pooled as in 2503.19786.
 """
 
 from collections.abc import Callable
@@ -23,10 +26,12 @@ def _norm(vision: VisionConfig, name: str) -> nn.Module:
 
 
 class VisionBlock(nn.Module):
-  """Pre-norm attention and MLP. Window attention unless this layer attends fully.
+  """A layer of the vision tower: pre-norm attention and a pre-norm MLP.
 
-  Beside x, where `watched` is not None: what attention each patch receives if `watched` is true,
-  else zeros (`received`).
+  Attention is over the whole frame if `full` is true, else within windows.
+
+  Returns x, and the saliency f32[P, N] of the patches in this layer (`received`). The saliency is
+  zero if `watched` is false, and None if `watched` is None.
   """
 
   config: ModelConfig
@@ -58,13 +63,13 @@ class VisionBlock(nn.Module):
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scale = heads[-1] ** -0.5
 
-    def sees_frame(at):
-      here = jnp.take(segments, at, axis=1)[..., None]
-      return (here == segments[:, None]) & (here > 0)
+    def frame_mask_of(query):
+      segment = jnp.take(segments, query, axis=1)[..., None]
+      return (segment == segments[:, None]) & (segment > 0)
 
     def over_frame():
       if self.config.attention == "xla":
-        return layers.attend(q, k, v, sees_frame, scale)[0]
+        return layers.attend(q, k, v, frame_mask_of, scale)[0]
       return attention.over_frames(self.config, q, k, v, segments, scale)
 
     if vision.full_attention_layers is None:
@@ -76,7 +81,7 @@ class VisionBlock(nn.Module):
     saliency = None
     if watched is not None:
       saliency = jax.lax.cond(
-        watched, lambda: received(q, k, sees_frame, scale, share), lambda: jnp.zeros((b, n))
+        watched, lambda: received(q, k, frame_mask_of, scale, share), lambda: jnp.zeros((b, n))
       )
     x = x + layers.Dense(d, True, dtype, lora, name="proj")(y.reshape(b, n, d))
     y = _norm(vision, "norm2")(x)
@@ -87,17 +92,21 @@ class VisionBlock(nn.Module):
 
 
 def _over_windows(q: Array, k: Array, v: Array, windows: Array, size: int, scale: float) -> Array:
-  """Attention within windows of at most `size` patches, each of which stands together.
+  """Computes attention within windows of at most `size` patches.
 
-  A block of `size` queries sees the keys of its own block and of the two beside it: no window
-  reaches further. So few keys are no work for a kernel, whose blocks are larger.
+  The patches of a window must be consecutive. A block of `size` queries is multiplied with the keys
+  of its own block and of the two adjacent blocks, because no window extends further. A kernel is
+  not used for so few keys, because its blocks are larger.
 
   Args:
     q: [B, N, H, D].
     k, v: [B, H, N, D].
-    windows: i32[B, N]; number of the window, 0 is padding.
-    size: patches.
-    scale: of the products of queries and keys.
+    windows: i32[B, N]; number of the window of each patch, 0 at padding.
+    size: maximum number of patches in a window.
+    scale: factor on the products of queries and keys.
+
+  Returns:
+    [B, N, H, D].
   """
   b, n = windows.shape
   count = -(-n // size)
@@ -118,25 +127,29 @@ def _over_windows(q: Array, k: Array, v: Array, windows: Array, size: int, scale
   def fold(a):  # [B, count, ...] -> [B·count, ...]
     return a.reshape(b * count, *a.shape[2:])
 
-  here, there = fold(blocks(windows, 1))[:, :, None], fold(around(windows, 1))[:, None]
-  mask = (here == there) & (here > 0)
+  of_query, of_key = fold(blocks(windows, 1))[:, :, None], fold(around(windows, 1))[:, None]
+  mask = (of_query == of_key) & (of_query > 0)
   keys, values = (fold(jnp.moveaxis(around(a, 2), 2, 1)) for a in (k, v))
-  out, _ = layers.attend(fold(blocks(q, 1)), keys, values, lambda at: mask[:, at], scale)
+  out, _ = layers.attend(fold(blocks(q, 1)), keys, values, lambda query: mask[:, query], scale)
   return out.reshape(b, count * size, *q.shape[2:])[:, :n]
 
 
 def received(
-  q: Array, k: Array, sees: Callable[[Array], Array], scale: float, share: Array
+  q: Array, k: Array, mask_of: Callable[[Array], Array], scale: float, share: Array
 ) -> Array:
-  """f32[B, S]; the attention that each key receives, mean over heads: Σ_q share_q · p_qk.
+  """Returns the attention that each key receives, f32[B, N].
 
-  Attention is linear in the values, and its backward pass sends what stands at the queries to the
-  keys, each by its probability. One head at a time: less memory than the attention itself.
-  No gradient.
+      s_k = mean over heads of Σ_q share_q · p_qk
+
+  Attention is linear in the values. Its backward pass with respect to the values therefore computes
+  this sum if the gradient of its output is `share`. Heads are processed one at a time, which needs
+  less memory than the attention itself. The result has no gradient.
 
   Args:
-    q, k: [B, N, H, D] and [B, H, N, D], as sees and scale those of `layers.attend`.
-    share: f32[B, N]; of each query.
+    q: [B, N, H, D].
+    k: [B, H, N, D].
+    mask_of, scale: as in `layers.attend`.
+    share: f32[B, N]; weight of each query.
   """
   q, k = jax.lax.stop_gradient((q, k))
   share = share.astype(jnp.float32)
@@ -145,7 +158,7 @@ def received(
     q, k = head[0][:, :, None], head[1][:, None]
 
     def attend(values):  # [B, S]
-      return layers.attend(q, k, values[:, None, :, None], sees, scale)[0][..., 0, 0]
+      return layers.attend(q, k, values[:, None, :, None], mask_of, scale)[0][..., 0, 0]
 
     return total + jax.vjp(attend, share)[1](share)[0], None
 
@@ -156,10 +169,14 @@ def received(
 
 
 class Merger(nn.Module):
-  """merge² neighbouring patches become one visual token. x: [P, N, d] -> [P, N / merge², D]."""
+  """Turns each merge² adjacent patches into one visual token. x: [P, N, d] -> [P, N / merge², D].
+
+  merge is `spatial_merge_size`. The patches are concatenated and pass through an MLP. The norm is
+  applied to each patch, or to the concatenated patches with `norm_after`.
+  """
 
   config: ModelConfig
-  norm_after: bool = False  # of all that is merged together, instead of every patch
+  norm_after: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -173,7 +190,10 @@ class Merger(nn.Module):
 
 
 class PoolingMerger(nn.Module):
-  """The mean of merge² patches, normed and projected. x: [P, N, d] -> [P, N / merge², D]."""
+  """Turns each merge² adjacent patches into one visual token. x: [P, N, d] -> [P, N / merge², D].
+
+  merge is `spatial_merge_size`. The mean of the patches is normalised and projected.
+  """
 
   config: ModelConfig
 
@@ -187,28 +207,34 @@ class PoolingMerger(nn.Module):
 
 
 class VisionTower(nn.Module):
-  """Patch embedding, positions, blocks, merger."""
+  """Patch embedding, positions, layers (called blocks) and merger."""
 
   config: ModelConfig
 
   def __call__(self, prompt: Prompt) -> tuple[Array, tuple[Array, ...]]:
-    """Visual tokens [P, F, D], and those of the DeepStack layers, in order."""
+    """Returns the visual tokens [P, F, D], and those of each DeepStack layer in order."""
     features, taken, _ = self._run(prompt)
     return features, taken
 
   def saliency(self, prompt: Prompt) -> Array:
-    """f32[P, N]; the attention that each patch receives in the last layer that attends fully.
+    """Returns the attention that each patch receives, f32[P, N], 0 at padding.
 
         s_k = mean over heads, and over the queries q of k's own frame, of p_qk
 
-    Adds up to 1 over a frame; 0 at padding. PAPO (arXiv 2507.06448) blackens the patches that
-    DINOv2's self-attention finds most salient; here the policy's own tower says which they are.
+    p_qk are the probabilities of the last layer with full attention. The sum of s_k over a frame
+    is 1.
+
+    PAPO (arXiv 2507.06448) blackens the patches that are most salient in the self-attention of
+    DINOv2. This method uses the vision tower of the policy instead.
+
+    Raises:
+      ValueError: no layer has full attention.
     """
     full = self.config.vision.full_attention_layers
     if full is not None and not full:
       raise ValueError(
-        "config.vision.full_attention_layers=(): expected at least one layer, for "
-        "its attention says which patches are salient"
+        "config.vision.full_attention_layers=(): expected at least one layer, because "
+        "saliency is computed from its attention"
       )
     last = self.config.vision.depth - 1 if full is None else max(full)
     return self._run(prompt, last)[2]
@@ -217,7 +243,12 @@ class VisionTower(nn.Module):
   def _run(
     self, prompt: Prompt, watched: int | None = None
   ) -> tuple[Array, tuple[Array, ...], Array | None]:
-    """Visual tokens, those of the DeepStack layers, and the saliency of the layer `watched`."""
+    """Runs the tower.
+
+    Returns:
+      The visual tokens, those of the DeepStack layers, and the saliency of the patches in the layer
+      `watched` (None if `watched` is None).
+    """
     config, vision = self.config, self.config.vision
     dtype, width = config.dtype, vision.hidden_size
     x = layers.Dense(width, vision.patch_bias, dtype, config.lora, name="patch_embed")(
@@ -234,26 +265,26 @@ class VisionTower(nn.Module):
       angles = prompt.patch_positions[..., None].astype(jnp.float32) * freq  # [P, N, 2, head / 4]
       angles = angles.reshape(*angles.shape[:2], -1)
 
-    everywhere = range(vision.depth)
+    all_layers = range(vision.depth)
     full = [
-      i in (everywhere if vision.full_attention_layers is None else vision.full_attention_layers)
-      for i in everywhere
+      i in (all_layers if vision.full_attention_layers is None else vision.full_attention_layers)
+      for i in all_layers
     ]
     share = saliency = None
-    if watched is not None:  # of each patch as a query in its frame
+    if watched is not None:  # weight of each query: 1 / number of patches of its frame
       share = (prompt.patch_segments > 0) / prompt.patch_grids.prod(axis=-1)
     segments, windows = prompt.patch_segments, prompt.patch_windows
     order = None
     if vision.full_attention_layers is not None:
-      # Attention does not depend on the order of patches: here those of a window stand together,
-      # padding last.
+      # Attention does not depend on the order of the patches. They are sorted so that those of a
+      # window are consecutive, and padding is last.
       order = jnp.argsort(jnp.where(windows > 0, windows, windows.shape[1] + 1), axis=1)
 
       x, angles, segments, windows, share = (
         None if a is None else _sorted(a, order) for a in (x, angles, segments, windows, share)
       )
 
-    def back(a):  # in the order of the prompt
+    def unsorted(a):  # back to the order of the prompt
       return a if order is None else _sorted(a, jnp.argsort(order, axis=1))
 
     block = layers.rematted(VisionBlock, config.remat)
@@ -266,31 +297,35 @@ class VisionTower(nn.Module):
         in_axes=(0, 0, *[nn.broadcast] * 4),  # type: ignore[arg-type]
         length=end - first,
       )
-      here = watched is not None and first <= watched < end
+      has_watched = watched is not None and first <= watched < end
       x, by_layer = blocks(config, name=f"blocks{i}" if i else "blocks")(
         x,
         jnp.array(full[first:end]),
-        jnp.arange(first, end) == watched if here else None,
+        jnp.arange(first, end) == watched if has_watched else None,
         angles,
         segments,
         windows,
         share,
       )
       if watched is not None and by_layer is not None:
-        saliency = back(by_layer[watched - first])
+        saliency = unsorted(by_layer[watched - first])
       if i < len(vision.deepstack_layers):
-        taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(back(x)))
+        taken.append(Merger(config, norm_after=True, name=f"deepstack{i}")(unsorted(x)))
     merger = {"mlp": Merger, "pool": PoolingMerger}[vision.merger]
-    return merger(config, name="merger")(back(x)), tuple(taken), saliency
+    return merger(config, name="merger")(unsorted(x)), tuple(taken), saliency
 
 
 def _sorted(a: Array, order: Array) -> Array:
-  """[P, N, ...] in another order of each row, i32[P, N]."""
+  """Permutes each row of a [P, N, ...] by order i32[P, N]."""
   return jax.vmap(lambda row, at: row[at])(a, order)
 
 
 def _interpolate(table: Array, side: int, prompt: Prompt) -> Array:
-  """Rows of a learned [side², D] table at each patch, bilinear, corners aligned. f32[P, N, D]."""
+  """Interpolates a learned table of positions [side², D] at each patch. f32[P, N, D].
+
+  The interpolation is bilinear. The corners of the table are aligned with the corner patches of the
+  image.
+  """
   rows_and_cols = jnp.maximum(prompt.patch_grids - 1, 1).astype(jnp.float32)
   at = prompt.patch_positions.astype(jnp.float32) * (side - 1) / rows_and_cols  # [P, N, 2]
   low = jnp.floor(at)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in and out, one tensor at a time."""
+"""Reads and writes Hugging Face checkpoints, one tensor at a time."""
 
 import contextlib
 import functools
@@ -26,20 +26,23 @@ from jaxrl_vlm.models.names import (
 )
 from jaxrl_vlm.types import Params
 
-# Of safetensors; others (8-bit floats, integers) are quantised weights. jax has no 64-bit floats
-# unless asked.
+# Supported dtypes of safetensors, and the dtypes they are read as. Other dtypes (8-bit floats,
+# integers) are those of quantised weights. JAX has no 64-bit floats by default.
 _DTYPES = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint:
-  """Tensors of a directory by their names in transformers' model; read when they are asked for."""
+  """The tensors of a directory, by their names in the model of transformers.
+
+  The constructor reads only the names. `tensor` reads the values.
+  """
 
   def __init__(self, path: pathlib.Path):
     self.path = path
-    # Name in transformers' model -> (file, name in it).
+    # Name in the model of transformers -> (file, name in this file).
     self.where: dict[str, tuple[str, str]] = {}
-    # What an index says, of tensors that are missing in the file too.
+    # Name in the model of transformers -> file, as in the index. The file may lack the tensor.
     self._listed: dict[str, str] = {}
     for file in self._files():
       with self._open(file) as handle:
@@ -63,25 +66,37 @@ class Checkpoint:
 
   @contextlib.contextmanager
   def _open(self, file: str) -> Iterator[Any]:
-    where = self.path / file
+    full_path = self.path / file
     try:
-      handle = safe_open(where, framework="numpy")
+      handle = safe_open(full_path, framework="numpy")
     except FileNotFoundError:
-      raise FileNotFoundError(f"{where}: no such file; expected model weights here") from None
+      raise FileNotFoundError(f"{full_path}: no such file; expected model weights") from None
     except (SafetensorError, OSError) as e:
-      raise ValueError(f"{where}: not a complete safetensors file ({e})") from None
+      raise ValueError(f"{full_path}: not a complete safetensors file ({e})") from None
     with handle as opened:
       yield opened
 
   @contextlib.contextmanager
   def tensor(self, name: str) -> Iterator[Any]:
-    """The tensor, to be sliced inside the `with`: its file is mapped into memory only there."""
+    """Opens a tensor as an object that can be sliced.
+
+    The file is mapped into memory only inside the `with` statement.
+    """
     file, stored = self.where[name]
     with self._open(file) as handle:
       yield handle.get_slice(stored)
 
   def check(self, name: str, shapes: tuple[tuple[int, ...], ...], family: str) -> str:
-    """The dtype of a tensor; ValueError if it is missing, has none of `shapes` or is quantised."""
+    """Checks a tensor and returns its dtype.
+
+    Args:
+      name: name of the tensor in the model of transformers.
+      shapes: the shapes that the tensor may have.
+      family: family of the model, for the name in error messages.
+
+    Raises:
+      ValueError: the tensor is missing, has none of `shapes`, or is quantised.
+    """
     if name not in self.where:
       file = self._listed.get(name, _INDEX if self._listed else "model.safetensors")
       raise ValueError(
@@ -109,34 +124,44 @@ def load_params(
   shapes: Params,
   shardings: Params | None = None,
 ) -> Params:
-  """Reads a checkpoint directory into our pytree, one tensor at a time.
+  """Reads the parameters of a checkpoint directory, one tensor at a time.
 
-  Stacked parameters are filled on the device layer by layer, so that the host never holds more
-  than one tensor besides what its devices hold; each host reads only what its devices hold.
+  Stacked parameters are filled on the device layer by layer. The memory of a host therefore never
+  holds more than one tensor in addition to the shards of its devices. Each host reads only the
+  shards of its devices.
 
   Args:
-    path: a directory with `model.safetensors` or an index of shards.
-    config: the architecture.
-    shapes: pytree of ShapeDtypeStructs that the result must have.
-    shardings: where each parameter goes, a pytree like `shapes`; None is the default device.
+    path: a directory with `model.safetensors`, or with an index of several such files.
+    config: config of the model.
+    shapes: pytree of ShapeDtypeStructs with the shapes and dtypes of the result.
+    shardings: the sharding of each parameter, as a pytree like `shapes`. None means the default
+      device.
+
+  Returns:
+    The parameters, as a pytree like `shapes`.
 
   Raises:
-    FileNotFoundError, ValueError: file missing or cut, tensor missing, left over or of another
-      shape; one line naming file, tensor and expectation.
+    FileNotFoundError, ValueError: a file is missing or incomplete, or a tensor is missing, unknown
+      or of another shape. The message is one line that names the file, the tensor and what was
+      expected.
   """
   source = Checkpoint(pathlib.Path(path))
   flat, places = by_path(shapes), by_path(shardings) if shardings is not None else {}
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   _check(source, flat, config)
   loaded = {}
   for entry in entries(config):
-    want, place = flat[entry.path], places.get(entry.path, here)
+    want, place = flat[entry.path], places.get(entry.path, default)
     loaded[entry.path] = _load(source, entry, want, place, config)
   return jax.tree.map_with_path(lambda keys, x: loaded.get(path_of(keys), x), shapes)
 
 
 def stored_shapes(path: str | pathlib.Path, config: ModelConfig, shapes: Params) -> Params:
-  """`shapes` with the dtypes that a checkpoint directory stores; raises as `load_params`."""
+  """Returns `shapes` with the dtypes that a checkpoint directory stores.
+
+  Raises:
+    FileNotFoundError, ValueError: as `load_params`.
+  """
   dtypes = _check(Checkpoint(pathlib.Path(path)), by_path(shapes), config)
   return jax.tree.map_with_path(
     lambda keys, x: jax.ShapeDtypeStruct(x.shape, dtypes[path_of(keys)]), shapes
@@ -146,7 +171,11 @@ def stored_shapes(path: str | pathlib.Path, config: ModelConfig, shapes: Params)
 def _check(
   source: Checkpoint, flat: Mapping[Path, Any], config: ModelConfig
 ) -> dict[Path, jnp.dtype]:
-  """All tensors are there with the right shapes, and no other. The dtypes that hold them."""
+  """Checks that the checkpoint has exactly the tensors of the model, with the right shapes.
+
+  Returns:
+    For each parameter, a dtype that can represent the values of all its tensors.
+  """
   used: set[str] = set()
   dtypes = {}
   for entry in entries(config):
@@ -156,13 +185,13 @@ def _check(
     found = {source.check(name, shapes, config.family) for name in entry.names()}
     dtypes[entry.path] = functools.reduce(jnp.promote_types, found)
     used |= set(entry.names())
-  # A tied head may be stored a second time.
+  # If the weights are tied, the file may contain the head in addition to the embedding.
   extra = set(source.where) - used - ({"lm_head.weight"} if config.tied else set())
   if extra:
     file, stored = source.where[min(extra)]
     raise ValueError(
-      f"{source.path / file}: tensor {stored!r} has no place in this model "
-      f"({len(extra)} such; does config.json belong to these weights?)"
+      f"{source.path / file}: tensor {stored!r} belongs to no parameter of this model "
+      f"({len(extra)} such tensors; does config.json belong to these weights?)"
     )
   return dtypes
 
@@ -189,17 +218,18 @@ def _load(
     return one if one.dtype == dtype and not turned else _finish(turned, dtype, place)(one)
   layer = place
   if isinstance(place, NamedSharding):
-    assert not place.spec or place.spec[0] is None, "the axis of layers is never split"
+    assert not place.spec or place.spec[0] is None, "the axis of layers must not be sharded"
     layer = NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
   out = jnp.zeros(shape, dtype, device=place)
   for i, name in enumerate(entry.names()):
     out = _fill(turned, place)(out, put(name, shape[1:], layer), np.int32(i))
-    out.block_until_ready()  # or the host would run ahead and hold many layers
+    # Without waiting, the host would read more layers before this one is copied, and hold them all.
+    out.block_until_ready()
   return out
 
 
 def _turned(place: Any) -> Any:
-  """Where the transpose of a matrix lies so that each device has the transpose of its part."""
+  """Returns the sharding of a transposed matrix: each device has the transpose of its shard."""
   if not isinstance(place, NamedSharding):
     return place
   axes = (*place.spec, None, None)[:2]
@@ -213,7 +243,7 @@ def _finish(turned: bool, dtype: np.dtype, place: Any):
 
 @functools.lru_cache(maxsize=64)
 def _fill(turned: bool, place: Any):
-  """Writes one layer into a stacked parameter, in place."""
+  """Returns a function that writes one layer into a stacked parameter, in place."""
   return jax.jit(
     lambda whole, one, i: jax.lax.dynamic_update_index_in_dim(
       whole, (one.T if turned else one).astype(whole.dtype), i, 0
@@ -224,7 +254,7 @@ def _fill(turned: bool, place: Any):
 
 
 def by_path(tree: Any) -> dict[Path, Any]:
-  """Leaves of nested dictionaries by their path."""
+  """Returns the leaves of nested dictionaries by path. Shardings are leaves."""
   return {
     path_of(keys): leaf
     for keys, leaf in jax.tree.leaves_with_path(
@@ -234,19 +264,22 @@ def by_path(tree: Any) -> dict[Path, Any]:
 
 
 def path_of(keys: Any) -> Path:
-  """The keys that `jax.tree.map_with_path` gives, as a path."""
+  """Converts the keys of `jax.tree.map_with_path` to a path."""
   return tuple(k.key for k in keys)
 
 
 def fetch(array: Any) -> np.ndarray:
-  """The whole of an array on this host; every host of a run must ask for it at the same time."""
+  """Returns the whole array on the host.
+
+  In a run of several processes, all must call this function at the same point.
+  """
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
   return np.asarray(jax.device_get(array))
 
 
 def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, int, Callable]]:
-  """Of each tensor: its name in published files, its bytes, and what fetches it."""
+  """Yields for each tensor: its name in published files, its bytes, and a function to fetch it."""
   flat = by_path(params)
   groups: list[list[Entry]] = []
   for entry in entries(config):
@@ -276,11 +309,18 @@ def _tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, int, Ca
 def save_params(
   path: str | pathlib.Path, config: ModelConfig, params: Params, shard_bytes: int = 5 * 2**30
 ) -> None:
-  """Writes `config.json` and safetensors under published names; shards above `shard_bytes`.
+  """Writes `config.json` and safetensors files with the names of published tensors.
 
-  Parameters are written as they are, and `dtype` in config.json says what most of them are. The
-  files appear under their names only when complete; no more than one shard is held at a time. In
-  a run of many hosts all call this, and the first writes.
+  Parameters are written in their own dtype. `dtype` in config.json is that of most of their bytes.
+  A file appears under its final name only when it is complete. In a run of several processes, all
+  must call this function; process 0 writes.
+
+  Args:
+    path: the directory, which is created if it does not exist.
+    config: config of the model.
+    params: the parameters, without adapters.
+    shard_bytes: maximum size of a safetensors file, in bytes. A file with a single larger tensor
+      may exceed it. The host holds no more than one file at a time.
   """
   path = pathlib.Path(path)
   first = jax.process_index() == 0
@@ -301,7 +341,7 @@ def save_params(
   for file, shard in zip(files, shards, strict=True):
     held = {}
     for name, get in shard:
-      tensor = get()  # on every host: it may take all of them
+      tensor = get()  # in every process: fetching may require all of them
       if first:
         held[name] = tensor
     if first:
@@ -316,7 +356,7 @@ def save_params(
         },
       }
       write_file(index, lambda f: f.write_text(json.dumps(content, indent=1)))
-    else:  # an index that an earlier model left would name other files
+    else:  # an index of an earlier model in this directory would name other files
       index.unlink(missing_ok=True)
     hf = _with_dtype(json.loads(config.hf), params)
     write_file(path / "config.json", lambda f: f.write_text(json.dumps(hf, indent=2)))
@@ -325,7 +365,7 @@ def save_params(
 
 
 def _with_dtype(hf: dict[str, Any], params: Params) -> dict[str, Any]:
-  """`config.json` that says the dtype of most bytes of `params`, wherever it says one."""
+  """Returns config.json with each dtype in it replaced by that of most bytes of `params`."""
   sizes: dict[str, int] = {}
   for leaf in jax.tree.leaves(params):
     sizes[str(leaf.dtype)] = sizes.get(str(leaf.dtype), 0) + leaf.nbytes
@@ -337,8 +377,8 @@ def _with_dtype(hf: dict[str, Any], params: Params) -> dict[str, Any]:
 
 
 def write_file(path: pathlib.Path, save: Callable[[pathlib.Path], object]) -> None:
-  """Writes a file that appears under its name only when it is complete."""
+  """Writes a file under a temporary name, and renames it when it is complete."""
   temporary = path.with_name(f".{path.name}.tmp")
   save(temporary)
-  temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+  temporary.chmod(0o644)  # safetensors creates files that only the owner can read
   temporary.replace(path)

@@ -1,4 +1,7 @@
-"""Boards: every answer follows from the ground truth, and held-out digits stay held out."""
+"""Tests the digit boards dataset.
+
+Answers must follow from the ground truth, and `train` boards must not use held-out digits.
+"""
 
 import io
 import re
@@ -18,7 +21,7 @@ def decode(example):
 
 
 def expected_answer(question, cells):
-  """Answers a question from its words and the ground truth alone."""
+  """Answers a question from its text and the ground truth alone."""
   numbers = [int(n) for n in re.findall(r"\d+", question)]
   digits = np.array([[cell["digit"] for cell in row] for row in cells])
   colours = np.array([[cell["colour"] for cell in row] for row in cells])
@@ -58,7 +61,7 @@ def test_answers_follow_from_the_cells(task):
 
 
 @pytest.mark.parametrize("style", boards.STYLES)
-def test_targets_reason_correctly_and_end_in_the_answer(style):
+def test_targets_have_correct_steps_and_end_with_the_answer(style):
   for index in range(300):
     board, example = boards.sample("train", 4, index, style=style)
     assert board is not None and example.target is not None
@@ -74,7 +77,7 @@ def test_targets_reason_correctly_and_end_in_the_answer(style):
     assert (thought == "guess") == (style == "direct")
 
 
-def test_a_known_board_is_solved_as_written_by_hand():
+def test_steps_and_answers_of_a_board_equal_those_written_by_hand():
   def cell(text):
     colour = next(name for name in boards.COLOURS if name[0] == text[1])
     return boards.Cell(int(text[0]), colour, source=0, x=0, y=0, size=16, brightness=1.0)
@@ -101,7 +104,7 @@ def test_a_known_board_is_solved_as_written_by_hand():
     assert ("; ".join(got), right) == (steps, answer)
 
 
-def test_held_out_boards_draw_held_out_handwriting_only():
+def test_test_boards_use_only_held_out_digits():
   from sklearn.datasets import load_digits
 
   labels = load_digits(return_X_y=True)[1]
@@ -121,7 +124,7 @@ def test_held_out_boards_draw_held_out_handwriting_only():
   assert 0.18 < len(allowed["test"]) / 1797 < 0.22
 
 
-def test_images_show_what_the_cells_say():
+def test_images_agree_with_the_ground_truth_of_their_cells():
   for index in range(100):
     example = boards.make_example("train", 5, index)
     image, meta = decode(example).astype(int), example.meta
@@ -134,7 +137,7 @@ def test_images_show_what_the_cells_say():
         if ground is None:
           continue
         window = image[y0:y1, x0:x1].reshape(-1, 3)
-        # The pixel furthest from the ground is pure ink: its hue tells the colour.
+        # The pixel that differs most from the background is pure ink and shows the colour.
         red, green, blue = window[np.abs(window - ground).sum(1).argmax()]
         seen = (
           "yellow"
@@ -144,12 +147,12 @@ def test_images_show_what_the_cells_say():
         assert seen == cell["colour"]
 
 
-def test_a_sample_is_a_function_of_split_seed_and_index():
+def test_an_example_is_a_function_of_split_seed_and_index():
   first = boards.make_example("train", 1, 2, style="local")
   assert first == boards.make_example("train", 1, 2, style="local")
   for other in (("test", 1, 2), ("train", 2, 2), ("train", 1, 3)):
     assert boards.make_example(*other).images != first.images
-  # Every style is asked the same question about the same board.
+  # The question and the board do not depend on the style.
   direct = boards.make_example("train", 1, 2, style="direct")
   assert (direct.question, direct.images) == (first.question, first.images)
 
@@ -163,7 +166,7 @@ def test_tasks_and_styles_can_be_weighted():
   assert 0.70 < tasks.count("read") / 800 < 0.80  # 0.75, and 3 standard deviations
 
 
-def test_samples_for_the_base_model():
+def test_examples_for_the_base_model():
   board, read = boards.sample("train", 0, 0, tasks="transcribe")
   assert board is not None and read.answer == read.target == boards.board_text(board)
   for index in range(300):
@@ -182,12 +185,12 @@ def test_samples_for_the_base_model():
     ({"tasks": {"read": 0}}, "expected at least one name with a positive weight"),
   ],
 )
-def test_wrong_names_are_named(arguments, message):
+def test_unknown_names_are_errors_that_name_them(arguments, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     boards.make_example(**({"split": "train", "seed": 0, "index": 0} | arguments))
 
 
-def test_tfds_holds_the_same_samples_and_is_built_once(tmp_path):
+def test_tfds_contains_the_same_examples_and_is_written_once(tmp_path):
   settings = {"train": 12, "test": 5, "tasks": ("read", "count"), "style": "local"}
   built = boards.builder(tmp_path, **settings)
   record = built.as_data_source("test")[3]
@@ -203,11 +206,11 @@ def test_tfds_holds_the_same_samples_and_is_built_once(tmp_path):
   stamp = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
   assert boards.builder(tmp_path, **settings).data_path == built.data_path
   assert stamp == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record*")}
-  # Other settings are never served from this one.
+  # This dataset is never read for other settings.
   assert boards.builder(tmp_path, **settings | {"test": 6}).info.splits["test"].num_examples == 6
 
 
-def test_a_killed_build_leaves_nothing_in_the_way(tmp_path):
+def test_a_build_succeeds_after_a_killed_build(tmp_path):
   code = f"from jaxrl_vlm.data import digit_boards as b; b.builder({str(tmp_path)!r}, train=10**6)"
   process = subprocess.Popen([sys.executable, "-c", code])
   try:
@@ -215,10 +218,10 @@ def test_a_killed_build_leaves_nothing_in_the_way(tmp_path):
       assert process.poll() is None
       time.sleep(0.1)
   finally:
-    process.kill()  # SIGKILL: it cannot tidy up
+    process.kill()  # sends SIGKILL, so the process cannot clean up
     process.wait()
   (leftover,) = tmp_path.rglob("incomplete*")
-  # As if the killed build had been of these small settings.
+  # Move the leftover to where a killed build with these small settings would have left it.
   small = boards.check_settings(train=3, test=2)
   wanted = boards._make_builder(tmp_path, small).data_path.parent
   wanted.mkdir(parents=True)
@@ -228,7 +231,7 @@ def test_a_killed_build_leaves_nothing_in_the_way(tmp_path):
   assert not list(wanted.glob("incomplete*"))
 
 
-# -- Teachers that slip ---------------------------------------------------------------------------
+# -- Slips: errors in targets ---------------------------------------------------------------------
 
 RATES = {"digit": 0.3, "colour": 0.2, "sum": 0.25}
 
@@ -240,7 +243,7 @@ def thought_and_answer(example):
   return found[1], found[2]
 
 
-def test_slips_change_the_target_and_nothing_else():
+def test_slips_change_only_the_target():
   tasks = boards.QUESTION_TASKS + boards.BASE_TASKS
   changed = 0
   for index in range(400):
@@ -254,11 +257,11 @@ def test_slips_change_the_target_and_nothing_else():
     )
     changed += plain.target != slipped.target
   assert 200 < changed < 400
-  # Questions without targets have nothing to slip in.
+  # Without a target, slips have no effect.
   assert boards.make_example("test", 6, 0, slips=RATES) == boards.make_example("test", 6, 0)
 
 
-def test_slips_are_as_frequent_as_they_should_be():
+def test_slips_have_the_given_rates():
   cells = wrong_digits = wrong_colours = sums = wrong_sums = 0
   for index in range(1500):
     board, example = boards.sample("train", 7, index, tasks="transcribe", slips=RATES)
@@ -277,7 +280,7 @@ def test_slips_are_as_frequent_as_they_should_be():
       sums += 1
       wrong_sums += apart != 0
     assert thought.endswith(f"={answer}")
-  # Four standard deviations.
+  # The tolerance is four standard deviations.
   for name, wrong, of in (
     ("digit", wrong_digits, cells),
     ("colour", wrong_colours, cells),
@@ -288,7 +291,7 @@ def test_slips_are_as_frequent_as_they_should_be():
 
 
 @pytest.mark.parametrize("task", boards.QUESTION_TASKS)
-def test_a_slipped_answer_follows_from_the_slipped_steps(task):
+def test_with_slips_the_answer_of_the_target_follows_from_its_steps(task):
   wrong = 0
   for index in range(150):
     _, example = boards.sample("train", 8, index, tasks=task, style="local", slips=RATES)
@@ -337,7 +340,7 @@ def test_boards_without_an_answer_are_errors():
     ({"sum": 1.0}, "slips.sum=1.0: expected a probability, 0 or more and below 1"),
   ],
 )
-def test_wrong_slips_are_named(slips, message):
+def test_unknown_slips_and_bad_rates_are_errors_that_name_them(slips, message):
   with pytest.raises(ValueError, match=re.escape(message)):
     boards.LiveBoards("train", slips=slips)
 

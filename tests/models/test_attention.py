@@ -1,6 +1,6 @@
-"""Attention by kernels equals the plain one, values and gradients, on one device and on four.
+"""Attention kernels give the values and gradients of attention without a kernel.
 
-Splash runs in interpret mode here, and XLA in the place of cuDNN.
+The tests run on CPU devices. Splash runs in interpret mode, and XLA replaces cuDNN.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from jaxrl_vlm.types import Experience, TokenStats
 from tests import tiny, tiny_run
 
 KERNELS = ("splash_interpreted", "cudnn_by_xla")
-QUICK = {"xla_backend_optimization_level": 0}  # to compile, twice as fast
+QUICK = {"xla_backend_optimization_level": 0}  # for a shorter compilation
 
 
 def mesh_of(fsdp: int, tensor: int):
@@ -33,19 +33,21 @@ def mesh_of(fsdp: int, tensor: int):
 
 
 def assert_near(actual, expected, share=1e-5):
-  """But for the order of sums in float32; `share` of the largest value of an array.
+  """Asserts that two pytrees are equal up to the order of sums in float32.
 
-  Or of a thousandth of that of all arrays: the gradient of a bias of keys is 0 but for rounding.
+  The tolerance of an array is `share` of its largest value, or of a thousandth of the largest value
+  of all arrays if that is larger. The second case is for the gradient of the bias of keys, which is
+  0 except for rounding.
   """
   actual, expected = jax.device_get((actual, expected))
-  least = 1e-3 * max(float(np.abs(b).max()) for b in jax.tree.leaves(expected))
+  smallest_scale = 1e-3 * max(float(np.abs(b).max()) for b in jax.tree.leaves(expected))
 
   def near(path, a, b):
     np.testing.assert_allclose(
       a,
       b,
       rtol=0,
-      atol=share * max(float(np.abs(b).max()), least),
+      atol=share * max(float(np.abs(b).max()), smallest_scale),
       err_msg=jax.tree_util.keystr(path),
     )
 
@@ -56,7 +58,7 @@ def assert_near(actual, expected, share=1e-5):
 
 
 def _prompts(rng, rows):
-  """Each sees what is before it, all the way."""
+  """The causal mask of a prompt."""
   n = 151
   zero = np.zeros((rows, n), np.int32)
   at = np.broadcast_to(np.arange(n), (rows, n))
@@ -64,7 +66,7 @@ def _prompts(rng, rows):
 
 
 def _windows(rng, rows):
-  """Forty back, and to the end of an image: some pairs of blocks see nothing of each other."""
+  """A window of 40 tokens, and an image. Some pairs of blocks have no attention at all."""
   n = 401
   zero = np.zeros((rows, n), np.int32)
   at = np.broadcast_to(np.arange(n), (rows, n))
@@ -73,7 +75,7 @@ def _windows(rng, rows):
 
 
 def _responses(rng, rows):
-  """Of 19 to 64 tokens, in any order of their prompts; of prefixes one is empty."""
+  """Seven responses of 11 to 68 tokens to five prompts in random order. One prefix is empty."""
   n, prefixes, length = 300, 5, 70
   starts = np.sort(rng.choice(np.arange(1, n), 6, replace=False))
   first = np.zeros(n, np.int32)
@@ -84,11 +86,11 @@ def _responses(rng, rows):
   ]
   lengths = rng.integers(1, length + 1, (rows, prefixes, 1))
   lengths[:, 2] = 0
-  there = np.arange(length) < lengths
-  behind = np.where(there, np.arange(prefixes)[:, None], -1).reshape(rows, -1)
+  real = np.arange(length) < lengths
+  of_prefixes = np.where(real, np.arange(prefixes)[:, None], -1).reshape(rows, -1)
   return attention.Sight(
     own,
-    np.concatenate([own, behind], axis=1),
+    np.concatenate([own, of_prefixes], axis=1),
     np.broadcast_to(first, own.shape),
     np.broadcast_to(np.arange(n), own.shape),
     spanned=n,
@@ -96,7 +98,7 @@ def _responses(rng, rows):
 
 
 def _frames(rng, rows):
-  """Frames of an image each; what is left is padding, of one row everything."""
+  """Four images of one frame each, then padding. The last row is only padding."""
   sizes = np.array([130, 7, 90, 40])
   frames = np.concatenate([np.repeat(np.arange(1, 5), sizes), np.zeros(30, int)])
   frames = np.stack([frames] * (rows - 1) + [np.zeros_like(frames)])
@@ -109,12 +111,14 @@ def _frames(rng, rows):
     (_windows, 128, None, 2),
     (_responses, 64, (2, 2), 4),
     (_responses, 128, (1, 4), 2),  # more devices than key/value heads
-    (_prompts, 16, (2, 3), 3),  # neither rows nor heads can be shared out
+    (_prompts, 16, (2, 3), 3),  # neither rows nor heads are divisible by the mesh
     (_frames, 80, (2, 1), 2),
   ],
 )
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_equal_the_plain_one(kernel, sights, head_dim, axes, rows, monkeypatch):
+def test_kernels_equal_attention_without_a_kernel(
+  kernel, sights, head_dim, axes, rows, monkeypatch
+):
   monkeypatch.setattr(attention, "_BLOCK", 128)
   rng = np.random.default_rng(0)
   sight = jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), sights(rng, rows))
@@ -146,8 +150,8 @@ def test_kernels_equal_the_plain_one(kernel, sights, head_dim, axes, rows, monke
   assert_near((out, grads), (expected, expected_grads))
 
 
-def test_blocks_that_no_query_sees_are_not_computed(monkeypatch):
-  """Nor what is next to them fetched instead; not a number would stay one, if times 0."""
+def test_blocks_without_attention_are_neither_computed_nor_fetched(monkeypatch):
+  """The keys of these blocks are NaN, which would make the output NaN even with probability 0."""
   monkeypatch.setattr(attention, "_BLOCK", 128)
   segment = jnp.repeat(jnp.array([[-1, 0, -1]]), 128, axis=1)
   sight = attention.Sight(jnp.zeros((1, 100), jnp.int32), segment)
@@ -164,7 +168,7 @@ def test_blocks_that_no_query_sees_are_not_computed(monkeypatch):
 @pytest.mark.parametrize(
   ("n", "expected"), [(1, (128, 128)), (512, (512, 512)), (640, (384, 768)), (4096, (512, 4096))]
 )
-def test_blocks_hold_everything_with_little_room(n, expected):
+def test_block_sizes_cover_all_elements_with_little_padding(n, expected):
   assert attention._blocks(n) == expected
 
 
@@ -175,8 +179,11 @@ def test_blocks_hold_everything_with_little_room(n, expected):
 @pytest.mark.parametrize(
   ("family", "kernel"), [("qwen2_5_vl", "splash_interpreted"), ("gemma3", "cudnn_by_xla")]
 )
-def test_a_model_is_the_same_with_kernels(family, kernel, tmp_path):
-  """Images, videos, windows and padding; prompts, responses with padding and in blocks."""
+def test_a_model_with_kernels_equals_one_without(family, kernel, tmp_path):
+  """The batch has images, videos, windows and padding.
+
+  The test compares prompts, responses with padding, and responses in blocks.
+  """
   tiny.make_hf(tmp_path, family=family)
   model, params, processor = jv.load_pretrained(tmp_path)
   prompt = jax.tree.map(lambda a: a[:6], tiny.mixed_batch(processor, family))
@@ -184,7 +191,7 @@ def test_a_model_is_the_same_with_kernels(family, kernel, tmp_path):
   tokens = rng.integers(0, 50, (6, 2, 21)).astype(np.int32)
   lengths = np.array([[21, 3], [1, 0], [17, 16], [9, 21], [8, 5], [21, 2]])
   index, used = Packer(1, 1, 8, 16)(lengths, 21)
-  assert used[0] > 1 and index[0, used[0] - 1].max() == 6 * 2 * 3  # some blocks hold nothing
+  assert used[0] > 1 and index[0, used[0] - 1].max() == 6 * 2 * 3  # some blocks are unused
   blocks = Blocks(jnp.asarray(index[0, used[0] - 1]), 8)
   weights = [
     rng.normal(size=(*shape, model.config.hidden_size)).astype(np.float32)
@@ -209,7 +216,7 @@ def test_a_model_is_the_same_with_kernels(family, kernel, tmp_path):
     values(params, attention) for attention in (kernel, "xla")
   )
   assert_near(out, expected, 2e-5)
-  # They go through some layers, each of which adds to the rounding.
+  # Gradients pass through several layers, each of which adds rounding errors.
   assert_near(grads, expected_grads, 5e-5)
 
 
@@ -224,8 +231,8 @@ def scratch_path(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_step_on_four_devices_with_a_kernel_is_that_of_one_without(scratch_path):
-  """With packed responses."""
+def test_a_step_with_a_kernel_on_four_devices_equals_one_without_on_one_device(scratch_path):
+  """The responses are packed."""
   messages = [tiny.turn(None, text) for text in ("three", "plus four", "what is", "is")]
   pictures = [tiny.images((24, 40 - 8 * i), seed=i) for i in range(P)]
 
@@ -270,7 +277,7 @@ def test_a_step_on_four_devices_with_a_kernel_is_that_of_one_without(scratch_pat
   assert_near(step("splash_interpreted", mesh_of(2, 2)), step("xla", mesh_of(1, 1)), 5e-5)
 
 
-# -- The choice ------------------------------------------------------------------------------------
+# -- Choosing the attention ------------------------------------------------------------------------
 
 TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v5e")
 CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
@@ -301,7 +308,7 @@ class Sizes:
     ("cudnn", HOPPER, Sizes(), "cudnn"),
   ],
 )
-def test_devices_decide_what_auto_is(name, device, sizes, expected):
+def test_auto_depends_on_the_devices_and_the_model(name, device, sizes, expected):
   assert attention.choose(name, [device] * 2, sizes) == expected
 
 
@@ -310,18 +317,23 @@ def test_devices_decide_what_auto_is(name, device, sizes, expected):
   [
     ("flash", CPU, Sizes(), "expected one of auto, xla, splash, cudnn"),
     ("splash_interpreted", CPU, Sizes(), "expected one of auto, xla, splash, cudnn"),
-    ("splash", HOPPER, Sizes(), "expected a mesh of TPUs, this one is of gpu; the others are auto"),
-    ("cudnn", VOLTA, Sizes(), "compute capability 8.0 or more, this one is of Tesla V100"),
+    ("splash", HOPPER, Sizes(), "expected a mesh of TPUs, got one of gpu; other choices: auto"),
+    ("cudnn", VOLTA, Sizes(), "compute capability 8.0 or more, got one of Tesla V100"),
     ("cudnn", HOPPER, Sizes("float32"), "expected config.model.dtype='bfloat16'"),
-    ("cudnn", HOPPER, Sizes(head_dim=512), "expected smaller heads"),
+    (
+      "cudnn",
+      HOPPER,
+      Sizes(head_dim=512),
+      "expected a model with head_dim of at most 256, got 512",
+    ),
   ],
 )
-def test_what_cannot_be_names_the_field_its_value_and_the_choices(name, device, sizes, complaint):
+def test_an_unsupported_choice_is_an_error_with_the_reason(name, device, sizes, complaint):
   with pytest.raises(ValueError, match=f"^config.model.attention='{name}': .*{complaint}"):
     attention.choose(name, [device], sizes)
 
 
-def test_a_run_chooses_by_its_mesh_before_it_reads_parameters(scratch_path):
+def test_a_run_chooses_attention_for_its_mesh_before_it_reads_parameters(scratch_path):
   config = tiny_run.get_config()
   assert config.model.attention == "auto"
   assert load_model(config, scratch_path, mesh_of(2, 1))[0].config.attention == "xla"
@@ -329,6 +341,6 @@ def test_a_run_chooses_by_its_mesh_before_it_reads_parameters(scratch_path):
   with pytest.raises(
     UserError,
     match="^config.model.attention='splash': expected a mesh of TPUs, "
-    "this one is of cpu; the others are auto, xla, cudnn$",
+    "got one of cpu; other choices: auto, xla, cudnn$",
   ):
     load_model(config, scratch_path, mesh_of(2, 1))

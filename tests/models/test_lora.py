@@ -1,4 +1,4 @@
-"""Adapters against PEFT's, with the same random weights; and the parts of a pytree that train."""
+"""Compares adapters with PEFT, with the same random weights, and tests patterns of parameters."""
 
 import json
 
@@ -19,7 +19,7 @@ EVERYWHERE = LoRA(rank=4, alpha=6.0, targets=("decoder", "vision"))
 
 
 def randomised(params, seed: int = 0):
-  """`params` with other adapters: fresh ones change nothing."""
+  """Returns `params` with random adapters, because new adapters do not change the output."""
   rng = np.random.default_rng(seed)
   return lora.merge(
     lora.strip(params),
@@ -31,7 +31,11 @@ def randomised(params, seed: int = 0):
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
 def adapted(request, tmp_path_factory):
-  """Directory, torch model, its logits of a prompt; our model with adapters, and our prompt."""
+  """Returns a model of every family with adapters.
+
+  The result is the directory, the model of transformers, its logits of a batch, (model, params,
+  processor), and the batch.
+  """
   path = tmp_path_factory.mktemp("hf")
   theirs = tiny.make_hf(path, family=request.param)
   model, params, processor = models.load_pretrained(path, lora=EVERYWHERE)
@@ -42,7 +46,7 @@ def adapted(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(adapted):
-  """Parameters as if trained, and their logits."""
+  """Returns parameters with random adapters, as after training, and their logits."""
   _, _, _, (model, params, _), prompt = adapted
   params = randomised(params)
   return params, np.asarray(jv.logits(model, params, prompt))
@@ -50,23 +54,23 @@ def trained(adapted):
 
 def assert_rows(logits, rows) -> None:
   for row, expected in enumerate(rows):
-    # float32 through a few layers, sums in another order.
+    # float32 sums in another order, over a few layers.
     np.testing.assert_allclose(logits[row, : len(expected)], expected, atol=1e-4, err_msg=str(row))
 
 
 @pytest.mark.slow
-def test_peft_loads_what_we_save_to_the_same_logits(adapted, trained, tmp_path):
+def test_a_saved_adapter_has_the_same_logits_in_peft(adapted, trained, tmp_path):
   path, _, base, (model, _, _), prompt = adapted
   params, logits = trained
   lora.save_adapter(tmp_path, model.config, params, path)
   theirs = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
   theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path)).eval()
   assert_rows(logits, [tiny.torch_logits(theirs, prompt, row) for row in range(3)])
-  assert np.abs(logits[1, : len(base[1])] - base[1]).max() > 0.5  # the adapters say something
+  assert np.abs(logits[1, : len(base[1])] - base[1]).max() > 0.5  # the adapters change the logits
 
   saved = load_file(tmp_path / "adapter_model.safetensors")
   loaded = peft.get_peft_model_state_dict(theirs)
-  assert loaded.keys() == saved.keys()  # none missing, none left over
+  assert loaded.keys() == saved.keys()  # no tensor is missing or unknown
   for name, tensor in loaded.items():
     np.testing.assert_array_equal(tensor.numpy(), saved[name], err_msg=name)
   assert sum(x.size for x in saved.values()) == sum(
@@ -75,7 +79,7 @@ def test_peft_loads_what_we_save_to_the_same_logits(adapted, trained, tmp_path):
   assert theirs.peft_config["default"].base_model_name_or_path == str(path)
 
 
-def test_the_saved_model_is_merged(adapted, trained, tmp_path):
+def test_adapters_are_merged_into_a_saved_model(adapted, trained, tmp_path):
   _, _, _, (model, _, processor), prompt = adapted
   params, logits = trained
   jv.save_pretrained(tmp_path, model, params, processor)
@@ -83,7 +87,7 @@ def test_the_saved_model_is_merged(adapted, trained, tmp_path):
   assert_rows(logits, [tiny.torch_logits(theirs, prompt, row) for row in range(3)])
 
 
-def test_fresh_or_stripped_adapters_leave_the_model_as_it_was(adapted, trained):
+def test_a_model_with_new_or_removed_adapters_equals_the_base_model(adapted, trained):
   _, _, base, (model, fresh, _), prompt = adapted
   assert_rows(np.asarray(jv.logits(model, fresh, prompt)), base)
   stripped = np.asarray(jv.logits(model, lora.strip(trained[0]), prompt))
@@ -91,7 +95,7 @@ def test_fresh_or_stripped_adapters_leave_the_model_as_it_was(adapted, trained):
   np.testing.assert_array_equal(stripped, jv.logits(model, lora.strip(fresh), prompt))
 
 
-def test_a_saved_adapter_comes_back_bit_for_bit(adapted, trained, tmp_path):
+def test_a_saved_adapter_is_loaded_unchanged(adapted, trained, tmp_path):
   model, params = adapted[3][0], trained[0]
   lora.save_adapter(tmp_path, model.config, params)
   again = lora.load_adapter(tmp_path, model.config, models.abstract_params(model.config))
@@ -106,7 +110,7 @@ def test_experts_and_their_router_have_no_adapters(adapted):
   assert mlp == (set() if config.moe else {"gate", "up", "down"})
 
 
-# -- One family is enough --------------------------------------------------------------------------
+# -- Tests of one family ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,7 @@ def qwen(tmp_path_factory):
   return path
 
 
-def test_split_and_merge_hand_on_the_very_leaves(qwen):
+def test_split_and_merge_do_not_copy_leaves(qwen):
   _, params, _ = models.load_pretrained(qwen, lora=EVERYWHERE)
   flat = weights.by_path(params)
   for patterns, chooses in {
@@ -134,7 +138,7 @@ def test_split_and_merge_hand_on_the_very_leaves(qwen):
     assert all(leaf is flat[path] for path, leaf in weights.by_path(whole).items())
 
 
-def test_frozen_parameters_in_bfloat16_compute_the_same(qwen):
+def test_storing_frozen_parameters_in_bfloat16_does_not_change_logits(qwen):
   trainable = ("decoder/layers/q",)
   prompts = None
   logits = []
@@ -150,7 +154,7 @@ def test_frozen_parameters_in_bfloat16_compute_the_same(qwen):
   } == {"bfloat16"}
 
 
-def test_folding_in_place_and_in_bfloat16():
+def test_merging_adapters_in_place_in_bfloat16_and_on_a_mesh():
   rng = np.random.default_rng(0)
   config = models.from_hf(tiny_config()).replace(lora=LoRA(2, 3.0))
   for shape in ((8, 6), (3, 8, 6)):
@@ -166,7 +170,7 @@ def test_folding_in_place_and_in_bfloat16():
     once = lora.merged({"x": layer, "norm": norm}, config)
     assert once["norm"] is norm and once["x"].keys() == {"kernel"}
     assert once["x"]["kernel"].dtype == jnp.bfloat16
-    # Half a unit in the last of bfloat16's 8 bits.
+    # One rounding to the 8 significant bits of bfloat16.
     np.testing.assert_allclose(np.asarray(once["x"]["kernel"], "f8"), expected, rtol=2**-8)
     in_place = lora.merged({"x": layer, "norm": norm}, config, donate=True)
     np.testing.assert_array_equal(in_place["x"]["kernel"], once["x"]["kernel"])
@@ -176,9 +180,9 @@ def test_folding_in_place_and_in_bfloat16():
     split = {"o": layer | {"kernel": once["x"]["kernel"]}}
     split = jax.device_put(split, parallel.param_shardings(mesh, split))
     whole = lora.merged({"o": {**layer, "kernel": once["x"]["kernel"]}}, config)
-    there = lora.merged(split, config)["o"]["kernel"]
-    assert there.sharding == split["o"]["kernel"].sharding
-    np.testing.assert_array_equal(there, whole["o"]["kernel"])
+    sharded = lora.merged(split, config)["o"]["kernel"]
+    assert sharded.sharding == split["o"]["kernel"].sharding
+    np.testing.assert_array_equal(sharded, whole["o"]["kernel"])
 
 
 def tiny_config():
@@ -208,7 +212,7 @@ def tiny_config():
   }
 
 
-def test_fresh_adapters_are_pefts_and_the_same_on_every_mesh():
+def test_new_adapters_are_initialised_as_in_peft_and_do_not_depend_on_the_mesh():
   config = models.from_hf(tiny_config()).replace(lora=EVERYWHERE)
   shapes = models.abstract_params(config)
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
@@ -237,8 +241,14 @@ def test_fresh_adapters_are_pefts_and_the_same_on_every_mesh():
       lambda path: (path / "adapter_model.safetensors").write_bytes(b"12345678"),
       "adapter_model.safetensors: not a complete safetensors file",
     ),
-    (lambda path: rewrite(path, r=8), "config.model.lora.rank=4: expected 8, which .*config.json"),
-    (lambda path: rewrite(path, lora_alpha=1), "config.model.lora.alpha=6.0: expected 1, which"),
+    (
+      lambda path: rewrite(path, r=8),
+      "config.model.lora.rank=4: expected 8, the value of r in .*config.json",
+    ),
+    (
+      lambda path: rewrite(path, lora_alpha=1),
+      "config.model.lora.alpha=6.0: expected 1, the value of lora_alpha in",
+    ),
     (lambda path: rewrite(path, use_dora=True), "use_dora=True is not supported"),
     (
       lambda path: tensors(path, drop="layers.1.mlp.up_proj.lora_A"),
@@ -246,11 +256,11 @@ def test_fresh_adapters_are_pefts_and_the_same_on_every_mesh():
     ),
     (
       lambda path: tensors(path, add="base_model.model.lm_head.lora_A.weight"),
-      "'base_model.model.lm_head.lora_A.weight' has no place in this model",
+      "'base_model.model.lm_head.lora_A.weight' belongs to no adapter of this model",
     ),
   ],
 )
-def test_a_directory_that_does_not_fit_is_one_line(change, complaint, tmp_path):
+def test_a_directory_that_does_not_match_is_an_error_in_one_line(change, complaint, tmp_path):
   config = models.from_hf(tiny_config()).replace(lora=EVERYWHERE)
   shapes = models.abstract_params(config)
   lora.save_adapter(tmp_path, config, lora.init_adapters(shapes, jax.random.key(0)))
@@ -271,7 +281,7 @@ def tensors(path, drop: str = "\0", add: str = "") -> None:
   save_file(kept | ({add: np.zeros((4, 32), np.float32)} if add else {}), file)
 
 
-def test_names_of_earlier_transformers_are_understood(tmp_path):
+def test_tensor_names_of_earlier_versions_of_transformers_are_read(tmp_path):
   config = models.from_hf(tiny_config()).replace(lora=EVERYWHERE)
   shapes = models.abstract_params(config)
   params = randomised(lora.merge(lora.init_adapters(shapes, jax.random.key(0)), {"head": 0}))
@@ -306,12 +316,12 @@ def test_names_of_earlier_transformers_are_understood(tmp_path):
       None,
       ("decoder", "!*"),
       "config.model.trainable=('decoder', '!*'): expected patterns that "
-      "leave at least one parameter to train",
+      "select at least one parameter",
     ),
     (
       None,
       ("lora",),
-      "config.model.trainable=('lora',): 'lora' matches adapters alone; expected "
+      "config.model.trainable=('lora',): 'lora' matches only adapters; expected "
       "config.model.lora.rank above 0, got 0",
     ),
     (
@@ -329,7 +339,7 @@ def test_names_of_earlier_transformers_are_understood(tmp_path):
       LoRA(4, 8.0, ("vision", "!vision")),
       (),
       "config.model.lora.targets=('vision', '!vision'): "
-      "expected patterns that leave at least one linear layer",
+      "expected patterns that select at least one linear layer",
     ),
     (
       LoRA(4, 8.0, ("decoder",)),
@@ -339,7 +349,7 @@ def test_names_of_earlier_transformers_are_understood(tmp_path):
     ),
   ],
 )
-def test_mistakes_in_patterns_name_field_value_and_expectation(settings, trainable, complaint):
+def test_errors_in_patterns_name_field_value_and_expectation(settings, trainable, complaint):
   config = models.from_hf(tiny_config()).replace(lora=LoRA(1, 1.0, ("*",)))
   with pytest.raises(ValueError) as error:
     lora.check(models.abstract_params(config), settings, trainable)

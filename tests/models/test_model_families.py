@@ -1,4 +1,4 @@
-"""What `config.json` says, of every family, and what is refused."""
+"""Tests that `config.json` is read as in transformers, and that unsupported settings are errors."""
 
 import copy
 import json
@@ -27,8 +27,7 @@ def changed(family: str, part: str, **fields):
 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH)
-def test_published_and_saved_configs_say_the_same(family):
-  """The hub's form of the file, and the one that transformers 5 writes."""
+def test_a_published_config_and_one_of_transformers_5_are_read_the_same(family):
   published = CONFIGS[ONE_OF_EACH[family]]
   theirs = dict(copy.deepcopy(published))
   theirs = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs).to_dict()
@@ -37,7 +36,7 @@ def test_published_and_saved_configs_say_the_same(family):
   assert one.replace(**same) == other.replace(**same)
 
 
-def test_unknown_family_lists_what_is_supported():
+def test_an_unknown_family_is_an_error_with_the_supported_families():
   with pytest.raises(
     ValueError,
     match="model_type='llama' is not supported; supported: "
@@ -80,12 +79,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}
     ("gemma3", "text_config", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is"),
   ],
 )
-def test_what_is_not_supported_is_named(family, part, fields, message):
+def test_an_unsupported_setting_is_an_error_with_its_name(family, part, fields, message):
   with pytest.raises(ValueError, match=message):
     models.from_hf(changed(family, part, **fields))
 
 
-def test_linear_scaling_needs_a_factor():
+def test_linear_rotary_scaling_without_a_factor_is_an_error():
   config = changed("gemma3", "text_config", rope_scaling={"rope_type": "linear"})
   with pytest.raises(ValueError, match="config.json: rope_type='linear' without factor"):
     models.from_hf(config)
@@ -97,8 +96,8 @@ def hf_parsed(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_defaults_may_be_left_out(name):
-  """As transformers 4 wrote the files; both libraries read the same from them."""
+def test_fields_with_default_values_may_be_absent(name):
+  """Files of transformers 4 omit these fields. Both libraries read the same values from them."""
   full, less = CONFIGS[name], sparse(CONFIGS[name])
   assert len(str(less)) < len(str(full))
   config = models.from_hf(less)
@@ -107,7 +106,7 @@ def test_defaults_may_be_left_out(name):
   check_sizes(config, hf_parsed(less))
 
 
-# What transformers 4.49 wrote of the published towers.
+# The vision_config of published checkpoints as transformers 4.49 writes it.
 TOWERS = {
   "Qwen2.5-VL-7B": {
     "hidden_size": 1280,
@@ -121,7 +120,7 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_towers_of_fine_tuned_checkpoints(name):
+def test_the_vision_config_of_a_fine_tuned_checkpoint_is_read(name):
   config = CONFIGS[name] | {"vision_config": TOWERS[name]}
   ours = models.from_hf(config)
   assert ours.replace(hf="") == models.from_hf(CONFIGS[name]).replace(hf="")
@@ -129,15 +128,15 @@ def test_towers_of_fine_tuned_checkpoints(name):
 
 
 @pytest.mark.parametrize("family", ONE_OF_EACH)
-def test_without_any_field_it_is_the_class_default(family):
+def test_a_config_without_fields_has_the_defaults_of_transformers(family):
   config = {"model_type": family}
-  if family.startswith("qwen3"):  # the default in transformers has no rotary sections at all
+  if family.startswith("qwen3"):  # the default in transformers has no mrope_section
     config["text_config"] = {"rope_scaling": {"mrope_section": [24, 20, 20]}}
   check_sizes(models.from_hf(config), hf_parsed(config))
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_channels_by_their_other_name_are_ignored(family):
+def test_in_chans_is_ignored_as_in_transformers(family):
   config = changed(family, "vision_config", in_chans=1)
   assert models.from_hf(config).vision.in_channels == 3
   assert hf_parsed(config).vision_config.in_channels == 3
@@ -148,16 +147,16 @@ def test_channels_by_their_other_name_are_ignored(family):
 @pytest.mark.parametrize("family", ONE_OF_EACH)
 @pytest.mark.parametrize("part", ["", "text_config"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_where_embeddings_are_tied(family, part, tied):
+def test_tie_word_embeddings_is_read_where_transformers_reads_it(family, part, tied):
   config = copy.deepcopy(CONFIGS[ONE_OF_EACH[family]])
   config.pop("tie_word_embeddings", None)
-  if part and part not in config:  # one that is there takes the place of the flat fields
+  if part and part not in config:  # an added text_config replaces the fields at the top level
     config[part] = {}
   (config[part] if part else config)["tie_word_embeddings"] = tied
   assert models.from_hf(config).tied == hf_parsed(config).tie_word_embeddings
 
 
-def test_tokens_outside_the_vocabulary_need_no_suppression():
+def test_tokens_outside_the_vocabulary_are_not_suppressed():
   config = changed("qwen2_vl", "", vocab_size=151654)
   assert models.from_hf(config).suppressed_tokens == (151652, 151653)
 
@@ -172,10 +171,10 @@ def test_tokens_outside_the_vocabulary_need_no_suppression():
     ({"eos_token_id": 5, "text_config": {"eos_token_id": 6, "pad_token_id": 7}}, (5,), 7),
     ({"text_config": {"eos_token_id": 0}}, (0,), 0),
     ({}, (151645,), 151645),
-    ({"vocab_size": 100}, (151645,), 0),  # a token that no embedding has pads nothing
+    ({"vocab_size": 100}, (151645,), 0),  # a token outside the vocabulary cannot be the pad token
   ],
 )
-def test_stop_tokens(fields, stops, pad):
+def test_stop_and_pad_tokens(fields, stops, pad):
   config = models.from_hf({"model_type": "qwen2_vl", **fields})
   assert (config.stop_tokens, config.pad_token) == (stops, pad)
 
@@ -184,7 +183,7 @@ def test_stop_tokens(fields, stops, pad):
   ("eos", "stops"),
   [("0", (0,)), ("[0, 7]", (0, 7)), ("7", (7,)), ("null", (151645,)), ("[]", (151645,))],
 )
-def test_generation_config_is_heard_first(eos, stops, tmp_path):
+def test_stop_tokens_of_generation_config_have_precedence(eos, stops, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen2-VL-2B"]))
   assert models.from_directory(tmp_path).stop_tokens == (151645,)
   (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
@@ -200,7 +199,7 @@ def test_generation_config_is_heard_first(eos, stops, tmp_path):
     ('{"eos_token_id": [true]}', r"generation_config.json: eos_token_id=\[True\]: expected a tok"),
   ],
 )
-def test_broken_generation_config(content, message, tmp_path):
+def test_an_invalid_generation_config_is_an_error_in_one_line(content, message, tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Qwen2-VL-2B"]))
   (tmp_path / "generation_config.json").write_text(content)
   with pytest.raises(ValueError, match=message) as error:
@@ -209,7 +208,7 @@ def test_broken_generation_config(content, message, tmp_path):
 
 
 def check_sizes(ours, theirs):
-  """A ModelConfig says what the configuration of transformers says."""
+  """Asserts that a ModelConfig has the values of a configuration of transformers."""
   text, vision, tower = theirs.text_config, theirs.vision_config, ours.vision
   gemma = ours.family == "gemma3"
   head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

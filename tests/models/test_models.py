@@ -1,4 +1,4 @@
-"""Our Flax models against transformers' torch implementations, with the same random weights."""
+"""Compares the Flax models with the PyTorch models of transformers with the same random weights."""
 
 import functools
 import json
@@ -18,7 +18,8 @@ from jaxrl_vlm import models, scoring
 from jaxrl_vlm.models import layers, names, weights
 from tests import tiny
 
-# Family and whether its head is its embedding; first what tests of every family once take.
+# (family, whether the embedding is also the output head). `ONCE` has each family once, `CASES` has
+# all combinations.
 ONCE = [
   ("qwen2_vl", True),
   ("qwen2_5_vl", False),
@@ -35,7 +36,7 @@ def _id(case) -> str:
 
 @pytest.fixture(scope="module", params=CASES, ids=_id)
 def pair(request, tmp_path_factory):
-  """Directory, torch model; our model, parameters and processor."""
+  """Returns the directory, the model of transformers, and (model, params, processor)."""
   family, tied = request.param
   path = tmp_path_factory.mktemp("hf")
   theirs = tiny.make_hf(path, family=family, tied=tied)
@@ -47,7 +48,7 @@ every_family_once = pytest.mark.parametrize("pair", ONCE, indirect=True, ids=_id
 
 @pytest.fixture(scope="module")
 def mixed(pair):
-  """A batch of everything a family takes, and transformers' logits of each row."""
+  """Returns a batch of all kinds of input of a family, and the logits of transformers by row."""
   _, theirs, (_, _, processor) = pair
   prompt = tiny.mixed_batch(processor, theirs.config.model_type)
   return prompt, [tiny.torch_logits(theirs, prompt, row) for row in range(len(prompt.length))]
@@ -58,12 +59,12 @@ def test_logits_equal_transformers(pair, mixed):
   prompt, expected = mixed
   logits = np.asarray(jv.logits(model, params, prompt))
   for row, want in enumerate(expected):
-    assert np.ptp(want) > 1  # the weights say something
+    assert np.ptp(want) > 1  # the logits depend on the token
     np.testing.assert_allclose(logits[row, : len(want)], want, atol=1e-4, err_msg=f"row {row}")
 
 
 def test_greedy_generation_equals_transformers(pair, mixed):
-  """Of 32 tokens, on both sides without a stop token."""
+  """Generates 32 tokens, without stop tokens in both libraries."""
   _, theirs, (model, params, processor) = pair
   prompt, _ = mixed
   endless = models.VLM(model.config.replace(stop_tokens=()))
@@ -79,8 +80,8 @@ def test_greedy_generation_equals_transformers(pair, mixed):
 
 
 @pytest.mark.parametrize("pair", [("gemma3", True)], indirect=True, ids=_id)
-def test_stop_tokens_end_rows_where_they_do_in_transformers(pair):
-  """Two stop tokens, each of which another row says first."""
+def test_stop_tokens_end_responses_as_in_transformers(pair):
+  """There are two stop tokens, which end different rows first."""
   _, theirs, (model, params, processor) = pair
   prompt = processor(*tiny.conversations())
   endless = model.config.replace(stop_tokens=())
@@ -103,7 +104,7 @@ def test_stop_tokens_end_rows_where_they_do_in_transformers(pair):
 
 
 @every_family_once
-def test_images_matter(pair):
+def test_logits_depend_on_the_image(pair):
   _, _, (model, params, processor) = pair
   messages, pictures = tiny.conversations()
   one = jv.logits(model, params, processor(messages[1], pictures[1]))
@@ -112,7 +113,7 @@ def test_images_matter(pair):
 
 
 @every_family_once
-def test_rows_do_not_see_each_other_or_padding(pair):
+def test_logits_of_a_prompt_do_not_depend_on_other_prompts_or_padding(pair):
   _, _, (model, params, processor) = pair
   messages, pictures = tiny.conversations()
   batch = jv.logits(model, params, processor(messages, pictures))
@@ -124,7 +125,7 @@ def test_rows_do_not_see_each_other_or_padding(pair):
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 @every_family_once
-def test_remat_changes_no_gradient(pair, remat):
+def test_remat_does_not_change_gradients(pair, remat):
   _, _, (model, params, processor) = pair
   prompt = processor(*tiny.conversations())
 
@@ -138,15 +139,18 @@ def test_remat_changes_no_gradient(pair, remat):
   grad = jax.jit(jax.grad(loss, 1), static_argnums=0)
   plain, other = grad(model, params, prompt), grad(again, params, prompt)
 
-  def same(a, b):  # but for the order of sums in float32
+  def assert_same(a, b):  # up to the order of sums in float32
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-7)
 
-  jax.tree.map(same, plain, other)
+  jax.tree.map(assert_same, plain, other)
 
 
 @every_family_once
-def test_bfloat16_errs_like_torch(pair, mixed):
-  """Error of the logits in bfloat16 over real positions: no more than twice transformers' own."""
+def test_the_bfloat16_error_is_similar_to_that_of_transformers(pair, mixed):
+  """The mean error of the logits is at most twice the error of transformers in bfloat16.
+
+  The error is over real tokens, not padding.
+  """
   path, _, _ = pair
   prompt, rows = mixed
   model, params, _ = jv.load_pretrained(path, dtype="bfloat16")
@@ -163,11 +167,11 @@ def test_bfloat16_errs_like_torch(pair, mixed):
     return np.abs(np.concatenate(rows) - exact).mean()
 
   assert error(ours) <= 2 * error(theirs)
-  # One rounding is 0.2% and there are dozens; nothing is 0 if it was computed in bfloat16.
+  # One rounding is 0.2%, and there are dozens. The lower bound shows that bfloat16 was really used.
   assert 0.002 * exact.std() < error(ours) < 0.05 * exact.std()
 
 
-def test_saved_model_loads_in_transformers(pair, mixed, tmp_path):
+def test_a_saved_model_loads_in_transformers(pair, mixed, tmp_path):
   path, theirs, (model, params, processor) = pair
   jv.save_pretrained(tmp_path, model, params, processor)
   again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
@@ -186,7 +190,7 @@ def test_saved_model_loads_in_transformers(pair, mixed, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, params, params_again)
 
 
-def test_sharded_and_bfloat16_files(pair, mixed, tmp_path):
+def test_checkpoints_in_several_files_and_in_bfloat16(pair, mixed, tmp_path):
   path, theirs, (model, _, _) = pair
   family, tied = theirs.config.model_type, model.config.tied
   low = tiny.make_hf(
@@ -194,14 +198,15 @@ def test_sharded_and_bfloat16_files(pair, mixed, tmp_path):
   )
   assert len(list(tmp_path.glob("*.safetensors"))) > 2
   loaded, params, _ = jv.load_pretrained(tmp_path)
-  assert loaded.config.replace(hf="") == model.config.replace(hf="")  # so `model` is compiled
+  # The configs are equal, so that the compiled program of `model` can be used.
+  assert loaded.config.replace(hf="") == model.config.replace(hf="")
   assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
   prompt, _ = mixed
   load = transformers.AutoModelForImageTextToText.from_pretrained
   expected = tiny.torch_logits(load(tmp_path, dtype=torch.float32).eval(), prompt, 2)
   logits = np.asarray(jv.logits(model, params, prompt))[2, : len(expected)]
   np.testing.assert_allclose(logits, expected, atol=1e-4)
-  # In bfloat16 the bits are those of the files, and come back so.
+  # Loading and saving in bfloat16 keeps all bits.
   _, params, _ = jv.load_pretrained(tmp_path, param_dtype="bfloat16")
   weights.save_params(tmp_path / "again", model.config, params, shard_bytes=100_000)
   assert len(list((tmp_path / "again").glob("*.safetensors"))) > 2
@@ -210,7 +215,7 @@ def test_sharded_and_bfloat16_files(pair, mixed, tmp_path):
     assert torch.equal(value, again.state_dict()[name]), name
 
 
-# Where the hub's files of each family have the decoder, and some tensors of the tiny models there.
+# Prefix of the decoder's tensors in the files on the Hugging Face hub, by family.
 TEXT = {
   "qwen2_vl": "model",
   "qwen2_5_vl": "model",
@@ -236,6 +241,7 @@ _QWEN3 = {
   "model.visual.deepstack_merger_list.1.linear_fc2.weight": (64, 128),
   "model.language_model.layers.0.self_attn.q_norm.weight": (16,),
 }
+# Names of some tensors on the hub, and their shapes in the tiny models.
 ON_THE_HUB = {
   "qwen2_vl": _QWEN2 | {"visual.blocks.2.mlp.fc1.weight": (64, 32)},
   "qwen2_5_vl": _QWEN2 | {"visual.blocks.2.mlp.gate_proj.weight": (48, 32)},
@@ -258,7 +264,7 @@ ON_THE_HUB = {
 }
 
 
-def test_saved_names_are_those_of_the_hub(pair, tmp_path):
+def test_saved_tensors_have_the_names_and_shapes_of_the_hub(pair, tmp_path):
   path, _, (model, params, _) = pair
   family, table = model.config.family, (model.config.vocab_size, 64)
   weights.save_params(tmp_path, model.config, params)
@@ -268,7 +274,8 @@ def test_saved_names_are_those_of_the_hub(pair, tmp_path):
     expected[("language_model." if family == "gemma3" else "") + "lm_head.weight"] = table
   assert {name: saved.get(name) for name in expected} == expected
   assert model.config.tied != any(name.endswith("lm_head.weight") for name in saved)
-  # transformers writes as many; in Gemma's vision tower it leaves out a part that the hub has.
+  # transformers writes the same tensors. For the vision tower of Gemma, it omits one level of the
+  # names on the hub.
   theirs = set(load_file(path / "model.safetensors"))
   if family == "gemma3":
     saved = {k.replace("vision_tower.vision_model.", "vision_tower.") for k in saved}
@@ -276,8 +283,11 @@ def test_saved_names_are_those_of_the_hub(pair, tmp_path):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_what_training_changes_in_a_bfloat16_start_is_kept(family, tmp_path):
-  """One weight moves by the least of a float32, and only it, when transformers loads the result."""
+def test_small_changes_to_a_bfloat16_model_are_saved_in_float32(family, tmp_path):
+  """One weight changes by the smallest step of a float32.
+
+  transformers loads the changed weight, and all others unchanged.
+  """
   start = tiny.make_hf(tmp_path / "start", family=family, dtype=torch.bfloat16)
   model, params, processor = jv.load_pretrained(tmp_path / "start")
   kernel = np.array(params["decoder"]["layers"]["q"]["kernel"])
@@ -305,8 +315,8 @@ def test_what_training_changes_in_a_bfloat16_start_is_kept(family, tmp_path):
 
 
 @every_family_once
-def test_names_of_all_generations(pair, tmp_path):
-  """Names as published, as in transformers' model, and as older releases of it wrote them."""
+def test_tensor_names_of_all_versions_of_transformers_are_read(pair, tmp_path):
+  """Names of the model of transformers and of older versions are read like published names."""
   path, theirs, (model, params, _) = pair
   family = model.config.family
   shutil.copytree(path, tmp_path, dirs_exist_ok=True)
@@ -337,7 +347,7 @@ def test_names_of_all_generations(pair, tmp_path):
 
 
 @every_family_once
-def test_bad_files_are_named(pair, tmp_path):
+def test_errors_name_invalid_files_and_tensors(pair, tmp_path):
   _, _, (model, params, processor) = pair
   jv.save_pretrained(tmp_path, model, params, processor)
   last = f"{TEXT[model.config.family]}.norm.weight"
@@ -351,8 +361,7 @@ def test_bad_files_are_named(pair, tmp_path):
   save_file({k: v for k, v in tensors.items() if k != last}, weights_file)
   with pytest.raises(
     ValueError,
-    match=rf"model.safetensors: tensor '{re.escape(last)}' is "
-    r"missing",
+    match=rf"model.safetensors: tensor '{re.escape(last)}' is missing",
   ):
     jv.load_pretrained(tmp_path)
   save_file(tensors | {last: np.ones(3, np.float32)}, weights_file)
@@ -363,7 +372,7 @@ def test_bad_files_are_named(pair, tmp_path):
   ):
     jv.load_pretrained(tmp_path)
   save_file(tensors | {"model.extra.weight": np.ones(3, np.float32)}, weights_file)
-  with pytest.raises(ValueError, match="'model.extra.weight' has no place"):
+  with pytest.raises(ValueError, match="'model.extra.weight' belongs to no parameter"):
     jv.load_pretrained(tmp_path)
   weights_file.unlink()
   with pytest.raises(FileNotFoundError, match="model.safetensors: no such file"):
@@ -373,8 +382,8 @@ def test_bad_files_are_named(pair, tmp_path):
 
 
 @pytest.mark.parametrize("scores", [40, 9, 1])
-def test_attention_in_blocks(scores, monkeypatch):
-  """Many queries are worked through in blocks: the same values, log-sum-exps and gradients."""
+def test_attention_in_blocks_of_queries_equals_attention_at_once(scores, monkeypatch):
+  """Compares values, log-sum-exps and gradients."""
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32) for a, b in ((7, 4), (2, 9), (2, 9)))
   mask = rng.random((2, 7, 9)) < 0.7
@@ -391,12 +400,12 @@ def test_attention_in_blocks(scores, monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run(), whole)
 
 
-def test_attention_merges_exactly():
-  """Two attentions merged by their log-sum-exp are the attention over all keys."""
+def test_merge_is_exact():
+  """Attention to two sets of keys, merged by log-sum-exp, equals attention to all keys."""
   rng = np.random.default_rng(0)
   q, k, v = (rng.normal(size=(2, a, b, 8)).astype(np.float32) for a, b in ((5, 4), (2, 9), (2, 9)))
   mask = rng.random((2, 5, 9)) < 0.7
-  mask[0, 0, :4] = False  # one side empty
+  mask[0, 0, :4] = False  # the first query attends to no key of the first set
   mask[0, 0, 4] = True
   whole, _ = layers.attend(q, k, v, lambda at: mask[:, at], 8**-0.5)
   halves = [
@@ -404,7 +413,7 @@ def test_attention_merges_exactly():
     for s in (slice(0, 4), slice(4, 9))
   ]
   np.testing.assert_allclose(layers.merge(*halves)[0], whole, atol=1e-6)
-  # And the plain formula, for one query.
+  # The formula of attention, for one query.
   keys = k[1, 1][mask[1, 2]]
   weights = np.exp(keys @ q[1, 2, 3] / np.sqrt(8))
   expected = (weights / weights.sum()) @ v[1, 1][mask[1, 2]]
@@ -412,9 +421,10 @@ def test_attention_merges_exactly():
 
 
 def _responses(model, shape, seed=0):
-  """Random tokens [P, G, T] of unequal length, none of them forbidden.
+  """Returns random tokens [P, G, T] and their mask, with responses of different lengths.
 
-  Nor the pad token: torch keeps the gradient of its embedding at zero, wherever it stands.
+  Suppressed tokens are excluded. So is the pad token, because torch keeps the gradient of its
+  embedding at zero even where it is not padding.
   """
   rng = np.random.default_rng(seed)
   allowed = np.setdiff1d(
@@ -427,7 +437,10 @@ def _responses(model, shape, seed=0):
 
 @every_family_once
 def test_shared_prefix_equals_separate_sequences(pair):
-  """Logits and gradients of P x G responses on shared prompts, and of P·G sequences by torch."""
+  """Compares P · G responses with shared prefixes with P · G separate sequences in torch.
+
+  The log-probabilities, entropies and gradients must be equal.
+  """
   _, theirs, (model, params, processor) = pair
   prompt = processor(*tiny.conversations())
   tokens, mask = _responses(model, (3, 2, 7))
@@ -476,21 +489,22 @@ def test_shared_prefix_equals_separate_sequences(pair):
     for i, name in enumerate(entry.names()):
       ours = np.asarray(flat[entry.path])
       ours = ours if entry.layers is None else ours[i]
-      if name not in expected:  # the unused last DeepStack layers of torch have none
+      if name not in expected:  # the last DeepStack layers are unused in torch
         np.testing.assert_array_equal(ours, 0, err_msg=name)
         continue
       every = (slice(None),) * ours.ndim
       want = entry.read(expected[name], ours.shape, every, model.config)
       want = want.T if entry.turned else want
-      # Both round in float32: 3e-6 of the largest, in Gemma with its ten norms a pass 2e-4. What
-      # is 0 but for that (of keys' biases, which no softmax sees) is the floor.
+      # Both round in float32. The difference is 3e-6 of the largest value, and 2e-4 in Gemma,
+      # which has more norms. The absolute term is for gradients that are 0 except
+      # for rounding, such as that of the bias of keys, which does not change a softmax.
       atol = (5e-4 if model.config.family == "gemma3" else 2e-5) * np.abs(want).max() + 1e-6
       np.testing.assert_allclose(ours, want, rtol=0, atol=atol, err_msg=name)
       compared.add(name)
   assert compared == set(expected)
 
 
-def test_chunked_scoring_equals_whole(tmp_path):
+def test_scoring_in_chunks_equals_scoring_at_once(tmp_path):
   tiny.make_hf(tmp_path)
   model, params, processor = jv.load_pretrained(tmp_path)
   prompt = processor(*tiny.conversations())

@@ -1,4 +1,4 @@
-"""The published sizes of every family: names and shapes are those of transformers' model."""
+"""Tests that the models of all published sizes have the tensor names and shapes of transformers."""
 
 import copy
 
@@ -12,7 +12,7 @@ from jaxrl_vlm import models
 from jaxrl_vlm.models import names, weights
 from jaxrl_vlm.models.published import CONFIGS
 
-# Billions of parameters, as the model cards on the hub count them.
+# Billions of parameters, according to the model cards on the Hugging Face hub.
 SIZES = {
   "Qwen2-VL-2B": 2.21,
   "Qwen2-VL-7B": 8.29,
@@ -47,7 +47,7 @@ def test_names_and_shapes_equal_transformers(name):
     for tensor in entry.names():
       assert (tensor in ours) == (entry.half == 1)
       ours[tensor] = entry.memory_shape(shape, config)
-  assert not flat  # every parameter of ours has a name
+  assert not flat  # every parameter has a tensor
 
   parsed = dict(copy.deepcopy(CONFIGS[name]))
   parsed = transformers.AutoConfig.for_model(parsed.pop("model_type"), **parsed)

@@ -1,4 +1,4 @@
-"""Loading reads only what the devices of a host hold, and says what is wrong with files."""
+"""Tests that hosts read only the shards of their devices, and that errors name invalid files."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests import tiny
 
 
 class Spy:
-  """A tensor of a file that counts the elements taken out of it."""
+  """A tensor that counts the elements that are read from it."""
 
   def __init__(self, array: np.ndarray):
     self.array, self.shape, self.read = array, array.shape, 0
@@ -33,8 +33,8 @@ class Spy:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_parts_are_read_alone_and_make_the_whole(family, tmp_path):
-  """Of every parameter, on a mesh that splits both axes."""
+def test_slices_of_every_parameter_are_read_without_the_rest(family, tmp_path):
+  """The slices are those of a mesh that splits both axes of a matrix."""
   tiny.make_hf(tmp_path, family=family)
   config = models.from_directory(tmp_path)
   shapes = models.abstract_params(config)
@@ -67,7 +67,7 @@ def test_parts_are_read_alone_and_make_the_whole(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "gemma3"])
-def test_sharded_loading_equals_loading(family, tmp_path):
+def test_loading_onto_a_mesh_equals_loading_onto_one_device(family, tmp_path):
   tiny.make_hf(tmp_path, family=family)
   config = models.from_directory(tmp_path)
   shapes = models.abstract_params(config)
@@ -124,8 +124,8 @@ print(json.dumps({"devices": jax.device_count(), "read": read, "held": held,
 """
 
 
-def test_each_process_reads_what_its_devices_hold_and_one_writes_all(tmp_path):
-  """Two processes of one device each, over loopback."""
+def test_each_process_reads_the_shards_of_its_devices_and_process_0_writes(tmp_path):
+  """Runs two processes with one device each on this host."""
   tiny.make_hf(tmp_path, family="qwen3_vl")
   with socket.socket() as free:
     free.bind(("localhost", 0))
@@ -150,19 +150,22 @@ def test_each_process_reads_what_its_devices_hold_and_one_writes_all(tmp_path):
   for out, _ in done:
     result = json.loads(out.splitlines()[-1])
     assert result["devices"] == 2
-    # Norms and biases are whole on every device.
+    # Norms and biases are replicated on both devices.
     assert result["held"] < 0.6 * result["total"]
-    # The embedding of patches, a small convolution, is read whole.
+    # The patch embedding is small, and every process reads it completely.
     patches = params["vision"]["patch_embed"]["kernel"].nbytes
     assert result["read"] == result["held"] + patches // 2
     np.testing.assert_allclose(result["norm"], norm, rtol=1e-5)
-  # Both took part in saving, one wrote.
+  # Saving requires both processes, but only process 0 writes.
   again = weights.load_params(tmp_path / "saved", config, models.abstract_params(config))
   jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
-def test_square_expert_tensors_are_read_as_transformers_does(tmp_path):
-  """Of [E, D, 2·I] in files and [E, 2·I, D] in memory, the shape cannot tell when D is 2·I."""
+def test_square_expert_tensors_are_read_as_in_transformers(tmp_path):
+  """Experts are [E, D, 2·I] in files and [E, 2·I, D] in memory.
+
+  If D = 2·I, the shape does not show which layout a tensor has.
+  """
   config = models.from_hf(
     json.loads(
       json.dumps(
@@ -208,8 +211,8 @@ def test_square_expert_tensors_are_read_as_transformers_does(tmp_path):
     np.testing.assert_array_equal(entry.read(stored, half.shape, every, config), half)
 
 
-def test_experts_are_published_transposed(tmp_path):
-  """[E, D, 2·I] and [E, I, D], as in the published files that vLLM and SGLang read."""
+def test_experts_are_saved_in_the_transposed_layout_of_published_files(tmp_path):
+  """These are [E, D, 2·I] and [E, I, D], as in the published files that vLLM and SGLang read."""
   tiny.make_hf(tmp_path, family="qwen3_vl_moe")
   model, params, processor = jv.load_pretrained(tmp_path)
   jv.save_pretrained(tmp_path / "out", model, params, processor)
@@ -222,7 +225,7 @@ def test_experts_are_published_transposed(tmp_path):
   assert saved[name.format("down")].shape == (6, 24, 64)
 
 
-def test_damaged_index(tmp_path):
+def test_errors_name_a_damaged_index_and_missing_files(tmp_path):
   tiny.make_hf(tmp_path, max_shard_size="100KB")
   index = tmp_path / "model.safetensors.index.json"
   content = json.loads(index.read_text())
@@ -244,7 +247,7 @@ def test_damaged_index(tmp_path):
     jv.load_pretrained(tmp_path)
   del content["weight_map"]["model.norm.weight"]
   index.write_text(json.dumps(content))
-  for file in files:  # the tensor is nowhere, whatever the index says
+  for file in files:  # remove the tensor from the files too
     held = load_file(tmp_path / file)
     if held.pop("model.norm.weight", None) is not None:
       save_file(held, tmp_path / file)
@@ -261,7 +264,7 @@ def test_damaged_index(tmp_path):
     jv.load_pretrained(tmp_path)
 
 
-def test_quantised_tensors_are_refused(tmp_path):
+def test_quantised_tensors_are_an_error(tmp_path):
   tiny.make_hf(tmp_path)
   file = tmp_path / "model.safetensors"
   tensors = load_file(file)
@@ -275,7 +278,7 @@ def test_quantised_tensors_are_refused(tmp_path):
       jv.load_pretrained(tmp_path)
 
 
-def test_dtype_of_the_config_is_that_of_the_files(tmp_path):
+def test_a_saved_config_names_the_dtype_of_the_saved_tensors(tmp_path):
   tiny.make_hf(tmp_path / "hf", dtype=torch.bfloat16)
   for dtype in ("float32", "bfloat16"):
     model, params, processor = jv.load_pretrained(tmp_path / "hf", param_dtype=dtype)

@@ -4,7 +4,11 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def quick_compilation():
-  """Each program here runs a few times on tiny arrays: what takes time is to compile it."""
+  """Turns off most of XLA's optimizations.
+
+  The programs of these tests run a few times on tiny arrays, so compiling them takes most of the
+  time.
+  """
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
@@ -13,6 +17,6 @@ def quick_compilation():
 
 @pytest.fixture(autouse=True)
 def explicit_ranks():
-  """[P, G] meets [P, G, T] only where the code says how."""
+  """Forbids implicit broadcasting of arrays of different rank, such as [P, G] and [P, G, T]."""
   with jax.numpy_rank_promotion("raise"):
     yield

@@ -1,4 +1,4 @@
-"""Clip-Cov and KL-Cov against verl's formulas, written out in numpy."""
+"""Tests Clip-Cov and KL-Cov against verl's formulas in numpy."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def batch(seed=0):
 
 
 def eligible(stats, experience, low, high, clip):
-  """Tokens whose covariance lies between and that PPO's clip leaves alone."""
+  """Returns the tokens whose covariance is between `low` and `high` and that PPO does not clip."""
   mask, now, a = experience.mask, np.asarray(stats.logp), experience.advantages
   ratio = np.exp(now - experience.old.logp)
   clipped = np.where(a > 0, ratio > 1 + clip, ratio < 1 - clip)
@@ -33,7 +33,7 @@ def eligible(stats, experience, low, high, clip):
   return mask & ~clipped & (covariance > low) & (covariance < high)
 
 
-def test_clip_cov_drops_all_eligible_tokens_where_the_share_covers_them():
+def test_clip_cov_drops_all_eligible_tokens_if_the_share_is_large_enough():
   stats, experience = batch()
   objective = objectives.create("clip_cov", cov_share=1.0, clip_low=0.2, clip_high=0.2)
   chosen = eligible(stats, experience, 1.0, 5.0, 0.2)
@@ -54,9 +54,9 @@ def test_clip_cov_drops_all_eligible_tokens_where_the_share_covers_them():
   assert np.all(np.asarray(gradient != 0) == (mask & ~chosen & ~clipped))
 
 
-def test_clip_cov_draws_its_share_of_the_eligible():
+def test_clip_cov_samples_its_share_of_the_eligible_tokens_uniformly():
   objective = objectives.create("clip_cov", cov_share=0.05)
-  drawn = []
+  ranks = []  # of chosen tokens among the eligible ones, from 0 for the first to 1 for the last
   for seed in range(40):
     stats, experience = batch(seed)
     chosen = np.asarray(objective._cov_tokens(objective.prepare(experience), stats.logp)) > 0
@@ -64,24 +64,23 @@ def test_clip_cov_draws_its_share_of_the_eligible():
     assert not np.any(chosen & ~may)
     count = max(int(0.05 * experience.mask.sum() + 1e-4), 1)
     assert chosen.sum() == min(count, may.sum())
-    # Where among the eligible the drawn ones stand, 0 first and 1 last.
-    drawn += [np.flatnonzero(may.ravel()).searchsorted(i) / max(may.sum() - 1, 1)
+    ranks += [np.flatnonzero(may.ravel()).searchsorted(i) / max(may.sum() - 1, 1)
               for i in np.flatnonzero(chosen.ravel())]  # fmt: skip
-  # As if uniform: the mean of n of them is 0.5 ± 0.29 / √n.
-  assert len(drawn) > 60 and abs(np.mean(drawn) - 0.5) < 4 * 0.29 / len(drawn) ** 0.5
+  # The mean of n uniform ranks is 0.5 ± 0.29 / √n.
+  assert len(ranks) > 60 and abs(np.mean(ranks) - 0.5) < 4 * 0.29 / len(ranks) ** 0.5
 
 
 @pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
-def test_a_split_minibatch_is_the_whole_one(name):
-  """With `current` the choice is made once; without, every part makes its own, as verl does."""
+def test_microbatches_equal_the_whole_minibatch_only_with_current(name):
+  """With `current`, tokens are chosen once. Without, each microbatch chooses them, as in verl."""
   stats, experience = batch(3)
   objective = objectives.create(name, cov_share=0.1)
   whole = float(objective.loss(stats, objective.prepare(experience))[0])
 
   def split(experience):
     prepared = objective.prepare(experience)
-    parts = (jax.tree.map(lambda x, i=i: x[i : i + 1], (stats, prepared)) for i in range(P))
-    return sum(float(objective.loss(*part)[0]) for part in parts)
+    microbatches = (jax.tree.map(lambda x, i=i: x[i : i + 1], (stats, prepared)) for i in range(P))
+    return sum(float(objective.loss(*microbatch)[0]) for microbatch in microbatches)
 
   assert split(dataclasses.replace(experience, current=stats)) == pytest.approx(whole, rel=1e-5)
   assert split(experience) != pytest.approx(whole, rel=1e-3)

@@ -1,4 +1,4 @@
-"""DPO, IPO and hinge: torch formulas, what must not matter, extremes and mistakes."""
+"""Tests DPO, IPO and hinge losses against formulas in torch, and their invariances and errors."""
 
 import dataclasses
 import functools
@@ -26,15 +26,20 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 def batch(seed: int = 0, dtype=np.float32, shift: float = 0.0, least: int = 1):
-  """Log-probabilities [P, 2, T] of the policy, and an experience with those of the reference.
+  """Generates log-probabilities [P, 2, T] of the policy, and an experience with the reference's.
 
-  The policy's are `shift` or -`shift` away at every token, chosen and rejected apart.
+  Args:
+    seed: Seed of the random numbers.
+    dtype: Type of the log-probabilities.
+    shift: Difference from the reference that is added for chosen tokens and subtracted for rejected
+      tokens.
+    least: Smallest number of tokens of a response.
   """
   rng = np.random.default_rng(seed)
   mask = np.arange(T) < rng.integers(least, T + 1, (P, 2, 1))
   ref = -rng.exponential(1.0, (P, 2, T))
   logp = ref + rng.standard_normal((P, 2, T)) + shift * np.array([1, -1])[None, :, None]
-  # What stands on the padding is anything at all.
+  # Values at padded tokens must have no effect.
   logp, ref = (np.where(mask, x, np.nan).astype(dtype) for x in (logp, ref))
   return logp, experience(mask, ref)
 
@@ -48,17 +53,17 @@ def stats(logp) -> TokenStats:
 
 
 def run(objective: DPO, logp, experience: Experience, jit: bool = True):
-  """((loss, metrics), gradient), of the whole as one microbatch."""
+  """Returns ((loss, metrics), gradient) of the minibatch as a single microbatch."""
 
-  def of(logp, experience):
+  def loss(logp, experience):
     return objective.loss(stats(logp), objective.prepare(experience))
 
-  grad = jax.value_and_grad(of, has_aux=True)
+  grad = jax.value_and_grad(loss, has_aux=True)
   return (jax.jit(grad) if jit else grad)(jnp.asarray(logp), experience)
 
 
 def by_hand(objective: DPO, logp, ref, mask):
-  """Loss, metrics and gradient in float64 from torch: one pair after another."""
+  """Computes loss, metrics and gradient pair by pair with torch in float64."""
   policy = torch.tensor(np.nan_to_num(logp).astype(np.float64), requires_grad=True)
   losses, rewards, nll, tokens = [], [], [], 0
   for p in range(len(logp)):
@@ -99,7 +104,7 @@ def by_hand(objective: DPO, logp, ref, mask):
 @every
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_loss_gradient_and_metrics_are_the_formula(name, seed, jit):
+def test_loss_gradient_and_metrics_equal_the_formula(name, seed, jit):
   objective = OBJECTIVES[name]
   logp, e = batch(seed)
   (value, metrics), gradient = run(objective, logp, e, jit)
@@ -113,8 +118,8 @@ def test_loss_gradient_and_metrics_are_the_formula(name, seed, jit):
   assert 0 < expected["reward_accuracy"] < 1
 
 
-def test_the_first_step_is_log_2_and_pushes_the_two_apart():
-  """l = ref: every z is 0, and the slope is −β/2 on a chosen token, β/2 on a rejected one."""
+def test_at_the_reference_the_loss_is_log_2_with_opposite_gradients():
+  """If l = ref, every z is 0. The gradient is −β/2 for chosen and β/2 for rejected tokens."""
   _, e = batch()
   (value, metrics), gradient = run(DPO(beta=0.1), e.views["ref"].logp, e)
   close(value, np.log(2))
@@ -138,7 +143,7 @@ def test_padding_changes_nothing(name):
 
 
 @every
-def test_prompts_have_no_order(name):
+def test_the_order_of_prompts_does_not_matter(name):
   logp, e = batch(8, least=0)
   order = np.random.default_rng(8).permutation(P)
   (value, metrics), gradient = run(OBJECTIVES[name], logp, e)
@@ -151,7 +156,7 @@ def test_prompts_have_no_order(name):
 
 @every
 @pytest.mark.parametrize("empty", [0, 1, 2], ids=["chosen", "rejected", "both"])
-def test_a_pair_without_one_of_its_responses_counts_nowhere(name, empty):
+def test_a_pair_with_an_empty_response_is_left_out(name, empty):
   logp, e = batch(3)
   mask = e.mask.copy()
   mask[2, slice(None) if empty == 2 else empty] = False
@@ -166,7 +171,7 @@ def test_a_pair_without_one_of_its_responses_counts_nowhere(name, empty):
 
 
 @every
-def test_nothing_but_masked_responses(name):
+def test_loss_and_gradient_are_zero_if_all_responses_are_empty(name):
   logp, e = batch(3)
   e = dataclasses.replace(e, mask=np.zeros_like(e.mask))
   (value, metrics), gradient = run(OBJECTIVES[name], logp, e)
@@ -177,7 +182,7 @@ def test_nothing_but_masked_responses(name):
 @every
 @pytest.mark.parametrize("size", [1, 2])
 def test_microbatches_add_up(name, size):
-  """Any split along P, with pairs of every length and some that do not count."""
+  """Tests splits along P, with pairs of all lengths and some pairs that are left out."""
   objective = OBJECTIVES[name]
   logp, e = batch(4, least=0)
   assert not e.mask.any(-1).all() and e.mask.any(-1).all(-1).sum() >= 2
@@ -191,8 +196,8 @@ def test_microbatches_add_up(name, size):
 
   total, sums, slopes = 0.0, jax.tree.map(np.zeros_like, metrics), []
   for start in range(0, P, size):
-    part = jax.tree.map(lambda a, i=start: a[i : i + size], (logp, prepared))
-    (loss, some), slope = one(*part)
+    microbatch = jax.tree.map(lambda a, i=start: a[i : i + size], (logp, prepared))
+    (loss, some), slope = one(*microbatch)
     total += loss
     sums = jax.tree.map(np.add, sums, some)
     slopes.append(slope)
@@ -204,7 +209,7 @@ def test_microbatches_add_up(name, size):
 @every
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shift", [-80.0, 80.0])
-def test_finite_where_policies_are_far_apart(name, dtype, shift):
+def test_results_are_finite_if_policies_are_far_apart(name, dtype, shift):
   objective = OBJECTIVES[name]
   logp, e = batch(5, dtype, shift)
   (value, metrics), gradient = run(objective, logp, e)
@@ -214,7 +219,7 @@ def test_finite_where_policies_are_far_apart(name, dtype, shift):
   gradient = np.asarray(gradient, np.float32)
   assert np.all(np.isfinite(gradient))
   if objective.loss_type == "sigmoid" and shift < 0 and not objective.sft_coef:
-    # Saturated, but still pulled back with all of β.
+    # The sigmoid is saturated, and the gradient has its full size β.
     pull = objective.beta * (1 - objective.label_smoothing) / P
     close(gradient[e.mask[:, 0].nonzero()[0], 0, 0], -pull, rtol=1e-2)
 
@@ -227,7 +232,7 @@ def test_bfloat16_log_probabilities_are_added_in_float32():
   close(value, exact)
 
 
-def test_an_experience_is_prepared_on_the_way_or_once():
+def test_loss_prepares_an_experience_that_is_not_prepared():
   logp, e = batch(7)
   direct, _ = DPO().loss(stats(logp), e)
   close(direct, run(DPO(), logp, e)[0][0])
@@ -235,20 +240,20 @@ def test_an_experience_is_prepared_on_the_way_or_once():
   with pytest.raises(ValueError, match="has been prepared already"):
     DPO().prepare(prepared)
   assert prepared.weights is not None and prepared.token_weights is not None
-  close(prepared.weights.sum(), 1)  # of the NLL of chosen responses
+  close(prepared.weights.sum(), 1)  # weights of the NLL of chosen responses
   assert not np.any(prepared.weights[:, 1])
   close(prepared.token_weights, e.mask / e.mask.sum())
 
 
 @pytest.mark.parametrize("group", [1, 3])
-def test_other_than_two_samples_are_refused(group):
+def test_groups_of_other_than_two_samples_are_errors(group):
   e = experience(np.ones((P, group, T), bool), np.zeros((P, group, T), np.float32))
   message = rf"experience\.mask: shape \(5, {group}, 6\); expected \[P, 2, T\]"
   with pytest.raises(ValueError, match=message):
     DPO().prepare(e)
 
 
-def test_the_reference_is_needed():
+def test_a_missing_reference_is_an_error():
   logp, e = batch()
   assert DPO().views == ("ref",) and DPO().grad_views == ()
   with pytest.raises(ValueError, match="needs the view 'ref'"):
@@ -275,7 +280,7 @@ def test_the_reference_is_needed():
     ({"sft_coef": -1}, "config.objective.sft_coef=-1: expected a number >= 0"),
   ],
 )
-def test_mistakes(settings, message):
+def test_bad_settings_are_errors(settings, message):
   with pytest.raises(ValueError) as error:
     DPO(**settings)
   assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Advantages that need more than rewards, and rewards with something taken off, by hand."""
+"""Advantages that need more than rewards, and rewards with penalties, equal values by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,18 @@ def rows(advantages):
   return np.broadcast_to(advantages, MASK.shape)
 
 
-def test_gpg_scales_with_the_share_of_responses_that_earn():
-  # Three responses with tokens, two of them with a reward: α = 3/2.
+def test_gpg_scales_with_the_share_of_rewarded_responses():
+  # Three responses have tokens, and two of them have a reward, so α = 3/2.
   advantages = objectives.create("gpg").advantages(np.array([[1.0, 0.0], [2.0, 5.0]]), MASK)
   np.testing.assert_allclose(advantages[..., 0], 1.5 * np.array([[0.5, -0.5], [-1.5, 1.5]]))
 
 
-def test_gdpo_normalises_each_reward_on_its_own():
-  """Slow version in numpy, float64."""
+def test_gdpo_normalizes_each_reward_separately():
+  """Compares with a slow version in numpy and float64."""
   rng = np.random.default_rng(0)
   mask = np.arange(5) < rng.integers(1, 6, (4, 6, 1))
   components = {"right": rng.integers(0, 2, (4, 6)) * 1.0, "form": rng.random((4, 6))}
-  components["form"][3] = np.nan  # that prompt's own rewards leave it out
+  components["form"][3] = np.nan  # the rewards of this prompt do not contain it
   weights = {"right": np.full((4, 6), 1.0), "form": np.full((4, 6), 0.25)}
   expected = np.zeros((4, 6))
   for p in range(4):
@@ -46,15 +46,15 @@ def test_gdpo_normalises_each_reward_on_its_own():
   np.testing.assert_allclose(advantages, expected, atol=2e-5)
 
 
-def test_gdpo_tells_apart_what_the_total_does_not():
-  """Two rewards that always add up to 1: no group advantage in GRPO, a difference here."""
+def test_gdpo_distinguishes_responses_with_equal_total_reward():
+  """If two rewards always add up to 1, GRPO's advantages are zero and GDPO's are not."""
   right = np.array([[1.0, 1.0, 0.0, 1.0]], np.float32)
-  parts = {"right": right, "form": 1 - right}
+  components = {"right": right, "form": 1 - right}
   weights = {"right": np.full_like(right, 1.0), "form": np.full_like(right, 0.5)}
   mask = np.ones((1, 4, 2), bool)
-  assert not np.any(objectives.create("grpo").advantages(right + parts["form"], mask))
+  assert not np.any(objectives.create("grpo").advantages(right + components["form"], mask))
   advantages = objectives.create("gdpo").advantages(
-    right + parts["form"], mask, components=parts, component_weights=weights
+    right + components["form"], mask, components=components, component_weights=weights
   )
   assert np.all(advantages[0, :, 0] * np.array([1, 1, -1, 1]) > 0.3)
 
@@ -80,20 +80,20 @@ def penalised(name, **settings):
   return objective, penalty
 
 
-def test_penalty_is_the_weighted_divergence_of_response_tokens():
+def test_penalty_is_the_weighted_kl_of_response_tokens():
   _, penalty = penalised("grpo")
   cost = -2 * np.array([[[0.1, 0.2, 0.4], [0.5, 0, 0]], [[0, -0.3, 0], [0, 0, 0]]])
   np.testing.assert_allclose(penalty, cost, atol=1e-6)
 
 
-def test_outcome_estimators_take_the_sum_off_the_reward():
+def test_outcome_estimators_subtract_the_sum_of_penalties_from_the_reward():
   objective, penalty = penalised("rloo")
   # R − Σ penalty: 1 + 1.4, 0 + 1; 2 − 0.6, 5
   advantages = objective.advantages(REWARDS, MASK, penalty=penalty)
   np.testing.assert_allclose(advantages[..., 0], [[1.4, -1.4], [-3.6, 3.6]], rtol=1e-5)
 
 
-def test_token_returns_are_the_reward_less_the_penalties_to_come():
+def test_token_returns_are_the_reward_minus_the_remaining_penalties():
   objective, penalty = penalised("remax")
   advantages = objective.advantages(REWARDS, MASK, penalty=penalty, baseline=jnp.zeros(2))
   expected = np.array([[[2.4, 2.2, 1.8], [1, 0, 0]], [[1.4, 1.4, 2], [5, 5, 5]]])
@@ -106,7 +106,7 @@ def test_token_returns_are_the_reward_less_the_penalties_to_come():
   np.testing.assert_allclose(np.asarray(advantages)[MASK], whitened, rtol=1e-5)
 
 
-def test_a_penalty_over_the_whole_vocabulary():
+def test_penalty_with_the_full_kl_uses_the_kl_of_the_view():
   objective = objectives.create("grpo", kl="full", kl_coef=0.5, kl_in="reward")
   assert objective.full_kl == ("ref",) and objective.grad_views == ()
   ref = TokenStats(REF, REF, kl=np.full(MASK.shape, 3.0, np.float32))
@@ -116,11 +116,11 @@ def test_a_penalty_over_the_whole_vocabulary():
     objective.penalty(TokenStats(OLD, OLD), TokenStats(REF, REF), jnp.asarray(MASK), {})
 
 
-# Overlong
+# Overlong responses
 
 
 def test_overlong_punishment():
-  """DAPO's: 0 up to L_max − buffer tokens, then linear to −factor at L_max."""
+  """DAPO's reward is 0 up to L_max − buffer tokens, then decreases linearly to −factor at L_max."""
   objective = objectives.create("dr_grpo", max_length=8, overlong_buffer=4, overlong_factor=2.0)
   lengths = np.array([[0, 4, 5, 8]])
   mask = np.arange(8) < lengths[..., None]
@@ -133,7 +133,7 @@ def test_overlong_punishment():
     objective.advantages(rewards)
 
 
-# What goes wrong
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -153,23 +153,25 @@ def test_overlong_punishment():
     ("grpo", {"kl": "k4"}, "kl='k4': expected one of 'k1', .*'k3\\+', 'full'"),
   ],
 )
-def test_impossible_settings(name, settings, message):
+def test_contradictory_settings_are_errors(name, settings, message):
   with pytest.raises(ValueError, match=message):
     objectives.create(name, **settings)
 
 
-def test_what_advantages_need_must_be_given():
+def test_missing_or_unexpected_inputs_of_advantages_are_errors():
   with pytest.raises(ValueError, match=r"'remax' .* needs \['baseline'\], got \[\]"):
     objectives.create("remax", kl_coef=0.0).advantages(REWARDS, MASK)
   with pytest.raises(ValueError, match=r"'grpo' .* needs \[\], got \['baseline'\]"):
     objectives.create("grpo").advantages(REWARDS, MASK, baseline=jnp.zeros(2))
 
 
-def test_samples_that_a_method_wants():
+def test_smallest_number_of_samples_of_each_method():
   least = {name: objectives.create(name, max_length=8).min_samples for name in objectives.names()}
   assert {name for name, samples in least.items() if samples == 1} == {
     "remax", "reinforce_pp", "sft"}  # fmt: skip
-  filtered = objectives.create("dapo", advantage="remax")  # one is never both right and wrong
+  filtered = objectives.create(
+    "dapo", advantage="remax"
+  )  # one sample cannot be both right and wrong
   assert filtered.min_samples == 2
 
 
@@ -177,8 +179,8 @@ def test_samples_that_a_method_wants():
 
 
 @pytest.mark.parametrize("share", [0.2, 0.3, 0.4, 0.5, 1.0])
-def test_tokens_above_a_quantile(share):
-  """numpy's quantile over the tokens of each response; ties are kept, as in the released code."""
+def test_tokens_above_a_quantile_equal_numpy(share):
+  """The quantile is over the tokens of each response. As in the released code, ties are kept."""
   rng = np.random.default_rng(0)
   mask = np.arange(9) < rng.permutation(np.arange(12) % 10).reshape(3, 4, 1)
   scores = rng.integers(0, 6, mask.shape).astype(np.float32)
@@ -190,8 +192,8 @@ def test_tokens_above_a_quantile(share):
   assert not np.any(kept & ~mask)
 
 
-def test_clipping_a_divergence_that_may_be_negative():
-  """k1: 0 below 0 and the bound above it, without gradient there."""
+def test_the_perception_kl_is_clipped_on_both_sides():
+  """k1 may be negative. It is clipped to [0, bound], without gradient where it is clipped."""
   objective = objectives.create(
     "papo_d", perception_kl="k1", perception_clip=0.2, perception_coef=1.0, entropy_penalty=0.0,
     masked_entropy_penalty=0.0)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which groups and responses count, and coefficients that change from update to update."""
+"""Tests the choice of groups and responses, and coefficients that change with each update."""
 
 import dataclasses
 
@@ -13,7 +13,8 @@ from jaxrl_vlm.types import Experience, TokenStats
 P, G, T = 3, 2, 4
 MASK = np.arange(T) < np.array([[[4], [2]], [[3], [4]], [[1], [0]]])
 LOGP = np.full((P, G, T), -0.5, np.float32)
-PLAIN = {"kl_coef": 0.0, "entropy_penalty": 0.1}  # a penalty, to see what counts
+# The penalty gives every token that counts a gradient, also without an advantage.
+PLAIN = {"kl_coef": 0.0, "entropy_penalty": 0.1}
 
 
 def experience(advantages, **more):
@@ -27,7 +28,7 @@ def gradient(objective, batch):
   return np.asarray(grad(jnp.asarray(LOGP))), objective.prepare_metrics(prepared)
 
 
-def test_truncated_responses_do_not_count():
+def test_mask_overlong_leaves_out_truncated_responses():
   batch = experience([[1, -1], [1, -1], [1, 0]], truncated=np.array([[1, 0], [0, 1], [0, 0]], bool))
   masked, metrics = gradient(objectives.create("grpo", mask_overlong=True, **PLAIN), batch)
   counted = MASK & ~batch.truncated[..., None]
@@ -40,7 +41,7 @@ def test_truncated_responses_do_not_count():
     objectives.create("grpo", mask_overlong=True).prepare(experience([[1, -1]] * P))
 
 
-def test_groups_without_advantage_do_not_dilute_the_mean():
+def test_mask_zero_advantages_leaves_out_groups_without_advantages():
   batch = experience([[0, 0], [1, -1], [0, 0]])
   masked, metrics = gradient(objectives.create("grpo", mask_zero_advantages=True, **PLAIN), batch)
   plain, others = gradient(objectives.create("grpo", **PLAIN), batch)
@@ -49,7 +50,7 @@ def test_groups_without_advantage_do_not_dilute_the_mean():
   assert metrics["zero_advantage_share"] == others["zero_advantage_share"] == pytest.approx(2 / 3)
 
 
-def test_a_soft_filter_keeps_what_is_mixed_in_one_respect():
+def test_filter_with_several_keys_keeps_groups_that_are_mixed_in_one_of_them():
   accuracy = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
   seen = np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0], [np.nan, np.nan]])
   soft = objectives.create("dapo", filter_keys=("accuracy", "seen"))
@@ -63,7 +64,7 @@ def test_a_soft_filter_keeps_what_is_mixed_in_one_respect():
     soft.kept(accuracy, accuracy, {})
 
 
-def test_a_group_that_is_cut_is_not_one_without_advantage():
+def test_zero_advantage_share_does_not_count_truncated_groups():
   batch = experience([[1, -1], [1, -1], [0, 0]], truncated=np.array([[1, 1], [0, 0], [0, 0]], bool))
   _, metrics = gradient(objectives.create("grpo", mask_overlong=True, **PLAIN), batch)
   assert metrics["zero_advantage_share"] == pytest.approx(1 / 3)
@@ -72,8 +73,8 @@ def test_a_group_that_is_cut_is_not_one_without_advantage():
 # State
 
 
-def test_the_kl_coefficient_follows_its_target():
-  """verl's controller, over three updates of five responses."""
+def test_the_kl_coefficient_equals_verls_controller():
+  """Compares three updates with five responses each."""
   objective = objectives.create("grpo", kl_coef=0.02, kl_target=0.1, kl_horizon=50)
   batch = experience([[1, -1]] * P, views={"ref": TokenStats(LOGP, LOGP)})
   state, value = objective.initial_state(), 0.02
@@ -86,7 +87,7 @@ def test_the_kl_coefficient_follows_its_target():
   assert objectives.create("grpo").initial_state() == {}
 
 
-def test_the_kl_coefficient_never_becomes_a_reward():
+def test_the_kl_coefficient_never_becomes_negative():
   objective = objectives.create("grpo", kl_coef=0.02, kl_target=0.1, kl_horizon=1)
   batch = experience([[1, -1]] * P, state=objective.initial_state())
   state = objective.next_state(objective.prepare(batch), {"ref_kl": jnp.float32(0)})
@@ -94,7 +95,7 @@ def test_the_kl_coefficient_never_becomes_a_reward():
 
 
 @pytest.mark.parametrize("where", ["loss", "reward"])
-def test_the_adapted_coefficient_is_the_one_that_counts(where):
+def test_loss_and_penalty_use_the_adapted_kl_coefficient(where):
   objective = objectives.create("grpo", kl="k2", kl_in=where, kl_coef=0.02, kl_target=0.1)
   ref = TokenStats(LOGP - 1, LOGP)
   state = {"kl_coef": jnp.float32(0.5)}
@@ -107,7 +108,7 @@ def test_the_adapted_coefficient_is_the_one_that_counts(where):
     np.testing.assert_allclose(penalty, 0.25 * MASK)
     batch = experience(np.zeros((P, G)), views={"ref": ref}, state=state)
     metrics = objective.prepare_metrics(objective.prepare(batch))
-    assert metrics["ref_kl"] == pytest.approx(0.5)  # what the controller sees
+    assert metrics["ref_kl"] == pytest.approx(0.5)  # the input of the controller
 
 
 def test_papo_anneals_perception_and_entropy():

@@ -1,4 +1,4 @@
-"""The correction for a sampler that is not the policy, by hand."""
+"""Tests the correction for differences between sampler and scorer against values by hand."""
 
 import math
 
@@ -10,14 +10,14 @@ import pytest
 from jaxrl_vlm import objectives
 from jaxrl_vlm.types import Experience, TokenStats
 
-# Two responses of two tokens, the second with a padded one; π_old / μ of each token.
+# π_old / μ of each token of two responses. The second token of the second response is padding.
 RATIOS = np.array([[[1.5, 4.0], [0.25, 9.0]]], np.float32)
 MASK = np.array([[[1, 1], [1, 0]]], bool)
 OLD = np.full((1, 2, 2), -1.0, np.float32)
 
 
 def run(**settings):
-  """Gradients of a plain policy gradient with advantage 1, and metrics."""
+  """Returns the negative gradient of GPG's loss with advantage 1, and the metrics."""
   objective = objectives.create("gpg", clip_dual=None, **settings)
   experience = Experience(
     mask=MASK, advantages=np.ones((1, 2, 1), np.float32), old=TokenStats(OLD, OLD),
@@ -28,7 +28,9 @@ def run(**settings):
   return -np.asarray(gradient(jnp.asarray(OLD))), objective.prepare_metrics(experience)
 
 
-SEQUENCE, MEAN = 6.0, math.sqrt(6.0)  # of the first response; the second's are its only token's
+# Product and geometric mean of the ratios of the first response. For the second response, both are
+# the ratio of its only token.
+SEQUENCE, MEAN = 6.0, math.sqrt(6.0)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ SEQUENCE, MEAN = 6.0, math.sqrt(6.0)  # of the first response; the second's are 
     ("tis", "geometric", 5.0, [[MEAN, MEAN], [0.25, 0]]),
   ],
 )
-def test_truncation(kind, level, high, expected):
+def test_truncated_weights(kind, level, high, expected):
   gradient, metrics = run(correction=kind, correction_level=level, correction_high=high)
   np.testing.assert_allclose(gradient[0], np.array(expected) / 3, rtol=1e-5)
   assert ("correction_mean" in metrics) == (kind != "none")
@@ -55,7 +57,7 @@ def test_truncation(kind, level, high, expected):
     ("geometric", 0.5, 5.0, [[MEAN, MEAN], [0, 0]], 2),
   ],
 )
-def test_masking_leaves_tokens_out_of_the_mean_too(level, low, high, expected, tokens):
+def test_masked_tokens_are_left_out_of_the_mean_loss(level, low, high, expected, tokens):
   gradient, metrics = run(
     correction="mis", correction_level=level, correction_low=low, correction_high=high
   )
@@ -63,14 +65,13 @@ def test_masking_leaves_tokens_out_of_the_mean_too(level, low, high, expected, t
   assert metrics["correction_cut"] == pytest.approx(1 - tokens / 3)
 
 
-def test_metrics():
+def test_correction_metrics():
   _, metrics = run(correction="tis")
   assert metrics["correction_mean"] == pytest.approx((1.5 + 4 + 0.25) / 3, rel=1e-5)
   assert metrics["correction_cut"] == pytest.approx(1 / 3)
 
 
-def test_penalties_are_not_weighted():
-  """The KL and entropy terms are of the policy, not of what the sampler did."""
+def test_kl_and_entropy_terms_are_not_weighted():
   settings = {"correction": "tis", "kl_coef": 0.5, "kl": "k2", "entropy_penalty": 0.1}
   objective = objectives.create("grpo", **settings)
   experience = Experience(
@@ -82,7 +83,7 @@ def test_penalties_are_not_weighted():
   assert loss == pytest.approx(0.5 * 0.5 + 0.1 * 1.0)
 
 
-def test_extreme_differences_stay_finite():
+def test_weights_of_extreme_differences_are_finite():
   objective = objectives.create("gpg", correction="tis", correction_level="sequence")
   experience = Experience(
     mask=MASK, advantages=np.ones((1, 2, 1), np.float32), old=TokenStats(OLD, OLD),
@@ -93,7 +94,7 @@ def test_extreme_differences_stay_finite():
   assert all(np.isfinite(x) for x in objective.prepare_metrics(prepared).values())
 
 
-def test_without_the_samplers_log_probabilities():
+def test_missing_log_probabilities_of_the_sampler_are_an_error():
   experience = Experience(
     mask=MASK, advantages=np.ones((1, 2, 1)), old=TokenStats(OLD, OLD), rewards=np.ones((1, 2))
   )

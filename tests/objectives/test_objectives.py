@@ -1,4 +1,4 @@
-"""Values computed by hand, names, fields and their error messages."""
+"""Tests losses, weights and advantages against values by hand, and fields and error messages."""
 
 import dataclasses
 import inspect
@@ -102,13 +102,13 @@ def test_sapo_at_ratio_one():
 
 
 def test_sequence_losses_equal_their_sequence_form(variant):
-  """Mean over tokens = the loss of the response's one ratio, in value and gradient."""
+  """The mean token loss equals the loss of the response's ratio, in value and gradient."""
   old = jnp.zeros((1, 1, 3))
   mask = jnp.asarray([[[True, True, False]]])
   advantages = jnp.where(mask, -2.0, 0.0)
   logp = jnp.asarray([[[0.1, 0.3, 0.0]]])
 
-  def token_form(logp):
+  def token_forms(logp):
     clips = {"clip_low": 0.4, "clip_high": 0.4}
     gmpo, _ = sequence.gmpo(logp, old, advantages, mask, **clips)
     gspo, _ = sequence.gspo(logp, old, advantages, mask, **clips, clip_dual=None)
@@ -120,7 +120,7 @@ def test_sequence_losses_equal_their_sequence_form(variant):
 
   expected, slope = jax.value_and_grad(sequence_form)(logp)
   for i in range(3):
-    value, gradient = variant(jax.value_and_grad(lambda x, i=i: token_form(x)[i]))(logp)
+    value, gradient = variant(jax.value_and_grad(lambda x, i=i: token_forms(x)[i]))(logp)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(gradient, slope, rtol=1e-6)
 
@@ -130,7 +130,9 @@ def test_keyword_arguments_of_policy_losses_are_fields():
   for name, function in POLICY_LOSSES.items():
     parameters = inspect.signature(function).parameters.values()
     names = {p.name for p in parameters if p.kind == p.KEYWORD_ONLY}
-    assert names <= known | {"cov_tokens"}, name  # those two get what `prepare` chose
+    assert names <= known | {"cov_tokens"}, (
+      name
+    )  # clip_cov and kl_cov get the tokens that `prepare` chose
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_kl_estimators(name, expected):
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
 def test_straight_through_estimators(name):
-  """k1+ and k3+ have the value of k1 and k3 and the gradient of k2, log π − log π_ref."""
+  """k1+ and k3+ have the values of k1 and k3 and the gradient of k2, log π − log π_ref."""
   plus = jax.value_and_grad(kl.ESTIMATORS[f"{name}+"])(jnp.float32(-1.5), jnp.float32(-1.0))
   value = kl.ESTIMATORS[name](jnp.float32(-1.5), jnp.float32(-1.0))
   np.testing.assert_allclose(plus, (value, -0.5), rtol=1e-6)
@@ -167,11 +169,11 @@ def test_aggregation_weights(aggregation, expected, variant):
   np.testing.assert_allclose(weights, [expected], rtol=1e-6)
 
 
-def test_masked_mean_of_nothing_is_zero():
+def test_masked_mean_of_no_values_is_zero():
   assert masked.masked_mean(jnp.asarray([jnp.nan, jnp.inf]), jnp.zeros(2, bool)) == 0
 
 
-def test_top_share_takes_the_earlier_of_equal_scores(variant):
+def test_top_share_takes_the_first_of_equal_scores(variant):
   scores = jnp.asarray([[[1.0, 2.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 9.0, 9.0]]])
   mask = jnp.asarray([[[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]], bool)
   # ⌈0.4 · 5⌉ = 2 and ⌈0.4 · 3⌉ = 2
@@ -218,18 +220,18 @@ def test_opo_weights_rewards_by_length():
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
-def test_group_of_one_keeps_its_reward(name):
-  # mean 0 and standard deviation 1 as in verl; 1e-6 is GRPO's epsilon
+def test_the_advantage_in_a_group_of_one_is_its_reward(name):
+  # As in verl, the mean is taken as 0 and the standard deviation as 1. 1e-6 is GRPO's epsilon.
   np.testing.assert_allclose(advantages(name, [[0.5]])[0, 0, 0], 0.5, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["opo", "reinforce_pp", "reinforce_pp_baseline"])
-def test_estimators_that_read_tokens_ask_for_the_mask(name):
+def test_estimators_that_count_tokens_need_the_mask(name):
   with pytest.raises(ValueError, match=f"config.objective.advantage='{name}': needs the response"):
     advantages(name, [[1.0, 0.0]])
 
 
-def test_passk_refuses_a_group_of_one():
+def test_passk_with_a_group_of_one_is_an_error():
   with pytest.raises(ValueError, match="at least 2 samples"):
     advantages("grpo_passk", [[1.0]])
 
@@ -240,12 +242,13 @@ def test_passk_refuses_a_group_of_one():
 def test_shaping_factors(variant):
   dependency = jnp.asarray([[[0.0, 0.0], [2.0, 0.0], [0.5, 7.0], [9.0, 9.0]]])
   mask = jnp.asarray([[[1, 1], [1, 1], [1, 0], [0, 0]]], bool)
-  # means 0, 1, 0.5; n = 0, 1, 0.5; μ = 0.5; β_max = 0.9 + 0.1/0.5 = 1.1; no tokens: 1
+  # Means 0, 1, 0.5; n = 0, 1, 0.5; μ = 0.5; β_max = 0.9 + 0.1/0.5 = 1.1. A response without tokens
+  # has the factor 1.
   factors = variant(lambda s: vppo.shaping_factors(s, mask, 0.9))(dependency)
   np.testing.assert_allclose(factors[..., 0], [[0.9, 1.1, 1.0, 1.0]], rtol=1e-6)
 
 
-def test_no_shaping_where_trajectories_do_not_differ():
+def test_shaping_factors_are_one_if_all_responses_have_equal_dependency():
   mask = jnp.ones((1, 2, 2), bool)
   np.testing.assert_array_equal(vppo.shaping_factors(jnp.full((1, 2, 2), 0.3), mask, 0.9), 1.0)
   one = jnp.asarray([[[1, 1], [0, 0]]], bool)
@@ -255,7 +258,7 @@ def test_no_shaping_where_trajectories_do_not_differ():
 
 
 def test_vppo_by_hand(variant):
-  """Five tokens, k = 2: the two most dependent give gradient, the denominator stays five."""
+  """Of five tokens, the two most dependent ones get gradient. The denominator is still five."""
   old = jnp.zeros((1, 1, 5))
   masked_logp = jnp.asarray([[[0.0, -1.0, 0.1, -2.0, 0.2]]])
   batch = experience(np.ones((1, 1, 5)), np.full((1, 1, 1), 2.0), old, masked=masked_logp)
@@ -283,8 +286,8 @@ def test_vppo_by_hand(variant):
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("gspo_token", [4, 0, 0, 0]), ("gspo", [1] * 4)])
-def test_vppo_over_gspo(loss, expected):
-  """With a ratio per token rejected tokens get no gradient; one for all pushes on all."""
+def test_vppo_with_gspo(loss, expected):
+  """Rejected tokens get no gradient if each token has its ratio (gspo_token), otherwise they do."""
   old = jnp.zeros((1, 1, 4))
   batch = experience(np.ones((1, 1, 4)), np.ones((1, 1, 1)), old, masked=[[[-3.0, 0.0, 0.0, 0.0]]])
   objective = objectives.create("vppo", policy_loss=loss, keep_share=0.25, clip_dual=None, **PLAIN)
@@ -308,7 +311,7 @@ def test_papo_by_hand(variant):
   np.testing.assert_allclose(gradient, [[[-0.02 * 0.5]]], rtol=1e-6)
 
 
-def test_papo_masked_view_without_and_with_gradient():
+def test_papo_with_and_without_gradient_through_the_masked_view():
   l, l_masked = math.log(0.5), math.log(0.25)
   batch = experience([[[1]]], [[[0.0]]], [[[l]]], masked=[[[l_masked]]])
   released = objectives.create("papo", kl_coef=0.0)
@@ -330,7 +333,7 @@ def test_papo_masked_view_without_and_with_gradient():
 # The interface
 
 
-def test_sft_reads_the_mask_alone():
+def test_sft_uses_only_the_mask_of_the_experience():
   batch = Experience(
     mask=jnp.asarray([[[1, 1, 0]]], bool),
     advantages=None,
@@ -343,7 +346,7 @@ def test_sft_reads_the_mask_alone():
   assert metrics["nll"] == pytest.approx(1.5)
 
 
-def test_views():
+def test_views_of_each_objective():
   assert objectives.create("grpo").views == ("ref",)
   assert objectives.create("dapo").views == ()
   assert objectives.create("papo").views == ("ref", "masked")
@@ -367,7 +370,7 @@ def test_views():
     ("papo_d", {"perception_coef": 0.01, "entropy_penalty": 0.03, "clip_high": 0.28}),
   ],
 )
-def test_published_defaults(name, fields):
+def test_defaults_equal_published_values(name, fields):
   objective = objectives.create(name)
   assert {field: getattr(objective, field) for field in fields} == fields
 
@@ -381,13 +384,13 @@ def test_equal_configs_are_equal_and_hashable(name):
     first.loss_length = 9  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_create_from_a_config():
+def test_create_from_a_config_dict():
   config = ml_collections.ConfigDict({"name": "vppo", "keep_share": 0.3, "kl_coef": 0})
   objective = objectives.create(**config.to_dict())
   assert objective == objectives.create("vppo", keep_share=0.3)
 
 
-def test_kept_groups():
+def test_kept_groups_of_dynamic_sampling():
   accuracy = np.array([[0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]], np.float32)
   dapo = objectives.create("dapo")
   np.testing.assert_array_equal(dapo.kept(accuracy), [False, True, False, True])
@@ -396,14 +399,14 @@ def test_kept_groups():
   np.testing.assert_array_equal(objectives.create("grpo").kept(accuracy), [True] * 4)
 
 
-def test_preparing_twice_is_refused():
+def test_preparing_twice_is_an_error():
   objective = objectives.create("dapo")
   prepared = objective.prepare(experience([[[1]]], [[[1.0]]], [[[0.0]]]))
   with pytest.raises(ValueError, match="prepared already"):
     objective.prepare(prepared)
 
 
-def test_missing_views_are_named():
+def test_errors_name_missing_views():
   batch = experience([[[1]]], [[[1.0]]], [[[0.0]]], blank=[[[0.0]]])
   with pytest.raises(ValueError, match=r"views=\['blank'\]: this objective needs .* 'masked'"):
     objectives.create("vppo").prepare(batch)
@@ -479,7 +482,7 @@ def test_missing_views_are_named():
     ),
   ],
 )
-def test_errors_name_field_value_and_what_was_expected(arguments, message):
+def test_errors_name_the_field_its_value_and_what_was_expected(arguments, message):
   with pytest.raises(ValueError) as error:
     objectives.create(**arguments)
   assert str(error.value).startswith(message)

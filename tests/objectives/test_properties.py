@@ -1,4 +1,4 @@
-"""What must hold for every objective and every input: padding, order, splits, ties, extremes."""
+"""Tests properties of all objectives: padding, order, microbatches, devices and extreme values."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from jaxrl_vlm.objectives import advantages
 from jaxrl_vlm.types import Experience, TokenStats
 
 P, G, T = 4, 3, 6
-# Every method by name, and what else a field can make of the loss.
+# All objectives with their defaults, and further settings that change the loss.
 OBJECTIVES = {
   name: objectives.create(name, max_length=16)
-  for name in objectives.names() if name != "dpo"  # see test_dpo.py
+  for name in objectives.names() if name != "dpo"  # test_dpo.py tests it
 } | {
   "clip_cov": objectives.create("clip_cov", cov_share=0.1, cov_low=0.1),
   "kl_cov": objectives.create("kl_cov", cov_share=0.1),
@@ -49,12 +49,15 @@ few = settings(
   suppress_health_check=[HealthCheck.differing_executors],
 )
 seeds = st.integers(0, 2**31 - 1)
-# Sums of some tens of float32 terms in another order.
+# The tolerance allows for sums of some tens of float32 terms in another order.
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 def batch(seed: int, scale: float = 0.5, dtype=np.float32, prompts: int = P):
-  """Random current stats, masked stats and experience; some responses empty, some short."""
+  """Generates random stats of the policy and the masked view, and an experience.
+
+  Some responses are empty, and some are short.
+  """
   rng = np.random.default_rng(seed)
   lengths = rng.integers(0, T + 1, (prompts, G))
   mask = np.arange(T) < lengths[..., None]
@@ -80,7 +83,7 @@ def batch(seed: int, scale: float = 0.5, dtype=np.float32, prompts: int = P):
 
 
 def batch_of(name: str, *args, **kwargs):
-  """`batch` with nothing in it that the objective's stage does not have."""
+  """Like `batch`, but leaves out of the experience what the objective's kind of stage lacks."""
   stats, masked_stats, experience = batch(*args, **kwargs)
   if isinstance(OBJECTIVES[name], objectives.SFT):
     experience = Experience(mask=experience.mask, advantages=None, old=None, rewards=None)
@@ -92,14 +95,14 @@ prepare = jax.jit(lambda objective, experience: objective.prepare(experience), s
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss(objective, stats, masked_stats, experience):
-  """(loss, metrics), gradients with respect to the log-probabilities of both passes."""
+  """Returns ((loss, metrics), gradients with respect to the logps of the policy and the view)."""
 
-  def of(logps):
+  def loss_of(logps):
     view = dataclasses.replace(masked_stats, logp=logps[1])
     views = dict.fromkeys(objective.grad_views, view)
     return objective.loss(dataclasses.replace(stats, logp=logps[0]), experience, **views)
 
-  return jax.value_and_grad(of, has_aux=True)((stats.logp, masked_stats.logp))
+  return jax.value_and_grad(loss_of, has_aux=True)((stats.logp, masked_stats.logp))
 
 
 def run(objective, stats, masked_stats, experience):
@@ -110,7 +113,7 @@ def run(objective, stats, masked_stats, experience):
 @given(seed=seeds)
 @few
 def test_padding_changes_nothing(name, seed):
-  """More padded tokens, samples and prompts, anything at all in them."""
+  """Adds padded tokens, samples and prompts, whose values are NaN."""
   inputs = batch_of(name, seed)
 
   def pad(x):
@@ -133,7 +136,7 @@ def test_padding_changes_nothing(name, seed):
 @pytest.mark.parametrize("axis", [0, 1], ids=["prompts", "samples"])
 @given(seed=seeds)
 @few
-def test_neither_prompts_nor_samples_have_an_order(name, axis, seed):
+def test_the_order_of_prompts_and_of_samples_does_not_matter(name, axis, seed):
   inputs = batch_of(name, seed)
   order = np.random.default_rng(seed).permutation((P, G)[axis])
   permute = functools.partial(jax.tree.map, lambda x: np.take(x, order, axis))
@@ -145,7 +148,7 @@ def test_neither_prompts_nor_samples_have_an_order(name, axis, seed):
 
 
 @every
-def test_compiled_is_not_compiled(name):
+def test_jit_equals_no_jit(name):
   inputs = batch_of(name, 5)
   with jax.disable_jit():
     plain = run(OBJECTIVES[name], *inputs)
@@ -156,9 +159,9 @@ def test_compiled_is_not_compiled(name):
 @given(seed=seeds)
 @few
 def test_microbatches_add_up(name, seed):
-  """The whole minibatch at once = one prompt at a time, in loss, metrics and gradients."""
+  """The sums over microbatches of one prompt equal loss, metrics and gradients of the minibatch."""
   stats, masked_stats, experience = batch_of(name, seed)
-  # The whole, which chooses tokens in its own pass where it chooses any.
+  # In the whole minibatch, objectives that choose tokens do so in `loss`.
   (value, metrics), gradients = run(OBJECTIVES[name], stats, masked_stats, experience)
   experience = dataclasses.replace(experience, current=stats)
   prepared = jax.device_get(prepare(OBJECTIVES[name], experience))
@@ -168,10 +171,10 @@ def test_microbatches_add_up(name, seed):
     )
     for i in range(P)
   ]
-  close(sum(part[0][0] for part in results), value)
-  jax.tree.map(lambda x, *xs: close(sum(xs), x), metrics, *(part[0][1] for part in results))
+  close(sum(result[0][0] for result in results), value)
+  jax.tree.map(lambda x, *xs: close(sum(xs), x), metrics, *(result[0][1] for result in results))
   jax.tree.map(
-    lambda x, *xs: close(np.concatenate(xs), x), gradients, *(part[1] for part in results)
+    lambda x, *xs: close(np.concatenate(xs), x), gradients, *(result[1] for result in results)
   )
 
 
@@ -185,8 +188,8 @@ whole = jax.jit(
 
 
 @every
-def test_eight_devices_are_one(name):
-  """Prompts over devices: sums, sorts and choices over the minibatch cross them."""
+def test_eight_devices_equal_one(name):
+  """Shards prompts over devices. Sums, sorts and choices over the minibatch then cross devices."""
   inputs = batch_of(name, 11, prompts=8)
   mesh = parallel.make_mesh({"fsdp": 8, "tensor": 1}, devices=jax.devices())
   sharded = parallel.put_batch(mesh, inputs)
@@ -196,7 +199,7 @@ def test_eight_devices_are_one(name):
 
 
 @pytest.mark.parametrize("name", ["grpo", "papo", "vppo"])
-def test_an_unprepared_experience_is_a_whole_minibatch(name):
+def test_loss_treats_an_unprepared_experience_as_a_whole_minibatch(name):
   inputs = batch(0)
   (value, _), gradients = loss(OBJECTIVES[name], *inputs)
   (prepared_value, _), prepared_gradients = run(OBJECTIVES[name], *inputs)
@@ -205,7 +208,7 @@ def test_an_unprepared_experience_is_a_whole_minibatch(name):
 
 
 @every
-def test_nothing_but_masked_responses(name):
+def test_loss_and_gradient_are_zero_if_all_responses_are_empty(name):
   stats, masked_stats, experience = batch_of(name, 0)
   experience = dataclasses.replace(experience, mask=np.zeros((P, G, T), bool))
   prepared = prepare(OBJECTIVES[name], experience)
@@ -218,7 +221,7 @@ def test_nothing_but_masked_responses(name):
 @every
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_finite_up_to_differences_of_80(name, dtype, sign):
+def test_results_are_finite_for_logp_differences_up_to_80(name, dtype, sign):
   stats, masked_stats, experience = batch_of(name, 1, dtype=dtype)
   shift = sign * 80 * np.random.default_rng(0).choice([-1, 0, 1], (P, G, T))
   stats = dataclasses.replace(stats, logp=stats.logp + shift.astype(dtype))
@@ -230,7 +233,7 @@ def test_finite_up_to_differences_of_80(name, dtype, sign):
 
 
 def given_to(objective, rewards):
-  """What the objective's advantages want besides rewards and mask, all of it equal as they are."""
+  """Returns the other inputs of the objective's advantages. Equal rewards give equal inputs."""
   known = {
     "baseline": rewards[:, 0],
     "components": {"a": rewards, "b": 2 * rewards},
@@ -244,7 +247,7 @@ def given_to(objective, rewards):
 @given(reward=st.floats(-10, 10, width=32))
 @few
 def test_equal_rewards_give_no_policy_gradient(name, reward):
-  """Exactly zero: no rounding of the mean that a tiny standard deviation could blow up."""
+  """It is exactly zero. A rounding error of the mean, divided by a tiny std, would be large."""
   settings = {"kl_coef": 0.0, "kl_target": None, "entropy_penalty": 0.0}
   objective = dataclasses.replace(OBJECTIVES[name], **settings)
   if isinstance(objective, objectives.PAPO):
@@ -254,7 +257,7 @@ def test_equal_rewards_give_no_policy_gradient(name, reward):
   more = given_to(objective, rewards)
   computed = objective.advantages(rewards, experience.mask, **more)
   assert not np.any(computed)
-  # kl_cov's penalty is there whatever the advantages: on policy it has no slope to speak of.
+  # The penalty of kl_cov does not depend on the advantages. On policy its gradient is negligible.
   if objective.policy_loss != "kl_cov":
     experience = dataclasses.replace(experience, advantages=np.asarray(computed))
     _, gradients = run(objective, stats, masked_stats, experience)
@@ -265,42 +268,42 @@ def test_equal_rewards_give_no_policy_gradient(name, reward):
 @given(seed=seeds)
 @few
 def test_a_group_of_equal_rewards_has_no_advantages(advantage, seed):
-  """Whatever the reward, which is another in each group, and whatever the other groups earn.
+  """The advantages are exactly 0, whatever the rewards of this group and of others are.
 
-  Exactly 0, but for these, as published: reinforce_pp has no groups, so a group that earns more
-  than others is pushed up as a whole; gdpo and reinforce_pp_baseline whiten over the batch, and
-  the mean over its tokens, which is not 0 where longer responses earn more, is taken off every
-  group; where all groups are of equal rewards they give 0 too. remax gives 0 where the greedy
-  response earns the same.
+  The exceptions follow the publications. reinforce_pp uses no groups, so a group with higher
+  rewards than others has positive advantages. gdpo and reinforce_pp_baseline whiten over the batch:
+  they subtract the mean over all tokens, which is not 0 if longer responses have higher rewards. If
+  the rewards are equal within each of the groups, they also give 0. remax gives 0 if the greedy
+  response has the same reward.
   """
   rng = np.random.default_rng(seed)
   objective = objectives.create("dapo", advantage=advantage)
   lengths = rng.integers(1, T + 1, (P, G))
   rewards = np.repeat(10 * rng.standard_normal((P, 1)), G, axis=1).astype(np.float32)
 
-  def of(prompts):
-    """Of all tokens of the first prompts."""
+  def advantages_of(prompts):
+    """Returns the advantages of all tokens of the first prompts."""
     mask = np.arange(T) < lengths[..., None]
     computed = objective.advantages(rewards, mask, **given_to(objective, rewards))
     return np.broadcast_to(computed, mask.shape)[:prompts][mask[:prompts]]
 
-  assert np.any(of(P)) == (advantage == "reinforce_pp")
-  # One group in which the longest response earns most.
+  assert np.any(advantages_of(P)) == (advantage == "reinforce_pp")
+  # In the last group, the longest response now has the highest reward.
   rewards[-1] = rng.permutation([0, 0, 1])
   lengths[-1] = np.where(rewards[-1], T, 1)
   exception = advantage in ("gdpo", "reinforce_pp", "reinforce_pp_baseline")
-  assert np.any(of(P - 1)) == exception
+  assert np.any(advantages_of(P - 1)) == exception
 
 
 @pytest.mark.parametrize("advantage", advantages.ESTIMATORS)
 @given(seed=seeds)
 @few
-def test_advantages_follow_their_samples(advantage, seed):
-  """Permuted prompts and samples have permuted advantages; padded tokens change none."""
+def test_advantages_move_with_their_samples(advantage, seed):
+  """Permuted prompts and samples have permuted advantages. Padded tokens change no advantage."""
   rng = np.random.default_rng(seed)
   objective = objectives.create("dapo", advantage=advantage)
   mask = batch(seed)[2].mask
-  # Of equal best rewards grpo_passk takes the first; these have none.
+  # These rewards have no ties. Among equal best rewards, grpo_passk takes the first.
   rewards = rng.standard_normal((P, G)).astype(np.float32)
   plain = np.asarray(jnp.broadcast_to(
     objective.advantages(rewards, mask, **given_to(objective, rewards)), mask.shape))  # fmt: skip
@@ -318,7 +321,7 @@ def test_advantages_follow_their_samples(advantage, seed):
 
 @given(seed=seeds)
 @few
-def test_group_advantages_ignore_shift(seed):
+def test_group_advantages_ignore_a_shift_of_rewards(seed):
   rewards = np.random.default_rng(seed).standard_normal((P, G)).astype(np.float32)
   for advantage in ("grpo", "dr_grpo", "rloo", "grpo_passk"):
     objective = objectives.create("grpo", advantage=advantage)

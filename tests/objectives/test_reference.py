@@ -1,8 +1,8 @@
-"""Losses, gradients, metrics and advantages equal those that the released PyTorch code computed.
+"""Losses, gradients, metrics and advantages equal those computed by released PyTorch code.
 
-`tests/reference/*.npz`: VPPO-RL a23c54b, PAPO fb63bf4 and verl 1dda039 run on random inputs, in
-float32 and one microbatch. Tolerance: the sums have some hundred float32 terms, added in another
-order.
+`tests/reference/*.npz` contains the results of VPPO-RL a23c54b, PAPO fb63bf4 and verl 1dda039 for
+random inputs, in float32 and with one microbatch. The tolerances allow for sums of some hundred
+float32 terms in another order.
 """
 
 import json
@@ -25,7 +25,7 @@ BASE = {"clip_high": 0.28, "clip_dual": 3.0, "kl_coef": 0.0, "entropy_penalty": 
 
 
 def inputs(name: str, key: str) -> dict[str, np.ndarray]:
-  """The arrays of one input set, [P, G] and [P, G, T]."""
+  """Returns the arrays of one input set, of shapes [P, G] and [P, G, T]."""
   file = FILES[name]
   arrays = {k.split("/")[1]: file[k] for k in file.files if k.startswith(f"{key}/")}
   size = int(np.sum(arrays["group"] == arrays["group"][0]))
@@ -46,7 +46,7 @@ def experience_of(x: dict[str, np.ndarray]) -> Experience:
 
 
 def fields_of(config: dict) -> dict[str, Any]:
-  """Our fields for the options that the VPPO and PAPO code have in common."""
+  """Translates the options that VPPO's and PAPO's code have in common to fields of objectives."""
   fields: dict[str, Any] = dict(BASE)
   if config.get("use_kl_loss"):
     fields |= {"kl": "k3", "kl_coef": 0.01}
@@ -116,7 +116,7 @@ def verl(case: dict, length: int) -> objectives.Objective:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=[case["key"] for _, case in CASES])
-def test_loss_and_gradient(name, case):
+def test_loss_gradient_and_metrics_equal_released_code(name, case):
   x = inputs(name, case["inputs"])
   if name == "verl":
     objective = verl(case, x["response_mask"].shape[-1])
@@ -135,10 +135,11 @@ def test_loss_and_gradient(name, case):
 
   ours = objective.prepare_metrics(experience) | metrics
   if "clip_low" in ours:
-    # The released code calls both sides of the clip `higher` and the dual clip `lower`.
+    # The released code counts both sides of the clip as `higher`, and the dual clip as `lower`.
     ours["clip_low_or_high"] = ours["clip_low"] + ours["clip_high"]
   if fields_of(case["config"]).get("aggregation", "token-mean") != "token-mean":
-    del ours["nll"]  # there aggregated like the loss, here always a mean over tokens
+    # The released code aggregates it like the loss. Ours is always a mean over tokens.
+    del ours["nll"]
   theirs = case.get("metrics", {})
   names = {
     "approx_kl_k1": "ppo_kl",
@@ -186,12 +187,12 @@ ADVANTAGES = [
 
 @pytest.mark.parametrize("key", ["in0", "in1"])
 @pytest.mark.parametrize(("name", "ours", "theirs"), ADVANTAGES)
-def test_advantages(name, ours, theirs, key):
+def test_advantages_equal_released_code(name, ours, theirs, key):
   x = inputs(name, key)
   objective = objectives.create("grpo", advantage=ours)
   mask = x["response_mask"].astype(bool)
   advantages = np.broadcast_to(objective.advantages(x["rewards"], mask), mask.shape)
-  # On response tokens: the VPPO copy of REINFORCE++ leaves values on the padding.
+  # Compare only response tokens, because VPPO's copy of REINFORCE++ leaves values on padding.
   expected = x[f"adv_{theirs}"][mask]
   atol = 1e-6 * np.abs(expected).max()
   np.testing.assert_allclose(advantages[mask], expected, rtol=1e-5, atol=atol)
@@ -201,10 +202,10 @@ def test_advantages(name, ours, theirs, key):
 @pytest.mark.parametrize(
   ("ours", "theirs"), [("k1", "kl"), ("k2", "mse"), ("k3", "low_var_kl"), ("abs", "abs")]
 )
-def test_kl_estimators(ours, theirs, key):
+def test_kl_estimators_equal_released_code(ours, theirs, key):
   x = inputs("vppo", key)
   penalty = kl.ESTIMATORS[ours](jnp.asarray(x["log_probs"]), jnp.asarray(x["ref_log_probs"]))
   valid = x["response_mask"].astype(bool)
-  # exp(d) − d − 1 in the released code is exact to one ulp of 1.
+  # The released code computes exp(d) − d − 1 with an error of up to one ulp of 1.
   expected = x[f"klpen_{theirs}"][valid]
   np.testing.assert_allclose(penalty[valid], expected, rtol=1e-5, atol=2e-7)

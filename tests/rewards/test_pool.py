@@ -1,4 +1,4 @@
-"""A response that hangs, crashes or explodes costs its own reward, and no other response's."""
+"""Tests that a response that hangs, crashes or exhausts memory loses only its own reward."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ VERIFIERS = """
 
   def obey(example, text):
     if text == "hang":
-      return float(9 ** 9 ** 9 ** 9 > 0)  # One C call: no signal handler runs in it.
+      return float(9 ** 9 ** 9 ** 9 > 0)  # a single C call, during which no signal handler runs
     if text == "sleep":
       time.sleep(60)
     if text == "slow":
@@ -73,7 +73,7 @@ def examples(number, **fields):
 NONE = {"timeout": 0, "crash": 0, "error": 0}
 
 
-def test_totals_and_components_lie_where_their_responses_do(pool):
+def test_totals_and_components_have_the_positions_of_their_responses(pool):
   batch = pool.grade(examples(2), [["yes", "no", "no"], ["no", "yes", "yes"]])
   np.testing.assert_array_equal(batch.total, [[1, 0, 0], [0, 1, 1]])
   np.testing.assert_array_equal(batch.components["obey"], batch.total)
@@ -94,7 +94,7 @@ def test_totals_and_components_lie_where_their_responses_do(pool):
     ("nan", "error", "returned obey=nan, expected a finite number in verifier 'obey'"),
   ],
 )
-def test_only_the_guilty_response_loses_its_reward(pool, bad, kind, message):
+def test_only_the_failing_response_loses_its_reward(pool, bad, kind, message):
   texts = [["yes"] * 8 for _ in range(4)]
   texts[2][3] = bad
   batch = pool.grade(examples(4), texts)
@@ -107,7 +107,7 @@ def test_only_the_guilty_response_loses_its_reward(pool, bad, kind, message):
   assert batch.messages[kind].startswith("id='2': ") and message in batch.messages[kind]
 
 
-def test_many_failures_at_once(pool):
+def test_failures_of_several_kinds_in_one_batch(pool):
   texts = [["yes", "exit", "raise", "yes"], ["hang", "no", "raise", "yes"]]
   batch = pool.grade(examples(2), texts)
   np.testing.assert_array_equal(batch.total, [[1, 0, 0, 1], [0, 0, 0, 1]])
@@ -115,7 +115,7 @@ def test_many_failures_at_once(pool):
   assert batch.messages["error"].startswith("id='0'")
 
 
-def test_a_bomb_for_math_verify():
+def test_a_huge_power_in_math_times_out():
   texts = [["\\boxed{7}"] * 4, ["\\boxed{\\frac{14}{2}}", BOMB, "\\boxed{8}", "7"]]
   with pool_lib.RewardPool({"math": 1}, workers=2, timeout_s=1.5) as pool:
     batch = pool.grade([Example("0", "q", "7"), Example("1", "q", "7")], texts)
@@ -124,14 +124,14 @@ def test_a_bomb_for_math_verify():
   assert BOMB in batch.messages["timeout"].replace("\\\\", "\\")
 
 
-def test_slow_responses_are_not_hanging_ones(pool):
-  # In tasks of five: 5 · 0.4 s exceed the limit of 1.5 s, no response does.
+def test_slow_responses_do_not_time_out_together(pool):
+  # Tasks have five responses. 5 · 0.4 s exceed the limit of 1.5 s, but no single response does.
   batch = pool.grade(examples(1), [["slow"] * 10 + ["yes"] * 30])
   np.testing.assert_array_equal(batch.total, [[0] * 10 + [1] * 30])
   assert batch.failures == NONE
 
 
-def test_samples_bring_their_own_verifiers(pool):
+def test_examples_may_have_their_own_verifiers(pool):
   mixed = examples(2)
   mixed[1] = Example("1", "q", "B", rewards={"choice": 0.5, "format": 0.25})
   batch = pool.grade(mixed, [["yes", "hang"], [r"<think>a</think>\boxed{B}", "B"]])
@@ -141,21 +141,21 @@ def test_samples_bring_their_own_verifiers(pool):
   np.testing.assert_array_equal(batch.components["format"], [[np.nan, np.nan], [1, 0]])
 
 
-def test_workers_see_the_end_of_long_responses_and_no_images(user_file):
+def test_workers_receive_the_end_of_long_responses_and_no_images(user_file):
   with pool_lib.RewardPool({f"{user_file}:size": 1}, workers=1, max_chars=100) as pool:
     batch = pool.grade(examples(1, images=(b"png",)), [["a" * 1000, "a", "\ud800\0"]])
   np.testing.assert_array_equal(batch.components["size"], [[100, 1, 2]])
   np.testing.assert_array_equal(batch.components["size/images"], [[0, 0, 0]])
 
 
-def test_an_example_that_cannot_be_sent_is_an_error_of_its_own(pool):
+def test_an_example_that_cannot_be_pickled_fails_alone(pool):
   two = [*examples(1), Example("bad", "q", "yes", meta={"f": lambda: 0})]
   batch = pool.grade(two, [["yes"], ["yes"]])
   np.testing.assert_array_equal(batch.total, [[1], [0]])
   assert batch.failures == {**NONE, "error": 1} and "id='bad'" in batch.messages["error"]
 
 
-def test_batches_overlap_and_results_stay(pool):
+def test_batches_may_overlap_and_results_are_kept(pool):
   first = pool.submit(examples(1), [["yes", "hang"]])
   second = pool.submit(examples(1), [["no", "yes"]])
   np.testing.assert_array_equal(second.result().total, [[0, 1]])
@@ -173,8 +173,8 @@ def test_workers_killed_while_idle_are_replaced(user_file):
   assert batch.failures == NONE
 
 
-def test_workers_that_cannot_start_are_an_error_not_zeros(monkeypatch):
-  monkeypatch.setattr(pool_lib, "_start_worker", int.bit_length)  # Raises whatever it is given.
+def test_workers_that_cannot_start_raise_an_error_instead_of_zero_rewards(monkeypatch):
+  monkeypatch.setattr(pool_lib, "_start_worker", int.bit_length)  # raises for its arguments
   with (
     pool_lib.RewardPool({"exact": 1}, workers=1) as pool,
     pytest.raises(RuntimeError, match="RewardPool: the workers die before they grade anything"),
@@ -182,7 +182,7 @@ def test_workers_that_cannot_start_are_an_error_not_zeros(monkeypatch):
     pool.grade(examples(1), [["yes"]])
 
 
-def test_nothing_to_grade(pool):
+def test_grading_no_responses_returns_empty_arrays(pool):
   assert pool.grade([], []).total.shape == (0, 0)
   assert pool.grade(examples(2), [[], []]).total.shape == (2, 0)
 
@@ -195,17 +195,17 @@ def test_nothing_to_grade(pool):
     (1, [[b"a"]], TypeError, "a response to id='0' is bytes"),
   ],
 )
-def test_submit_rejects(pool, number, texts, error, message):
+def test_submit_refuses_texts_of_wrong_shape_or_type(pool, number, texts, error, message):
   with pytest.raises(error, match=message):
     pool.submit(examples(number), texts)
 
 
-def test_a_sample_with_an_unknown_verifier_is_named(pool):
+def test_error_for_an_unknown_verifier_names_the_example(pool):
   with pytest.raises(ValueError, match="example.rewards of id='0': rewards: 'mth': no such"):
     pool.submit(examples(1, rewards={"mth": 1}), [["a"]])
 
 
-def test_a_sample_names_no_code_that_the_pool_does_not(pool):
+def test_an_example_may_only_name_functions_that_the_stage_names(pool):
   with pytest.raises(ValueError, match="'os:getpid' is neither built in nor among the stage's own"):
     pool.submit(examples(1, rewards={"os:getpid": 1}), [["a"]])
 
@@ -216,7 +216,7 @@ def test_limits_must_be_positive(limit):
     pool_lib.RewardPool({"math": 1}, **{limit: 0})
 
 
-def test_after_close_nothing_is_graded(user_file):
+def test_using_a_closed_pool_is_an_error(user_file):
   pool = pool_lib.RewardPool({f"{user_file}:obey": 1}, workers=1)
   grading = pool.submit(examples(1), [["sleep"]])
   pool.close()
@@ -227,8 +227,8 @@ def test_after_close_nothing_is_graded(user_file):
     pool.grade(examples(1), [["yes"]])
 
 
-def test_workers_do_not_import_what_the_script_imports(user_file, tmp_path):
-  # No `if __name__ == "__main__"`: a child that imports the script again would start the next.
+def test_workers_do_not_import_the_modules_of_the_script(user_file, tmp_path):
+  # Without `if __name__ == "__main__"`, a worker that imports the script would start a worker too.
   script = tmp_path / "script.py"
   script.write_text(
     textwrap.dedent(f"""

@@ -1,4 +1,4 @@
-r"""What the built-in verifiers credit, by hand-computed cases, and how rewards are named."""
+r"""Tests the built-in verifiers with answers graded by hand, and the names of rewards."""
 
 import math
 import subprocess
@@ -191,7 +191,7 @@ def test_math(truth, answer, expected):
   assert rewards.create({"math": 1})(example(truth), text)["math"] == expected
 
 
-def test_math_never_credits_the_answer_in_the_thoughts():
+def test_math_ignores_an_answer_inside_think_tags():
   assert rewards.resolve("math")(example("5"), r"<think>\boxed{5}</think>") == 0
 
 
@@ -204,13 +204,13 @@ def test_math_does_not_evaluate_text_as_python(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["exact", "number", "choice", "math"])
-def test_an_empty_ground_truth_is_an_error_not_a_reward(name):
+def test_an_empty_ground_truth_is_an_error(name):
   with pytest.raises(ValueError, match=r"example.answer='' of id='e': expected an answer"):
     rewards.resolve(name)(example(""), "")
 
 
 @pytest.mark.parametrize("name, expected", [("number", "a number"), ("choice", "a letter")])
-def test_a_ground_truth_of_another_kind_is_an_error(name, expected):
+def test_a_ground_truth_of_the_wrong_type_is_an_error(name, expected):
   with pytest.raises(ValueError, match=f"example.answer='cat' of id='e': expected {expected}"):
     rewards.resolve(name)(example("cat"), "cat")
 
@@ -220,7 +220,7 @@ PIECES += ["B", "(", ")", ".", "5", ",", "%", "/", "\\frac{", "$", " ", "\n", "\
 
 
 @given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)))
-def test_no_text_makes_extraction_raise_or_exceed_one(text):
+def test_verifiers_return_zero_or_one_for_any_text(text):
   inside = answers.final_answer(text)
   assert inside in text
   for verifier, truth in [(answers.exact, "x"), (answers.number, "5"), (answers.choice, "B")]:
@@ -237,19 +237,19 @@ def test_a_box_at_the_end_is_the_answer(answer, before):
 
 @pytest.mark.parametrize("piece", [*PIECES, "<", "answer is", "(A)", "A. ", "\\boxed{}", "1,"])
 def test_repetitive_text_takes_linear_time(piece):
-  text = piece * (300_000 // len(piece))  # What takes quadratic time does not come back.
+  text = piece * (300_000 // len(piece))  # with quadratic time, the test would not end
   for name, truth in [("exact", "x"), ("number", "7"), ("choice", "Z"), ("format", "5")]:
     assert rewards.resolve(name)(example(truth), text) == 0
 
 
-def test_create_weights_and_sums():
+def test_the_total_is_the_weighted_sum():
   reward = rewards.create({"math": 0.9, "format": 0.1})
   assert reward(example("5"), r"\boxed{5}") == {"math": 1.0, "format": 0.0, "total": 0.9}
   result = reward(example("5"), r"<think>a</think>\boxed{5}")
   assert result == {"math": 1.0, "format": 1.0, "total": 1.0}
 
 
-def test_an_example_brings_its_own_verifiers_and_weights():
+def test_an_example_may_have_its_own_verifiers_and_weights():
   reward = rewards.create({"math": 0.9, "format": 0.1})
   own = example("B", rewards={"choice": 2.0})
   assert reward(own, "(B)") == {"choice": 1.0, "total": 2.0}
@@ -277,13 +277,13 @@ def user_file(tmp_path):
   return path
 
 
-def test_users_function_in_a_file(user_file):
+def test_a_function_in_a_file_is_a_verifier(user_file):
   reward = rewards.create({f"{user_file}:length": 0.5, f"{user_file}:boxes": 2})
   expected = {"length": 0.3, "boxes": 0.5, "boxes/iou": 0.25, "total": 1.15}
   assert reward(example("5"), "abc") == pytest.approx(expected)
 
 
-def test_users_function_in_a_module(user_file, monkeypatch):
+def test_a_function_in_a_module_is_a_verifier(user_file, monkeypatch):
   monkeypatch.syspath_prepend(user_file.parent)
   assert rewards.create({"mine:length": 1})(example("5"), "abc")["total"] == pytest.approx(0.3)
 
@@ -306,7 +306,7 @@ def test_users_function_in_a_module(user_file, monkeypatch):
     (None, "rewards=None: expected a mapping"),
   ],
 )
-def test_create_rejects(user_file, weights, message):
+def test_create_refuses_unknown_verifiers_and_bad_weights(user_file, weights, message):
   (user_file.parent / "bad.py").write_text("1 / 0")
   if weights:
     at = str(user_file.parent)
@@ -325,13 +325,13 @@ def test_create_rejects(user_file, weights, message):
     ("nan", "returned nan=nan, expected a finite number"),
   ],
 )
-def test_what_a_verifier_may_not_return(user_file, name, message):
+def test_bad_return_values_of_a_verifier_are_errors(user_file, name, message):
   with pytest.raises(ValueError, match=message) as caught:
     rewards.create({f"{user_file}:{name}": 1})(example("5"), "")
   assert caught.value.__notes__ == [f"in verifier {name!r}"]
 
 
-def test_import_is_free_of_jax():
+def test_importing_rewards_imports_no_jax():
   code = (
     "import sys, jaxrl_vlm.rewards, jaxrl_vlm.rewards.pool; "
     "print([m for m in ('jax', 'flax', 'transformers', 'numpy', 'sympy') if m in sys.modules])"

@@ -231,7 +231,7 @@ def test_a_run_continues_from_an_adapter_directory(finished, tmp_path, one_devic
     ({"lora.alpha": 0.0}, "config.model.lora.alpha=0.0: expected a number above 0"),
     (
       {"trainable": ("lora",)},
-      "config.model.trainable=('lora',): 'lora' matches adapters alone; "
+      "config.model.trainable=('lora',): 'lora' matches only adapters; "
       "expected config.model.lora.rank above 0, got 0",
     ),
     (

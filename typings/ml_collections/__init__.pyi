@@ -1,4 +1,5 @@
-# A config's fields have any type; ml_collections' own annotations infer a union that fits none.
+# The fields of a config may have any type. From the annotations of ml_collections, type checkers
+# infer a union type for them, which fits no use of a field.
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
