@@ -33,6 +33,11 @@ def install() -> None:
   compiler.compile_or_get_cached = compile_once
 
 
+def count() -> int:
+  """Returns the number of programs that are kept."""
+  return len(_programs)
+
+
 def clear() -> None:
   """Frees the programs that no other object uses."""
   _programs.clear()
