@@ -90,6 +90,11 @@ ORDINARY: dict[str, tuple[str, ...]] = {
     "vppo_gspo",
   ),
   "test_train.py::test_every_method_trains": ("vppo",),
+  # Two processes cover what four do; `test_every_one_of_many_names_the_same` starts four.
+  "parallel/test_processes.py::test_four_processes_with_dynamic_sampling_are_as_one": (),
+  "parallel/test_processes.py::test_what_only_some_configs_do_is_the_same": (
+    "adapters, greedy baseline",
+  ),
   # Process 0 is the coordinator. Each process is killed once, and once while a checkpoint is
   # written.
   "parallel/test_processes.py::test_a_killed_process_is_named_by_the_others_and_nothing_is_lost": (

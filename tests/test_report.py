@@ -133,9 +133,25 @@ def test_rollouts_round_trip_and_images_are_stored_once(tmp_path):
   assert [record["id"] for record in read_rollouts(tmp_path)[20]] == ["c"]
 
 
+def test_stored_images_are_what_the_model_receives(tmp_path):
+  """A 16-bit grey ramp keeps its levels, and EXIF orientation is applied."""
+  ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+  tiff, turned = io.BytesIO(), io.BytesIO()
+  Image.fromarray(ramp).save(tiff, format="TIFF")
+  exif = Image.Exif()
+  exif[0x0112] = 6  # the picture is displayed rotated by 90 degrees
+  Image.new("RGB", (32, 16), "red").save(turned, format="JPEG", exif=exif)
+  images = tiff.getvalue(), turned.getvalue()
+  RolloutLog(tmp_path).write(1, "rl", [(Example("a", "?", "", images), [])])
+  stored = [tmp_path / "rollouts" / name for name in read_rollouts(tmp_path)[1][0]["images"]]
+  grey = np.asarray(Image.open(stored[0]).convert("L"))
+  assert abs(grey.mean() - 127) < 2 and len(np.unique(grey)) >= 64
+  assert Image.open(stored[1]).size == (16, 32)
+
+
 def test_errors_name_bad_images_and_files(tmp_path):
   log = RolloutLog(tmp_path)
-  with pytest.raises(UserError, match=r"^example 'a': image does not decode: "):
+  with pytest.raises(UserError, match=r"^example 'a': its image: not an image: text"):
     log.write(1, "rl", [(Example("a", "?", "", (b"no image",)), [])])
   (tmp_path / "rollouts" / "step_000003.jsonl").write_text("oops\n")
   with pytest.raises(UserError, match=r"step_000003\.jsonl: not a file of rollouts"):

@@ -9,9 +9,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 from jaxrl_vlm.config import write_atomically
+from jaxrl_vlm.data.images import ImageError, decode_image
 from jaxrl_vlm.errors import UserError
 from jaxrl_vlm.example import Example
 
@@ -95,12 +94,12 @@ class RolloutLog:
 
 
 def _as_png(image: bytes, example_id: str) -> bytes:
+  """Decodes the image as the model receives it, and encodes it as PNG."""
   out = io.BytesIO()
   try:
-    with Image.open(io.BytesIO(image)) as decoded:
-      decoded.convert("RGB").save(out, format="PNG")
-  except (OSError, ValueError, Image.DecompressionBombError) as error:
-    raise UserError(f"example {example_id!r}: image does not decode: {error}") from error
+    decode_image(image, f"example {example_id!r}: its image").save(out, format="PNG")
+  except ImageError as error:
+    raise UserError(str(error)) from error
   return out.getvalue()
 
 

@@ -18,6 +18,8 @@ from typing import cast
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards import answers, maths
 
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+
 Verifier = Callable[[Example, str], float | Mapping[str, float]]
 
 _BUILTIN: dict[str, Verifier] = {
@@ -51,7 +53,8 @@ class Reward:
       reported as `name/entry`.
 
     Raises:
-      ValueError: a verifier returned something else than finite numbers.
+      ValueError: a verifier returned something else than finite numbers, or a number is too large
+        for float32.
       Exception: whatever a verifier raises, with a note that names the verifier.
     """
     weights = self.weights if example.rewards is None else example.rewards
@@ -68,6 +71,8 @@ class Reward:
         error.add_note(f"in verifier {name!r}")
         raise
       total += weight * result[name]
+    if not _fits_float32(total):
+      raise ValueError(f"the weighted sum of the rewards is {total}, expected a finite number")
     return {**result, "total": total}
 
 
@@ -124,8 +129,11 @@ def _parts(weights: Mapping[str, float]) -> tuple[tuple[str, float, Verifier], .
   for key, weight in weights.items():
     if not isinstance(key, str):
       raise ValueError(f"rewards: {key!r}: expected the name of a verifier")
-    if not isinstance(weight, int | float) or not math.isfinite(weight):
-      raise ValueError(f"rewards[{key!r}]={weight!r}: expected a finite number, the weight")
+    if not isinstance(weight, int | float) or not _fits_float32(weight):
+      shown = (
+        f"an integer of {weight.bit_length()} bits" if isinstance(weight, int) else repr(weight)
+      )
+      raise ValueError(f"rewards[{key!r}]={shown}: expected a finite number, the weight")
   return _cached_parts(tuple(weights.items()))
 
 
@@ -146,15 +154,25 @@ def _cached_parts(
 
 
 def _finite(entry: str, value: object) -> float:
+  """Returns the value as a float. Raises ValueError unless it is a finite number in float32."""
   if isinstance(value, str | bytes):
     raise ValueError(f"returned {entry}={value!r}, expected a number")
   try:
     number = float(value)  # type: ignore[arg-type]
-  except (TypeError, OverflowError):
+  except OverflowError:  # an integer that even float64 cannot hold
+    number = math.inf
+  except TypeError:
     raise ValueError(f"returned {entry}={type(value).__name__}, expected a number") from None
   if not math.isfinite(number):
     raise ValueError(f"returned {entry}={number}, expected a finite number")
+  if not _fits_float32(number):
+    raise ValueError(f"returned {entry}={number}, expected a number that float32 can hold")
   return number
+
+
+def _fits_float32(number: float) -> bool:
+  """Whether the number stays finite when it is stored in an array of rewards, which is float32."""
+  return abs(number) <= _FLOAT32_MAX  # false for NaN too
 
 
 def _load_file(path: str):

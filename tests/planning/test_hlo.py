@@ -1,4 +1,4 @@
-"""What a compiled program does, as counted by hand."""
+"""Compares the FLOPs and bytes that `planning.hlo` counts in programs with counts by hand."""
 
 import functools
 
@@ -21,7 +21,7 @@ def cost(function, *args, steps=1.0, shares=None, **options) -> hlo.Cost:
   return hlo.analyse(text, steps, shares)
 
 
-def product(m, k, n):
+def matmul_flops(m, k, n):
   return 2 * m * k * n
 
 
@@ -33,62 +33,65 @@ def mesh():
 # -- FLOPs ----------------------------------------------------------------------------------------
 
 
-def test_a_product_of_matrices():
+def test_flops_of_a_matrix_product():
   found = cost(lambda a, b: a @ b, shape(64, 32), shape(32, 128))
-  assert found.flops == product(64, 32, 128)
+  assert found.flops == matmul_flops(64, 32, 128)
   assert not found.collectives and not found.unknown
 
 
-def test_batches_and_several_axes_that_are_summed_over():
+def test_flops_with_batch_axes_and_several_contracted_axes():
   found = cost(
     lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), shape(3, 8, 5, 16), shape(3, 7, 5, 16)
   )
   assert found.flops == 2 * 3 * 5 * 8 * 7 * 16
   assert cost(lambda a, b: jnp.tensordot(a, b, 2), shape(6, 4, 5), shape(4, 5, 9)).flops == (
-    product(6, 20, 9)
+    matmul_flops(6, 20, 9)
   )
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_the_body_of_a_loop_counts_once_per_iteration():
   def layers(x, weights):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
 
   found = cost(layers, shape(16, 32), shape(5, 32, 32))
-  assert found.flops == 5 * product(16, 32, 32) and not found.unknown
-  # The gradient of a layer is two more products.
+  assert found.flops == 5 * matmul_flops(16, 32, 32) and not found.unknown
+  # The gradient of a layer needs two more products. The first layer needs only one of them, because
+  # the gradient of its input is not used.
   gradient = cost(jax.grad(lambda w, x: layers(x, w).sum()), shape(5, 32, 32), shape(16, 32))
-  assert gradient.flops in (3 * found.flops, 3 * found.flops - product(16, 32, 32))
+  assert gradient.flops in (3 * found.flops, 3 * found.flops - matmul_flops(16, 32, 32))
 
 
-def test_loops_within_loops_and_loops_that_do_not_begin_at_zero():
+def test_nested_loops_and_loops_that_do_not_start_at_zero():
   def f(x, w):
     return jax.lax.fori_loop(
       3, 10, lambda i, x: jax.lax.fori_loop(0, 4, lambda j, x: jnp.sin(x @ w), x), x
     )
 
   found = cost(f, shape(16, 16), shape(16, 16))
-  assert found.flops == 7 * 4 * product(16, 16, 16) and not found.unknown
+  assert found.flops == 7 * 4 * matmul_flops(16, 16, 16) and not found.unknown
 
 
-def test_a_loop_that_may_end_early_counts_to_its_end():
+def test_a_loop_with_an_early_exit_counts_its_largest_number_of_iterations():
   def f(x, w):
     return jax.lax.while_loop(
       lambda s: (s[1] < 6) & (s[0].sum() < 100), lambda s: (s[0] @ w, s[1] + 1), (x, 0)
     )[0]
 
-  assert cost(f, shape(8, 8), shape(8, 8)).flops == 6 * product(8, 8, 8)
+  assert cost(f, shape(8, 8), shape(8, 8)).flops == 6 * matmul_flops(8, 8, 8)
 
 
-def test_a_loop_of_which_nothing_is_known_counts_as_told():
+def test_a_loop_with_an_unknown_trip_count_counts_as_many_steps_as_the_caller_passes():
   def f(x, w, n):
     return jax.lax.fori_loop(0, n, lambda i, x: x @ w, x)
 
   args = shape(8, 8), shape(8, 8), shape(dtype=jnp.int32)
-  once, often = cost(f, *args), cost(f, *args, steps=2.5)
-  assert once.flops == product(8, 8, 8) and often.flops == 2.5 * once.flops
-  assert once.unknown == often.unknown == 1
+  one_step, steps = cost(f, *args), cost(f, *args, steps=2.5)
+  assert one_step.flops == matmul_flops(8, 8, 8) and steps.flops == 2.5 * one_step.flops
+  assert one_step.unknown == steps.unknown == 1
 
 
+# Every iteration adds 2 to the counter %i. The limit 7 is an element of the loop's state, not a
+# constant of the condition.
 LOOP = """HloModule m
 
 %body (state: (s32[], f32[4,4], s32[])) -> (s32[], f32[4,4], s32[]) {
@@ -122,22 +125,22 @@ ENTRY %main (x.1: f32[4,4]) -> f32[4,4] {
 """
 
 
-def test_a_loop_that_has_been_unrolled_and_whose_limit_is_in_its_state():
-  assert hlo.analyse(LOOP).flops == 4 * product(4, 4, 4)
+def test_an_unrolled_loop_whose_limit_is_in_its_state():
+  assert hlo.analyse(LOOP).flops == 4 * matmul_flops(4, 4, 4)
 
 
 def branches(n, x, w):
   return jax.lax.switch(n, [lambda x: x, lambda x: x @ w, lambda x: jnp.sin(x @ w) @ w], x)
 
 
-def test_the_dearest_branch_counts_or_each_as_often_as_told():
+def test_a_conditional_counts_its_most_expensive_branch_or_the_given_shares():
   args = shape(dtype=jnp.int32), shape(8, 8), shape(8, 8)
-  assert cost(branches, *args).flops == 2 * product(8, 8, 8)
-  name = {"cond": (0.5, 0.25, 0.25)}
-  assert cost(branches, *args, shares=name).flops == 0.75 * product(8, 8, 8)
-  # Shares of other conditions change nothing.
+  assert cost(branches, *args).flops == 2 * matmul_flops(8, 8, 8)
+  shares = {"cond": (0.5, 0.25, 0.25)}
+  assert cost(branches, *args, shares=shares).flops == 0.75 * matmul_flops(8, 8, 8)
+  # Shares for another name, or for another number of branches, are not used.
   assert cost(branches, *args, shares={"cond": (1, 0), "x": (1, 0, 0)}).flops == (
-    2 * product(8, 8, 8)
+    2 * matmul_flops(8, 8, 8)
   )
 
 
@@ -151,7 +154,8 @@ def test_the_dearest_branch_counts_or_each_as_often_as_told():
     dict(window_strides=(1,), padding=[(2, 1)], rhs_dilation=(3,)),
   ],
 )
-def test_of_a_convolution_only_pairs_that_meet(window):
+def test_a_convolution_counts_only_products_of_input_and_window_elements(window):
+  """Window elements over padding, or between the elements of a dilated input, do not count."""
   b, size, width, out, kernel = 2, 9, 3, 5, 3
   text = (
     jax.jit(
@@ -163,7 +167,7 @@ def test_of_a_convolution_only_pairs_that_meet(window):
     .compiler_ir("hlo")
     .as_hlo_text()
   )
-  # With ones everywhere every sum is the number of pairs.
+  # If all elements are 1, every output is its number of products.
   ones = jax.lax.conv_general_dilated(
     np.ones((1, size, 1), np.float32),
     np.ones((kernel, 1, 1), np.float32),
@@ -176,57 +180,64 @@ def test_of_a_convolution_only_pairs_that_meet(window):
 # -- Collectives ----------------------------------------------------------------------------------
 
 
-def sharded(function, inputs, output, *args):
-  where = [NamedSharding(mesh(), spec) for spec in inputs]
+def cost_of_sharded(function, inputs, output, *args):
+  shardings = [NamedSharding(mesh(), spec) for spec in inputs]
   return cost(
-    function, *args, in_shardings=tuple(where), out_shardings=NamedSharding(mesh(), output)
+    function, *args, in_shardings=tuple(shardings), out_shardings=NamedSharding(mesh(), output)
   )
 
 
-def local(function, spec, out, *args):
+def cost_of_shard_map(function, spec, out, *args):
   return cost(
     jax.shard_map(function, mesh=mesh(), in_specs=spec, out_specs=out, check_vma=False), *args
   )
 
 
-def test_what_a_device_sends():
-  size = 64 * 32 * 4 / 4  # a device's part
+def test_bytes_that_a_device_sends_in_each_kind_of_collective():
+  size = 64 * 32 * 4 / 4  # bytes of one shard
   x = shape(64, 32)
-  gather = local(lambda x: jax.lax.all_gather(x, "a"), Spec("a"), Spec(), x)
+  gather = cost_of_shard_map(lambda x: jax.lax.all_gather(x, "a"), Spec("a"), Spec(), x)
   assert gather.collectives == {"all-gather": 3 * size}
-  total = local(lambda x: jax.lax.psum(x, "a"), Spec("a"), Spec(), x)
+  total = cost_of_shard_map(lambda x: jax.lax.psum(x, "a"), Spec("a"), Spec(), x)
   assert total.collectives == {"all-reduce": 2 * 3 / 4 * size}
-  both = local(lambda x: jax.lax.psum(x, ("a", "b")), Spec("a"), Spec(), x)
+  both = cost_of_shard_map(lambda x: jax.lax.psum(x, ("a", "b")), Spec("a"), Spec(), x)
   assert both.collectives == {"all-reduce": 2 * 7 / 8 * size}
-  scatter = local(lambda x: jax.lax.psum_scatter(x, "a", tiled=True), Spec("a"), Spec("a"), x)
+  scatter = cost_of_shard_map(
+    lambda x: jax.lax.psum_scatter(x, "a", tiled=True), Spec("a"), Spec("a"), x
+  )
   assert scatter.collectives == {"reduce-scatter": 3 / 4 * size}
-  swap = local(lambda x: jax.lax.all_to_all(x, "a", 0, 1, tiled=True), Spec("a"), Spec("a"), x)
+  swap = cost_of_shard_map(
+    lambda x: jax.lax.all_to_all(x, "a", 0, 1, tiled=True), Spec("a"), Spec("a"), x
+  )
   assert swap.collectives == {"all-to-all": 3 / 4 * size}
   ring = [(i, (i + 1) % 4) for i in range(4)]
-  passed = local(lambda x: jax.lax.ppermute(x, "a", ring), Spec("a"), Spec("a"), x)
+  passed = cost_of_shard_map(lambda x: jax.lax.ppermute(x, "a", ring), Spec("a"), Spec("a"), x)
   assert passed.collectives == {"collective-permute": size}
   assert passed.sent == size
 
 
-def test_a_collective_in_a_loop():
+def test_a_collective_in_a_loop_counts_once_per_iteration():
   def f(x):
     ring = [(0, 1), (1, 0)]
     return jax.lax.fori_loop(0, 5, lambda i, x: jnp.sin(jax.lax.ppermute(x, "b", ring)), x)
 
-  found = local(f, Spec("b"), Spec("b"), shape(8, 16))
+  found = cost_of_shard_map(f, Spec("b"), Spec("b"), shape(8, 16))
   assert found.collectives == {"collective-permute": 5 * 8 * 16 * 4 / 2}
 
 
-def test_a_product_that_is_split_over_devices():
-  """Rows over a, what is summed over b: an eighth of the work each, and a sum of the parts."""
-  found = sharded(
+def test_a_sharded_product_counts_the_work_of_one_device():
+  """Rows are sharded over `a` and the contracted axis over `b`.
+
+  Each device computes an eighth of the product, and an all-reduce over `b` adds the partial sums.
+  """
+  found = cost_of_sharded(
     lambda x, w: x @ w, (Spec("a", "b"), Spec("b")), Spec("a"), shape(32, 64), shape(64, 128)
   )
-  assert found.flops == product(32, 64, 128) / 8
+  assert found.flops == matmul_flops(32, 64, 128) / 8
   assert found.collectives == {"all-reduce": 2 * 1 / 2 * 8 * 128 * 4}
 
 
-# -- As TPUs have it ------------------------------------------------------------------------------
+# -- Programs for TPUs ----------------------------------------------------------------------------
 
 TEXT = """HloModule jit_f, is_scheduled=true, num_partitions=4, entry_computation_layout={()->f32[]}
 
@@ -266,17 +277,19 @@ ENTRY %main (a: bf16[8,128], b: f32[6,8,128], i: s32[], c: f32[6,8,128]) -> f32[
 """  # noqa: E501
 
 
-def test_scattered_sums_kernels_slices_and_memory_on_the_chip():
+def test_instructions_of_tpu_programs():
   found = hlo.analyse(TEXT)
   assert found.collectives == {
     "reduce-scatter": 3 / 4 * 8 * 128 * 2,
     "collective-permute": 8 * 128 * 2,
   }
   assert found.kernels == {"kernel": 1}
-  # A batch of products, as an axis along which every window meets one number.
-  assert found.flops == 8 * product(64, 128, 32)
+  # The TPU compiler writes a batch of products as a convolution. Along the batch axis, each output
+  # has one product.
+  assert found.flops == 8 * matmul_flops(64, 128, 32)
   a, kernel = 8 * 128 * 2, 3 * 8 * 128 * 2 + 8 * 4
-  # Fusions read and write slices; the permutation reads and writes; scores stay on the chip.
+  # %updated reads and writes only slices, and %permute reads and writes its operand. %scores reads
+  # its operands from HBM and writes to on-chip memory.
   slices = 2 * 8 * 128 * 4 + 4
   scores = 8 * 64 * 128 * 2 + 8 * 32 * 128 * 2
   assert found.bytes == (a + 2 * 128 * 2) + kernel + slices + 2 * a + scores
@@ -293,7 +306,7 @@ def test_scattered_sums_kernels_slices_and_memory_on_the_chip():
     ("mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x','y'}", 8),
   ],
 )
-def test_groups_of_devices(groups, size):
+def test_the_group_size_is_read_from_every_notation_of_replica_groups(groups, size):
   text = f"""HloModule m, num_partitions=4
 
 ENTRY %main (a: f32[8]) -> f32[8] {{

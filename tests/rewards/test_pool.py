@@ -39,8 +39,8 @@ VERIFIERS = """
       sys.exit(0)
     if text == "raise":
       raise KeyError("so be it")
-    if text == "nan":
-      return float("nan")
+    if text in ("nan", "1e39"):
+      return float(text)
     return float(text == example.answer)
 
   def modules(example, text):
@@ -91,6 +91,7 @@ def test_totals_and_components_have_the_positions_of_their_responses(pool):
     ("segfault", "crash", "its worker died with exit code -11"),
     ("sys.exit", "error", "SystemExit: 0 in verifier 'obey'"),
     ("raise", "error", "KeyError: 'so be it' in verifier 'obey'"),
+    ("1e39", "error", "returned obey=1e+39, expected a number that float32 can hold in verifier"),
     ("nan", "error", "returned obey=nan, expected a finite number in verifier 'obey'"),
   ],
 )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -261,6 +262,7 @@ def user_file(tmp_path):
   path.write_text(
     textwrap.dedent("""
       import dataclasses
+      import numpy
       @dataclasses.dataclass
       class Box:
         left: int
@@ -270,6 +272,14 @@ def user_file(tmp_path):
       def word(example, text): return "1"
       def nothing(example, text): return None
       def nan(example, text): return float("nan")
+      def large(example, text): return 1e39
+      def negative(example, text): return -1e39
+      def largest(example, text): return 3.4028234663852886e38
+      def large_part(example, text): return {"large_part": 1.0, "part": 1e39}
+      def large_integer(example, text): return 10**400
+      def numpy_float64(example, text): return numpy.float64(1e39)
+      def numpy_float32(example, text): return numpy.float32("inf")
+      def numpy_int64(example, text): return numpy.int64(3)
       def math(example, text): return 1.0
       NUMBER = 3
     """)
@@ -300,6 +310,8 @@ def test_a_function_in_a_module_is_a_verifier(user_file, monkeypatch):
     ({"math": 1, "{dir}/mine.py:math": 1}, "'.*mine.py:math': its metric name 'math' is taken"),
     ({"{dir}/mine.py:total": 1}, "no such function"),
     ({"math": math.nan}, r"rewards\['math'\]=nan: expected a finite number"),
+    ({"math": 1e39}, r"rewards\['math'\]=1e\+39: expected a finite number"),
+    ({"math": 10**400}, r"rewards\['math'\]=an integer of 1329 bits: expected a finite number"),
     ({"math": "1"}, r"rewards\['math'\]='1': expected a finite number"),
     ({3: 1}, "rewards: 3: expected the name of a verifier"),
     ({}, "rewards={}: expected a mapping"),
@@ -323,12 +335,31 @@ def test_create_refuses_unknown_verifiers_and_bad_weights(user_file, weights, me
     ("word", "returned word='1', expected a number"),
     ("nothing", "returned nothing=NoneType, expected a number"),
     ("nan", "returned nan=nan, expected a finite number"),
+    ("large", r"returned large=1e\+39, expected a number that float32 can hold"),
+    ("negative", r"returned negative=-1e\+39, expected a number that float32 can hold"),
+    ("large_part", r"returned part=1e\+39, expected a number that float32 can hold"),
+    ("large_integer", "returned large_integer=inf, expected a finite number"),
+    ("numpy_float64", r"returned numpy_float64=1e\+39, expected a number that float32 can hold"),
+    ("numpy_float32", "returned numpy_float32=inf, expected a finite number"),
   ],
 )
 def test_bad_return_values_of_a_verifier_are_errors(user_file, name, message):
   with pytest.raises(ValueError, match=message) as caught:
     rewards.create({f"{user_file}:{name}": 1})(example("5"), "")
   assert caught.value.__notes__ == [f"in verifier {name!r}"]
+
+
+@pytest.mark.parametrize("name, value", [("largest", 3.4028234663852886e38), ("numpy_int64", 3.0)])
+def test_finite_float32_numbers_of_any_type_are_rewards(user_file, name, value):
+  assert rewards.create({f"{user_file}:{name}": 1})(example("5"), "")["total"] == value
+  assert np.isfinite(np.float32(value))
+
+
+def test_a_weighted_sum_that_overflows_float32_is_an_error(user_file):
+  with pytest.raises(
+    ValueError, match=r"the weighted sum of the rewards is 6\.8\S*e\+38, expected"
+  ):
+    rewards.create({f"{user_file}:largest": 2.0})(example("5"), "")
 
 
 def test_importing_rewards_imports_no_jax():
