@@ -47,17 +47,19 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   "stages/test_programs.py::test_minibatches_are_updates_one_after_another": ("papo",),
   "stages/test_programs.py::test_masked_views_are_the_same_on_four_devices": ("noise",),
   # All three axes of the mesh at once.
-  "parallel/test_mesh.py::test_eight_devices_train_as_one": ("twoXtwoXtwo",),
-  "parallel/test_mesh.py::test_parameters_and_optimizer_state_are_split_over_the_devices": (
-    "twoXtwoXtwo",
+  "parallel/test_mesh.py::test_training_on_eight_devices_equals_one_device": (
+    "slice2-fsdp2-tensor2",
+  ),
+  "parallel/test_mesh.py::test_parameters_and_optimizer_state_are_sharded": (
+    "slice2-fsdp2-tensor2",
   ),
   # Rollouts with their own sharding, and minibatches with microbatches.
-  "parallel/test_collectives.py::test_nothing_is_gathered_but_what_must_be": (
+  "parallel/test_collectives.py::test_devices_gather_only_weights_of_one_layer_and_small_arrays": (
     "fsdp x tensor-axes1-4-1",
-    "in pieces-axes3-0-2",
+    "fsdp, minibatches-axes3-0-2",
   ),
   # libtpu compiles the programs of PAPO in the same file, and those of VPPO in test_plan.py.
-  "parallel/test_tpu.py::test_programs_that_only_some_objectives_need_compile": ("full KL",),
+  "parallel/test_tpu.py::test_programs_of_specific_objectives_compile": ("full KL",),
   "parallel/test_tpu.py::test_every_family_compiles": ("Qwen3-VL-30B-A3B",),
   # Every family, and both embeddings (tied, and with a head of their own).
   "models/test_models.py::test_greedy_generation_equals_transformers": (
@@ -90,16 +92,17 @@ ORDINARY: dict[str, tuple[str, ...]] = {
     "vppo_gspo",
   ),
   "test_train.py::test_every_method_trains": ("vppo",),
-  # Two processes cover what four do; `test_every_one_of_many_names_the_same` starts four.
-  "parallel/test_processes.py::test_four_processes_with_dynamic_sampling_are_as_one": (),
-  "parallel/test_processes.py::test_what_only_some_configs_do_is_the_same": (
+  # Runs of two processes cover the same code. Another test of the file starts four processes.
+  "parallel/test_processes.py::test_four_processes_with_dynamic_sampling_equal_one": (),
+  "parallel/test_processes.py::test_two_processes_equal_one_in_other_configs": (
     "adapters, greedy baseline",
   ),
-  # Process 0 is the coordinator. Each process is killed once, and once while a checkpoint is
-  # written.
-  "parallel/test_processes.py::test_a_killed_process_is_named_by_the_others_and_nothing_is_lost": (
-    "0-in a step",
-    "1-while it saves",
+  # The test after this one also kills process 0, the coordinator, without a training run.
+  "parallel/test_processes.py::test_the_other_process_names_a_killed_process_and_the_run_resumes": (
+    "1-in a save",
   ),
-  "parallel/test_processes.py::test_every_one_of_many_names_the_same": ("0-killed", "2-bug"),
+  "parallel/test_processes.py::test_all_other_processes_name_the_process_that_ended": (
+    "0-killed",
+    "2-bug",
+  ),
 }

@@ -1,4 +1,4 @@
-"""Plans: what is said of a run without a TPU, and what is refused in one line."""
+"""Tests `jaxrl_vlm.plan`: the numbers of a plan, the search for a mesh, and its error messages."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ from jaxrl_vlm.rollout.schedule import Layout
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
 
-# A model whose heads are as wide as those of published ones, and dynamic sampling.
+# A small model with the head size of published models (128), trained with dynamic sampling.
 TINY = """
 import base
 
@@ -90,7 +90,7 @@ def command(*arguments, cwd=ROOT):
 
 
 @pytest.mark.slow
-def test_a_plan_of_a_small_model(tiny, tmp_path):
+def test_the_plan_of_a_small_model(tiny, tmp_path):
   pytest.importorskip("libtpu")
   out = tmp_path / "plan.json"
   given = f"--config={tiny}", "--topology=v5e:2x2", f"--cache={tmp_path / 'cache'}", f"--out={out}"
@@ -101,22 +101,23 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
   assert list(rows) == PROGRAMS
   assert result["fits"] and all(row["fits"] for row in rows.values()) and not result["refusal"]
 
-  # Forward and both of the gradient, of two layers of the tower's whole frames and the decoder.
+  # Full attention of the vision tower and attention of the decoder use the splash kernels: one for
+  # the forward pass and two for the gradient.
   assert {name.split("_")[2] for name in rows["update"]["kernels"]} == {"fwd", "dq", "dkv"}
   assert "splash_mha_dq" in done.stdout
-  # What is compiled is what the mathematics asks for: nothing is padded or thrown away here.
+  # The sizes of this config need no padding, so the compiled FLOPs are close to the model FLOPs.
   for name in ("see", "prefill", "decode", "score", "score_masked", "update"):
     row = rows[name]
     assert row["compiled_flops"] == pytest.approx(row["model_flops"], rel=0.06), name
     assert row["seconds"][row["bound"]] == max(row["seconds"].values())
     assert row["step_seconds"] == row["runs"] * max(row["seconds"].values())
-  # Of loops only that over parts of packed responses depends on the data.
+  # Only the loops over the passes of packed responses have a trip count that depends on the data.
   assert {name: row["unknown_loops"] for name, row in rows.items() if row["unknown_loops"]} == {
     "score": 1,
     "score_masked": 1,
     "update": 1,
   }
-  # Weights that are split over four chips are gathered: three quarters of them come from others.
+  # Weights are sharded over four chips: each chip gathers three quarters of them from the others.
   assert rows["update"]["collectives"]["all-gather"] > 0
   held = result["holds"]
   for name in ("prefill", "decode"):
@@ -126,7 +127,7 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
     8 * 2 * 256 / result["step_seconds"] / 4
   )
 
-  # The tables are the same numbers.
+  # The printed tables contain the same numbers as the JSON file.
   assert done.stdout.strip() == plan.report(result)
   shown = done.stdout.splitlines()
   for name, row in rows.items():
@@ -137,7 +138,7 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
     ]
     assert times[1] == f"{row['runs']:g}" and times[-1] == f"{row['step_seconds']:.2f}"
 
-  # Again: nothing is compiled, and the result is the same, as JSON alone.
+  # The second time, all programs come from the cache. With --json, only the result is printed.
   again = command(*given, "--json")
   assert again.returncode == 0, again.stderr
   assert again.stderr.count("read from the cache") == len(PROGRAMS)
@@ -145,8 +146,7 @@ def test_a_plan_of_a_small_model(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_that_does_not_fit(tiny, tmp_path):
-  """More prompts than a chip can hold: one line, after the table."""
+def test_a_plan_that_does_not_fit_ends_with_one_line_of_advice(tiny, tmp_path):
   pytest.importorskip("libtpu")
   done = command(
     f"--config={tiny}",
@@ -169,8 +169,11 @@ def test_a_plan_that_does_not_fit(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, tmp_path):
-  """A model of two heads is on one chip, or on two; two prompts are not on four rows of chips."""
+def test_a_search_finds_a_mesh_for_all_stages_and_prints_its_flags(tiny, tmp_path):
+  """The model has two heads, so only `mesh.tensor` 1 and 2 are possible.
+
+  On four chips, two prompts can be divided only with `mesh.tensor=2`.
+  """
   pytest.importorskip("libtpu")
   stages = tmp_path / "stages.py"
   two_heads = tiny.read_text().replace('"num_attention_heads": 4', '"num_attention_heads": 2')
@@ -217,8 +220,8 @@ def test_a_search_is_for_all_stages_and_says_how_to_ask_for_what_it_found(tiny, 
 # -- Errors ---------------------------------------------------------------------------------------
 
 
-def refused(*arguments):
-  """The one line of a command that is refused, in this process."""
+def assert_refused(*arguments):
+  """Runs the command in this process and checks that it exits with status 2."""
   given = [sys.argv[0], *map(str, arguments)]
   old, sys.argv = sys.argv, given
   try:
@@ -229,12 +232,12 @@ def refused(*arguments):
   assert stopped.value.code == 2
 
 
-def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch):
+def test_error_messages_are_one_line(tiny, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(plan, "prepare", lambda: None)
   monkeypatch.setattr(plan, "compiler", contextlib.nullcontext)
 
   def message(*arguments):
-    refused(*arguments)
+    assert_refused(*arguments)
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -259,18 +262,18 @@ def test_errors_are_one_line(tiny, tmp_path, capsys, monkeypatch):
   assert message(config).startswith("--topology is missing")
 
 
-def test_without_libtpu_it_says_how_to_get_it(tiny, capsys, monkeypatch):
+def test_without_libtpu_the_error_says_how_to_install_it(tiny, capsys, monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(
     importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name)
   )
-  refused(f"--config={tiny}", "--topology=v5e:2x2")
+  assert_refused(f"--config={tiny}", "--topology=v5e:2x2")
   assert capsys.readouterr().err == (
     "libtpu, the TPU compiler, is not installed: pip install -e '.[plan]'\n"
   )
 
 
-def test_a_model_is_a_directory_or_a_published_name(tiny, tmp_path):
+def test_the_architecture_is_read_from_a_directory_or_a_published_name(tiny, tmp_path):
   config = config_lib.load_config_file(str(ROOT / "configs" / "vppo_7b.py"))
   for path, name in (
     ("Qwen2.5-VL-7B-Instruct", "Qwen2.5-VL-7B"),
@@ -292,7 +295,7 @@ def test_a_model_is_a_directory_or_a_published_name(tiny, tmp_path):
   assert found.num_layers == 28 and found.dtype == "float32"
 
 
-def test_what_the_compiler_says_where_it_is_too_much():
+def test_needed_memory_is_read_from_compiler_errors():
   for text, gib in (
     (
       "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
@@ -308,7 +311,7 @@ def test_what_the_compiler_says_where_it_is_too_much():
 # -- Chips ----------------------------------------------------------------------------------------
 
 
-def test_slices_have_the_chips_and_links_that_they_should():
+def test_numbers_of_chips_and_links_of_slices():
   for chip in roofline.CHIPS.values():
     assert [s.chips for s in roofline.slices(chip)] == [4, 8, 16, 32, 64, 128, 256]
     for where in roofline.slices(chip):
@@ -352,7 +355,7 @@ def test_the_slowest_resource_determines_the_bound(cost, resource, seconds):
 # -- A step ---------------------------------------------------------------------------------------
 
 
-def test_frames_and_buckets():
+def test_image_frames_and_default_buckets():
   model = models.from_hf(CONFIGS["Qwen2.5-VL-7B"])
   assert step.frame(model, 5120) == (64, 80) and step.frame(model, 28) == (2, 14)
   config = types.SimpleNamespace(prompt_buckets=(256, 1024), patch_buckets=(64, 2048, 8192))
@@ -361,57 +364,61 @@ def test_frames_and_buckets():
   assert step.buckets(config, model, 512, 256) == (512, 256)
 
 
-def test_how_a_rollout_goes():
-  """6 prompts, 2 at once; 2 begin at a time; 100 tokens in chunks of 32."""
+def test_simulated_runs_of_the_rollout_programs():
+  """6 prompts with 4 samples each in 8 sequences; 100 tokens per response in chunks of 32.
+
+  Two prompts are decoded at a time. Each one is prefilled separately.
+  """
   runs, shares = step._rollout_runs(6, 4, Layout(8, 4), 1, 100, 32, 96)
   assert runs == {"prefill": 6, "decode": 12, "compact": 0}
-  # Before the four chunks of a response there are 0, 32, 64 and 96 tokens; branches end at 0, 24,
-  # 48, 72 and 96.
+  # The four chunks of a response begin after 0, 32, 64 and 96 tokens. The branches of attention
+  # read up to 0, 24, 48, 72 and 96 positions. The first sufficient branch is taken.
   assert shares == [0.25, 0, 0.25, 0.25, 0.25]
 
 
-def test_model_flops_of_a_step_are_those_of_its_responses():
-  """Drawing and scoring a response asks for the same products."""
+def test_model_flops_of_scoring_are_those_of_prefill_and_decode():
   model = models.from_hf(CONFIGS["Qwen2.5-VL-7B"])
-  reading = flops.prefill(model, 4096)
-  answering = flops.responses(model, [2048] * 8, 4096)
-  both = flops.forward(model, 4096, [2048] * 8)
-  assert both == pytest.approx(reading + answering, rel=1e-3)
+  prefill = flops.prefill(model, 4096)
+  decode = flops.responses(model, [2048] * 8, 4096)
+  scoring = flops.forward(model, 4096, [2048] * 8)
+  # `forward` counts the last prompt token only with the responses.
+  assert scoring == pytest.approx(prefill + decode, rel=1e-3)
 
 
 @pytest.mark.parametrize(
   ("model", "name", "shared"),
   [
-    ("Qwen2.5-VL-3B", "v5e:16x16", 2),  # as the config of the benchmark says: it has two heads
-    ("Qwen2.5-VL-32B", "v5p:4x4x4", 4),  # as the config says: a sixth of a chip
-    ("Qwen2.5-VL-32B", "v6e:8x8", 8),  # a quarter
-    ("Qwen2.5-VL-32B", "v5e:16x16", 8),  # half, and not 16, each with all eight heads
-    ("Qwen2.5-VL-72B", "v6e:8x8", 16),  # more than half on eight
+    ("Qwen2.5-VL-3B", "v5e:16x16", 2),  # value of the benchmark's config: two key/value heads
+    ("Qwen2.5-VL-32B", "v5p:4x4x4", 4),  # value of the config: weights fill 1/6 of a chip
+    ("Qwen2.5-VL-32B", "v6e:8x8", 8),  # weights fill a quarter of a chip
+    # Half of a chip. With 16, every chip would store all eight key/value heads.
+    ("Qwen2.5-VL-32B", "v5e:16x16", 8),
+    ("Qwen2.5-VL-72B", "v6e:8x8", 16),  # with 8, more than half of a chip
   ],
 )
-def test_how_many_chips_share_the_weights_of_rollouts(model, name, shared):
+def test_number_of_chips_that_share_the_weights_of_rollouts(model, name, shared):
   fitted = plan._fitted(benchmark.config_of(model), 0, roofline.find_slice(name), 2)
   assert (fitted.mesh.tensor, fitted.rollout.tensor) == (2, shared)
 
 
-# -- The page -------------------------------------------------------------------------------------
+# -- docs/plan.md ---------------------------------------------------------------------------------
 
 
-def test_the_tables_of_the_page_are_what_was_compiled():
+def test_the_tables_in_the_docs_show_the_stored_results():
   results = json.loads(benchmark.RESULTS.read_text())
   page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
   shown = benchmark.tables(results)
   assert shown and shown in page, "python benchmarks/plan.py --write"
 
 
-def test_what_must_fit_fits_as_a_run_compiles_it():
+def test_the_main_cases_fit_with_full_optimization():
   results = json.loads(benchmark.RESULTS.read_text())
   for model, name in benchmark.FIRST:
     row = results[model][name]
     assert row["fits"] and row["as_run"]["fits"], (model, name)
 
 
-def test_every_case_of_the_benchmark_is_one_that_can_be_planned():
+def test_every_case_of_the_benchmark_has_a_valid_slice_and_config():
   cases = benchmark.cases()
   assert len(cases) == len(set(cases)) == 5 * 3 * 7 and cases[0] == ("Qwen2.5-VL-7B", "v5e:4x4")
   for model, name in cases:

@@ -1,4 +1,4 @@
-"""The scripts of tpu_scripts/, with stand-ins for the cloud: none of it has seen a real one."""
+"""Tests the scripts of tpu_scripts/ with a fake cloud. They have not been run on a real one."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SCRIPTS = ROOT / "tpu_scripts"
 ALL = sorted(SCRIPTS.rglob("*.sh"))
 PAGE = ROOT / "docs" / "pods.md"
 CONFIG = "configs/quickstart.py"
-# What a shell would take apart.
+# Flags with characters that have a meaning for shells.
 FLAGS = [
   "--config.stages[0].objective.name=vppo",
   '--config.model.lora.targets=("decoder","vision")',
@@ -29,11 +29,15 @@ FLAGS = [
   "--config.z=a\\b*?;|<>#~\t!",
 ]
 
-# Answers to whatever is called by its name. World: calls.jsonl, every call; answers.json, pairs of
-# a pattern and answers, of which each is given once and the last for ever: [output, status] or
-# ["do", what to run first, in a shell]; otherwise a small cloud with two workers, whose homes and
-# bucket are directories.
-STAND_IN = r"""#!PYTHON
+# A fake of gcloud, kubectl, ssh and other programs. Its file name says which of them it is. It uses
+# these files in the directory $WORLD:
+# - calls.jsonl: all calls.
+# - answers.json: pairs of a pattern and a list of answers. Each call that matches the pattern takes
+#   the next answer, and the last answer is repeated. An answer is [output, exit status], or
+#   ["do", command] to run a shell command before the call goes on as usual.
+# Calls without an answer act on a small cloud with two workers. The bucket and the home directories
+# of the workers are directories in $WORLD.
+FAKE_PROGRAM = r"""#!PYTHON
 import fcntl, json, os, pathlib, re, shutil, subprocess, sys
 
 world = pathlib.Path(os.environ["WORLD"])
@@ -117,7 +121,7 @@ elif name == "mountpoint":
 elif name == "gcsfuse":
   if words == ["--version"]:
     print("gcsfuse version 3.4.4 (Go version go1.24.11)")
-  elif not os.path.islink(words[-1]):  # the other worker's, too
+  elif not os.path.islink(words[-1]):  # both workers use the same directory
     os.rmdir(words[-1])
     os.symlink(world / "bucket", words[-1])
     (world / "mounted").write_text(words[-2])
@@ -130,13 +134,19 @@ elif name == "uv" and words[0] == "venv":
   os.symlink(world / "bin" / "trainer", ".venv/bin/python")
 """
 
-# Its name is that of its home. Not among the calls: it is asked for everywhere.
-UNAME = """#!/bin/sh
+# The name of a host is the name of its home directory. These calls are not recorded.
+FAKE_UNAME = """#!/bin/sh
 echo "${HOST:-here}"
 """
 
-# In the place of Python: each launch does the next thing of world/behaviour, "TEXT:what".
-TRAINER = r"""#!/usr/bin/env bash
+# A fake of Python on the hosts. Each launch on a host does what the next line of $WORLD/behaviour
+# says, and the last line is repeated:
+# - wait: runs until SIGTERM.
+# - save N: writes checkpoint N, then runs until SIGTERM.
+# - deaf: ignores SIGTERM.
+# - finish: writes the final model.
+# - any other text: prints the text and fails with status 3.
+FAKE_PYTHON = r"""#!/usr/bin/env bash
 set -eu
 for word in "$@"; do case $word in --workdir=*) workdir=${word#*=};; esac; done
 mkdir -p "$HOME/launches"
@@ -160,7 +170,13 @@ esac
 
 
 class World:
-  """A clone, stand-ins first on the PATH, and what they were called with."""
+  """A clone, and fake programs that come first on the PATH.
+
+  Attributes:
+    folder: the directory $WORLD.
+    clone: the clone from which the scripts run.
+    settings: environment variables of the scripts.
+  """
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -179,9 +195,9 @@ class World:
       "curl",
       "uv",
     ):
-      self._program(name, STAND_IN)
-    self._program("trainer", TRAINER)
-    self._program("uname", UNAME)
+      self._program(name, FAKE_PROGRAM)
+    self._program("trainer", FAKE_PYTHON)
+    self._program("uname", FAKE_UNAME)
     shutil.copytree(SCRIPTS, self.clone / "tpu_scripts")
     (self.clone / "configs").mkdir()
     shutil.copy(ROOT / CONFIG, self.clone / CONFIG)
@@ -206,13 +222,14 @@ class World:
     path.chmod(0o755)
 
   def environment(self, **settings) -> dict[str, str]:
-    plain = {
+    """Returns the environment of a script. Settings that are None are not set."""
+    inherited = {
       k: v
       for k, v in os.environ.items()
       if k not in ("PROJECT", "RUN", "RUNTIME", "HOSTS", "WORKDIR", "PYTHONPATH")
     }
     everything = (
-      plain
+      inherited
       | self.settings
       | settings
       | {"PATH": os.pathsep.join([str(self.folder / "bin"), os.environ["PATH"]])}
@@ -231,22 +248,29 @@ class World:
     )
 
   def answer(self, *answers) -> None:
+    """Sets the answers of the fake programs, see `FAKE_PROGRAM`."""
     (self.folder / "answers.json").write_text(json.dumps(answers))
 
   def behave(self, *what: str) -> None:
+    """Sets what the launches of each host do, one after another, see `FAKE_PYTHON`."""
     (self.folder / "behaviour").write_text("\n".join(what) + "\n")
 
   def calls(self, name: str = "") -> list[list[str]]:
+    """Returns all calls of a fake program, or of all of them."""
     path = self.folder / "calls.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [call for call in map(json.loads, lines) if call[0] == name or not name]
 
   def launches(self, home: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Returns the arguments and the environment of each launch of a host."""
     path = self.folder / "homes" / home / "launches" / "all"
     return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
 
   def wait_for(self, text: str, count: int = 1) -> None:
-    """Until the newest logs of that many hosts have it: before, a signal is no test of a run."""
+    """Waits until the newest logs of `count` hosts contain the text.
+
+    Tests call it before they send a signal, so that the signal arrives in a run that has begun.
+    """
     for _ in range(300):
       notes = {note.resolve() for note in self.folder.glob("homes/*/.jaxrl_vlm/*/log")}
       if sum(text in pathlib.Path(note.read_text().strip()).read_text() for note in notes) == count:
@@ -254,8 +278,7 @@ class World:
       time.sleep(0.1)
     raise AssertionError(text)
 
-  def end(self) -> None:
-    """Ends what still runs here."""
+  def kill_runs(self) -> None:
     for note in self.folder.glob("**/.jaxrl_vlm/*/keeper"):
       try:
         os.killpg(int(note.read_text()), signal.SIGKILL)
@@ -267,7 +290,7 @@ class World:
 def world(tmp_path):
   made = World(tmp_path)
   yield made
-  made.end()
+  made.kill_runs()
 
 
 def ok(process: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -275,7 +298,7 @@ def ok(process: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
   return process
 
 
-def shown(process: subprocess.CompletedProcess) -> list[list[str]]:
+def printed(process: subprocess.CompletedProcess) -> list[list[str]]:
   return [shlex.split(line[2:]) for line in process.stderr.splitlines() if line.startswith("+ ")]
 
 
@@ -293,7 +316,7 @@ def test_every_script_parses_and_has_help(world, path):
   assert os.access(path, os.X_OK)
 
 
-# -- settings and flags ---------------------------------------------------------------------------
+# -- Settings and flags ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +334,7 @@ def test_every_script_parses_and_has_help(world, path):
     ("kubernetes/launch.sh", "IMAGE", [CONFIG]),
   ],
 )
-def test_a_missing_setting_is_one_line(world, name, missing, words):
+def test_a_missing_setting_is_an_error_of_one_line(world, name, missing, words):
   kubernetes = {"TOPOLOGY": "4x4", "IMAGE": "i"} if "kubernetes" in name else {}
   result = world.script(name, *words, **kubernetes | {missing: None})
   assert result.returncode == 2 and not world.calls()
@@ -328,13 +351,13 @@ def test_a_missing_setting_is_one_line(world, name, missing, words):
     ("gpu_host.sh", ["fly"], "fly: no such command; expected setup, launch"),
   ],
 )
-def test_a_wrong_argument_is_one_line(world, name, words, said):
+def test_a_wrong_argument_is_an_error_of_one_line(world, name, words, said):
   result = world.script(name, *words)
   assert result.returncode == 2 and not world.calls()
   assert re.match(said, result.stderr) and result.stderr.count("\n") == 1
 
 
-def test_an_unknown_type_and_an_absent_gcloud(world):
+def test_an_unknown_type_and_a_missing_gcloud_are_errors(world):
   result = world.script("create.sh", TYPE="v9-8")
   assert result.returncode == 2 and "TYPE=v9-8" in result.stderr and "RUNTIME" in result.stderr
   (world.folder / "bin" / "gcloud").unlink()
@@ -372,18 +395,18 @@ ACTIONS = [
     for hosts in (["", "one two"] if action[0] == "gpu_host.sh" else [""])
   ],
 )
-def test_a_dry_run_shows_commands_and_calls_nothing(world, name, words, hosts):
+def test_a_dry_run_prints_commands_and_runs_none(world, name, words, hosts):
   before = sorted(world.clone.rglob("*"))
   result = ok(
     world.script(
       name, "--dry-run", *words, HOSTS=hosts, WORKDIR="/shared/run", IMAGE="i", TOPOLOGY="4x4"
     )
   )
-  assert not world.calls() and shown(result)
+  assert not world.calls() and printed(result)
   assert sorted(world.clone.rglob("*")) == before and not (world.folder / "homes").exists()
 
 
-# -- one script after the other -------------------------------------------------------------------
+# -- From creation to deletion --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -395,7 +418,7 @@ def test_a_dry_run_shows_commands_and_calls_nothing(world, name, words, hosts):
     (["--queued", "--spot"], "queued-resources", ["--spot"]),
   ],
 )
-def test_create(world, words, group, kind):
+def test_create_runs_one_creation_command(world, words, group, kind):
   if group == "queued-resources":
     world.answer(
       [
@@ -417,15 +440,15 @@ def test_create(world, words, group, kind):
     *name,
     *kind,
   }
-  # Every command is shown, in the order in which it runs.
-  assert shown(result) == world.calls()
+  # Every command is printed, in the order in which it runs.
+  assert printed(result) == world.calls()
 
   before = len(world.calls())
   assert "exists and is ready" in ok(world.script("create.sh", *words)).stderr
   assert not [call for call in world.calls()[before:] if "create" in call]
 
 
-def test_create_says_what_is_in_the_way(world):
+def test_create_refuses_a_tpu_in_an_unusable_state(world):
   world.answer(["tpu-vm describe", [["PREEMPTED", 0]]])
   result = world.script("create.sh")
   assert (
@@ -436,7 +459,7 @@ def test_create_says_what_is_in_the_way(world):
   assert result.returncode == 2 and "my-tpu is FAILED" in result.stderr
 
 
-def test_an_outage_does_not_look_like_absence(world):
+def test_a_network_failure_is_not_taken_for_a_missing_tpu(world):
   world.answer(["describe", [["ERROR: network is unreachable", 1]]])
   for name, words in (("create.sh", []), ("delete.sh", ["--yes"])):
     result = world.script(name, *words)
@@ -453,7 +476,7 @@ def set_up(world) -> None:
   ok(world.script("setup.sh"))
 
 
-def test_setup_makes_every_worker_a_copy_of_the_clone(world):
+def test_setup_copies_the_clone_to_every_worker(world):
   (world.clone / "configs" / "mine.py").write_text("# new")
   (world.clone / CONFIG).write_text("# changed")
   (world.clone / "ignored").write_text("no")
@@ -471,17 +494,17 @@ def test_setup_makes_every_worker_a_copy_of_the_clone(world):
   (mount,) = [c for c in world.calls("gcsfuse") if c[1] != "--version"]
   assert mount[-2:] == ["my-bucket", str(world.folder / "mnt")]
   assert {"--metadata-cache-ttl-secs=0", "--metadata-cache-negative-ttl-secs=0"} <= set(mount)
-  assert [words for words in shown(result) if words[0] == "gcloud"] == world.calls("gcloud")[3:]
-  # The user's own index is as it was.
+  assert [words for words in printed(result) if words[0] == "gcloud"] == world.calls("gcloud")[3:]
+  # The git index of the clone has not changed.
   status = subprocess.run(
     ["git", "status", "--short"], cwd=world.clone, text=True, capture_output=True, check=True
   ).stdout
   assert "?? configs/mine.py" in status
-  ok(world.script("setup.sh"))  # again
+  ok(world.script("setup.sh"))  # a second setup succeeds
 
 
 @pytest.mark.parametrize(("name", "home"), [("setup.sh", "1"), ("gpu_host.sh", "one")])
-def test_setup_leaves_alone_what_it_did_not_put_there(world, name, home):
+def test_setup_does_not_change_other_files_of_a_host(world, name, home):
   ok(world.script("create.sh"))
   theirs = world.folder / "homes" / home
   for path in (
@@ -494,7 +517,7 @@ def test_setup_leaves_alone_what_it_did_not_put_there(world, name, home):
     (theirs / path).write_text("the user's")
   before = {path: path.read_text() for path in theirs.rglob("*") if path.is_file()}
   words = ["setup"] if name == "gpu_host.sh" else []
-  # The second time over its own, of which what the clone no longer has goes.
+  # The second setup replaces the copy of the first, and deletes files that the clone does not have.
   for _ in range(2):
     ok(world.script(name, *words, HOSTS="one"))
     assert (clone_of(world, home) / CONFIG).exists()
@@ -506,7 +529,7 @@ def test_setup_leaves_alone_what_it_did_not_put_there(world, name, home):
   assert {path: path.read_text() for path in before} == before
 
 
-def test_another_bucket_than_the_one_that_is_mounted(world):
+def test_a_bucket_other_than_the_mounted_one_is_an_error(world):
   set_up(world)
   for name, words in (("setup.sh", []), ("launch.sh", [CONFIG])):
     result = world.script(name, *words, BUCKET="gs://other")
@@ -522,7 +545,7 @@ def test_another_bucket_than_the_one_that_is_mounted(world):
   ok(world.script("launch.sh", CONFIG))
 
 
-def test_launch_gives_every_worker_the_flags_as_they_are(world):
+def test_launch_passes_flags_unchanged_to_every_worker(world):
   set_up(world)
   world.behave("finish")
   result = ok(world.script("launch.sh", CONFIG, *FLAGS))
@@ -542,7 +565,7 @@ def test_launch_gives_every_worker_the_flags_as_they_are(world):
   logs = {path.name: path.read_text() for path in workdir.glob("logs/*/*.log")}
   assert set(logs) == {"worker-0.log", "worker-1.log"}
   assert all("finished in 1 s" in log for log in logs.values())
-  starts = [words for words in shown(result) if any("worker.sh start" in w for w in words)]
+  starts = [words for words in printed(result) if any("worker.sh start" in w for w in words)]
   assert [words for words in world.calls("gcloud") if words in starts] == starts != []
 
 
@@ -550,7 +573,7 @@ def test_launch_stop_and_launch_again(world):
   set_up(world)
   world.behave("wait", "wait", "broken")
   ok(world.script("launch.sh", "--detach", CONFIG))
-  for _ in range(2):  # no second run beside the first, no other code under it
+  for _ in range(2):  # during a run, a second run and a new copy of the code are refused
     for name, words in (("launch.sh", [CONFIG]), ("setup.sh", [])):
       result = world.script(name, *words)
       assert result.returncode != 0 and "a run is going on here; stop it first" in result.stderr
@@ -587,7 +610,7 @@ def test_a_run_that_does_not_stop_is_killed(world):
   assert "no run to stop" in ok(world.script("launch.sh", "--stop")).stdout
 
 
-def test_sync(world):
+def test_sync_copies_the_run_from_the_bucket(world):
   ok(world.script("sync.sh", "here"))
   ok(world.script("sync.sh", "--checkpoints"))
   source = "gs://my-bucket/runs/my-tpu"
@@ -598,7 +621,7 @@ def test_sync(world):
   assert (world.folder / "here").is_dir() and (world.folder / "runs" / "my-tpu").is_dir()
 
 
-def test_delete_asks(world):
+def test_delete_asks_for_confirmation(world):
   ok(world.script("create.sh"))
   before = len(world.calls())
   result = world.script("delete.sh")
@@ -624,7 +647,7 @@ def test_delete_asks(world):
   assert "rm" not in words and "buckets" not in words
 
 
-def test_delete_takes_the_queued_resource_and_its_node(world):
+def test_delete_removes_the_queued_resource_with_its_node(world):
   world.answer(
     ["queued-resources describe", [["ACTIVE", 0]]],
     ["queued.* delete", [["", 0]]],
@@ -645,11 +668,11 @@ def test_delete_takes_the_queued_resource_and_its_node(world):
   ]
 
 
-# -- watching -------------------------------------------------------------------------------------
+# -- Watching -------------------------------------------------------------------------------------
 
 
-def names(world) -> list[str]:
-  """What was done to the TPU, in order."""
+def tpu_actions(world) -> list[str]:
+  """Returns what the scripts did with the TPU, in order."""
   done = []
   for call in world.calls("gcloud"):
     found = re.search(r"tpu-vm (create|delete)|worker\.sh (start|stop)| (scp) ", " ".join(call))
@@ -658,9 +681,9 @@ def names(world) -> list[str]:
   return done
 
 
-def test_watch_goes_through_preemption_and_failure_to_the_end(world):
-  # Looks: none; running; running; preempted, as the answer to a look, with its disks; then the
-  # second launch fails by itself, and the third finishes.
+def test_watch_relaunches_after_preemption_and_failure_until_the_run_is_finished(world):
+  # At first, there is no TPU. The first launch saves checkpoint 10. Then the TPU is preempted while
+  # its state is checked. The second launch fails by itself, and the third one finishes.
   kill = f"echo PREEMPTED >{world.folder}/node"
   world.behave("save 10")
   world.answer(
@@ -682,10 +705,10 @@ def test_watch_goes_through_preemption_and_failure_to_the_end(world):
     ]
   )
   result = ok(world.script("watch.sh", "--spot", "--delete", CONFIG, *FLAGS))
-  assert names(world) == [
+  assert tpu_actions(world) == [
     "create",
     "scp",
-    "start",  # it was not there
+    "start",  # there was no TPU
     "delete",
     "create",
     "scp",
@@ -705,20 +728,20 @@ def test_watch_goes_through_preemption_and_failure_to_the_end(world):
   assert "my-tpu: finished" in result.stderr
   starts = [call for call in world.calls() if "worker.sh start" in " ".join(call)]
   commands = {re.sub(r"\d{8}T\d{6}Z", "", call[-1]) for call in starts}
-  assert len(starts) == 3 and len(commands) == 1  # the same command continues
-  # Logs of a machine that is gone are in the bucket, and no launch overwrites another's.
+  assert len(starts) == 3 and len(commands) == 1  # the same command resumes the run
+  # The logs of deleted machines are in the bucket, and every launch has its own logs.
   logs = [p.read_text() for p in (world.folder / "bucket").rglob("worker-1.log")]
   assert sum("broken" in log for log in logs) == sum("finished in" in log for log in logs) == 1
 
 
-def test_watch_takes_up_a_run_that_is_going_on_and_waits_for_it_to_end(world):
+def test_watch_waits_until_all_processes_of_a_running_run_have_ended(world):
   set_up(world)
   world.behave("wait", "finish")
   ok(world.script("launch.sh", "--detach", CONFIG))
   world.wait_for("begins", 2)
-  before = len(names(world))
+  before = len(tpu_actions(world))
   model = world.folder / "bucket" / "runs" / "my-tpu" / "model"
-  # The model appears while processes still run: it is not taken for the end.
+  # The model appears while processes still run. The run is not yet finished.
   world.answer(
     [
       "tpu-vm describe",
@@ -733,30 +756,30 @@ def test_watch_takes_up_a_run_that_is_going_on_and_waits_for_it_to_end(world):
     ]
   )
   result = ok(world.script("watch.sh", CONFIG))
-  assert "my-tpu: finished" in result.stderr and len(names(world)) == before
+  assert "my-tpu: finished" in result.stderr and len(tpu_actions(world)) == before
   assert "worker.sh status" in " ".join(world.calls("gcloud")[-1])
   assert result.stderr.index("ended with status 0") < result.stderr.index("my-tpu: finished")
   assert (world.folder / "node").exists()  # not deleted without --delete
 
 
-def test_watch_sets_up_what_is_there_but_bare(world):
+def test_watch_sets_up_a_tpu_that_was_only_created(world):
   ok(world.script("create.sh"))
   world.behave("finish")
   ok(world.script("watch.sh", CONFIG))
-  assert names(world) == ["create", "stop", "scp", "start"]
+  assert tpu_actions(world) == ["create", "stop", "scp", "start"]
 
 
-def test_watch_gives_up_when_nothing_gets_further(world):
+def test_watch_gives_up_if_launches_reach_no_newer_checkpoint(world):
   world.behave("broken: no such file")
   result = world.script("watch.sh", CONFIG, RELAUNCHES="2")
   assert result.returncode == 1
-  assert names(world).count("start") == 2 and names(world)[-1] == "start"
+  assert tpu_actions(world).count("start") == 2 and tpu_actions(world)[-1] == "start"
   assert "worker 1: ended with status 3: broken: no such file" in result.stderr
   assert "launched 2 times from checkpoint none without reaching a newer one" in result.stderr
   assert "costs money until you run tpu_scripts/delete.sh" in result.stderr
 
 
-def test_watch_waits_long_for_a_tpu_that_is_not_to_be_had(world):
+def test_watch_retries_failed_creations_up_to_a_limit(world):
   world.answer(["tpu-vm create", [["ERROR: there is no more capacity in the zone", 1]]])
   result = world.script("watch.sh", CONFIG, CREATES="12")
   assert result.returncode == 1
@@ -764,19 +787,19 @@ def test_watch_waits_long_for_a_tpu_that_is_not_to_be_had(world):
   assert "my-tpu: could not be created 12 times in a row; giving up" in result.stderr
 
 
-def test_watch_does_not_touch_what_does_not_answer(world):
+def test_watch_changes_nothing_if_the_cloud_or_a_worker_does_not_answer(world):
   set_up(world)
-  before = names(world)
+  before = tpu_actions(world)
   world.answer(["tpu-vm describe", [["ERROR: not authorised", 1]]])
   result = world.script("watch.sh", CONFIG)
   assert result.returncode == 1 and "ten failures in a row" in result.stderr
   assert result.stderr.count("ERROR: not authorised") == 10
   world.answer(["tpu-vm ssh", [["ERROR: worker 1 is unreachable", 255]]])
   assert world.script("watch.sh", CONFIG).returncode == 1
-  assert names(world) == before
+  assert tpu_actions(world) == before
 
 
-def test_watch_keeps_a_place_in_the_queue(world):
+def test_watch_keeps_a_queued_request(world):
   world.behave("finish")
   world.answer(
     [
@@ -789,10 +812,10 @@ def test_watch_keeps_a_place_in_the_queue(world):
   assert not [call for call in world.calls("gcloud") if "delete" in call or "create" in call]
 
 
-# -- hosts with GPUs ------------------------------------------------------------------------------
+# -- Hosts with GPUs ------------------------------------------------------------------------------
 
 
-def test_gpu_hosts_over_ssh(world):
+def test_gpu_host_runs_on_several_hosts_over_ssh(world):
   settings = {"HOSTS": "one me@two", "WORKDIR": str(world.folder / "shared" / "run")}
   result = ok(world.script("gpu_host.sh", "setup", **settings))
   assert [c[-1] for c in world.calls("uv") if c[1] == "pip"] == [".[gpu]"] * 2
@@ -809,7 +832,7 @@ def test_gpu_hosts_over_ssh(world):
       assert environment["JAX_PROCESS_ID"] == str(number)
   logs = {path.name for path in (world.folder / "shared").rglob("*.log")}
   assert logs == {"worker-0.log", "worker-1.log"}
-  # Finished: a second watch has nothing to do.
+  # The run is finished, so a second watch only looks.
   calls = len(world.calls())
   ok(world.script("gpu_host.sh", "watch", CONFIG, **settings))
   assert len(world.calls()) == calls + 2
@@ -818,7 +841,7 @@ def test_gpu_hosts_over_ssh(world):
   assert result.returncode == 2 and "WORKDIR=runs/x: expected the absolute path" in result.stderr
 
 
-def test_gpu_hosts_that_share_a_home(world):
+def test_gpu_hosts_with_a_shared_home_directory_have_separate_runs(world):
   (world.folder / "nfs").mkdir()
   (world.folder / "homes").mkdir()
   for host in ("one", "two"):
@@ -842,7 +865,7 @@ def test_gpu_hosts_that_share_a_home(world):
   world.behave("wait")
   ok(world.script("gpu_host.sh", "--detach", "launch", CONFIG, **settings))
   world.wait_for("begins", 2)
-  # Each knows its own run: one ends, the other is there to be stopped.
+  # Each host knows its own run. After one has ended, the other can still be stopped.
   os.kill(int((clone_of(world, "one").parent / "child").read_text()), signal.SIGTERM)
   for _ in range(300):
     if "running" not in status("one"):
@@ -857,7 +880,7 @@ def test_gpu_hosts_that_share_a_home(world):
   ]
 
 
-def test_this_machine_with_gpus(world):
+def test_gpu_host_without_hosts_runs_on_this_machine(world):
   home = world.folder / "homes" / "me"
   home.mkdir(parents=True)
   settings = {"HOME": str(home), "WORKDIR": str(world.folder / "run")}
@@ -881,7 +904,7 @@ def test_this_machine_with_gpus(world):
   "topology, hosts, chips, spot",
   [("4x4", 4, 4, ["--spot"]), ("2x2x4", 4, 4, []), ("2x2", 1, 4, []), ("1x1", 1, 1, [])],
 )
-def test_jobset(world, topology, hosts, chips, spot):
+def test_the_jobset_has_the_settings_and_flags(world, topology, hosts, chips, spot):
   ok(
     world.script(
       "kubernetes/launch.sh", *spot, CONFIG, *FLAGS, IMAGE="image:1", TOPOLOGY=topology, MOUNT=None
@@ -920,7 +943,7 @@ def test_jobset(world, topology, hosts, chips, spot):
   assert container["image"] == "image:1"
   assert container["resources"]["limits"] == {"google.com/tpu": chips}
   assert container["command"][:3] == ["tpu_scripts/worker.sh", "pod", "/bucket/runs/my-tpu"]
-  # Kubernetes puts $ in the place of $$; what is left of $ would begin a variable.
+  # Kubernetes replaces $$ by $. A single $ would begin a variable.
   assert [arg.replace("$$", "$") for arg in container["args"]] == [f"--config={CONFIG}", *FLAGS]
   assert all("$" not in arg.replace("$$", "") for arg in container["args"])
   environment = {entry["name"]: entry for entry in container["env"]}
@@ -938,13 +961,13 @@ def test_jobset(world, topology, hosts, chips, spot):
 @pytest.mark.parametrize(
   "setting, value", [("TOPOLOGY", "16"), ("TOPOLOGY", "4x"), ("CHIPS", "3"), ("NAME", "My_TPU")]
 )
-def test_jobset_settings(world, setting, value):
+def test_invalid_jobset_settings_are_errors(world, setting, value):
   settings = {"IMAGE": "i", "TOPOLOGY": "4x4"} | {setting: value}
   result = world.script("kubernetes/launch.sh", CONFIG, **settings)
   assert result.returncode == 2 and f"{setting}={value}" in result.stderr and not world.calls()
 
 
-def test_the_manifest_is_yaml_before_it_is_filled_in():
+def test_the_template_of_the_manifest_is_valid_yaml():
   assert yaml.safe_load((SCRIPTS / "kubernetes" / "jobset.yaml").read_text())["kind"] == "JobSet"
 
 
@@ -964,7 +987,7 @@ def test_a_pod_ends_with_status_0_only_when_the_run_is_finished(world, what, sta
   lines = [pod.stdout.readline() for _ in range(2)]
   assert f"begins: {what}" in lines[-1]
   if what == "wait":
-    pod.send_signal(signal.SIGTERM)  # to the first process alone
+    pod.send_signal(signal.SIGTERM)  # only to the first process of the container
   out, _ = pod.communicate(timeout=60)
   assert pod.returncode == status
   if what == "wait":
@@ -982,7 +1005,7 @@ def page_commands() -> list[str]:
   return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_every_script_is_in_the_page_and_every_command_of_the_page_is_accepted(world):
+def test_the_page_names_every_script_and_its_commands_are_accepted(world):
   text = PAGE.read_text()
   for path in ALL:
     if path.name not in ("common.sh", "worker.sh"):
@@ -1003,10 +1026,13 @@ def test_every_script_is_in_the_page_and_every_command_of_the_page_is_accepted(w
       ok(world.script(name, "--dry-run", *words[1:], **plain | settings))
       seen.add(name)
       if CONFIG in words and "--dry-run" not in words:
-        # Where another run is, this one is refused; where one is finished, nothing is done.
+        # In the directory of another run, a command is refused, and in the directory of a finished
+        # run, it does nothing. So each command of the page needs its own directory.
         folder = settings["WORKDIR"] if name == "gpu_host.sh" else settings.get("RUN", "runs/NAME")
         asked = words[words.index(CONFIG) :]
-        assert runs.setdefault(folder, asked) == asked, f"{line}: {folder} is another run's"
+        assert runs.setdefault(folder, asked) == asked, (
+          f"{line}: {folder} is the directory of another run"
+        )
     elif words[:2] == ["python", "-m"]:
       assert words[2] in ("jaxrl_vlm.plan", "jaxrl_vlm.train"), line
   assert len(runs) == 5

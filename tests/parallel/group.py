@@ -2,7 +2,7 @@
 
 Starting processes and compiling their programs takes much longer than a run of the tiny model. A
 `Group` starts its processes once. Every process joins the others, compiles each program once, and
-runs each job it is given exactly as `python -m jaxrl_vlm.train` does.
+runs each job exactly as `python -m jaxrl_vlm.train` does.
 """
 
 import contextlib
@@ -49,7 +49,12 @@ class Group:
     ]
 
   def train(self, workdir: pathlib.Path, test: dict[str, Any]) -> list[Ended]:
-    """Runs `processes_config` with TEST=`test` in every process; returns how each of them ended."""
+    """Trains `processes_config` in every process; returns how each run ended.
+
+    Args:
+      workdir: the workdir of the run.
+      test: value of TEST, see `processes_config`.
+    """
     workdir.parent.mkdir(exist_ok=True)
     logs = [f"{workdir}.{i}" for i in range(len(self.processes))]
     for process, log in zip(self.processes, logs, strict=True):
@@ -67,7 +72,7 @@ class Group:
     return ends
 
   def close(self) -> None:
-    """Lets all processes leave together, as they do at the end of a command."""
+    """Ends all processes together, as at the end of a command."""
     for process in self.processes:
       if process.stdin:
         process.stdin.close()
@@ -79,7 +84,12 @@ class Group:
 
 
 def run(job: dict[str, Any]) -> int:
-  """Trains what `job` says; returns the exit status that the command would have."""
+  """Trains as `job` says; returns the exit status that the command would have.
+
+  Args:
+    job: `workdir`; `log`, the path of the log files without suffix; `test` and `read`, the values
+      of TEST and READ (see `processes_config`).
+  """
   from jaxrl_vlm import train
   from jaxrl_vlm.errors import UserError, one_line
   from tests.parallel import processes_config

@@ -1,9 +1,17 @@
-"""The config of runs of many processes: the RL stage of the tiny run, and what a test does to it.
+"""Config of runs of several processes: the RL stage of the tiny run, with faults that tests inject.
 
-TEST is JSON: `sft` (a step of it comes first), `config` (fields to set), `kill` ([process, seconds
-after its second step began, or null: while its second checkpoint is written]),
-`term` ([process, number of the step, how often it has looked in this step whether it is asked to
-stop]), `crash` ([process, number of the step]), `bad` ([process, number of the batch]).
+The environment variable TEST is a JSON object. All its keys are optional:
+
+- `sft`: true adds one supervised step before the RL stage.
+- `config`: fields of the config to set.
+- `kill`: [process, seconds]. The process is killed this many seconds after its second step began.
+  If seconds is null, it is killed while its second checkpoint is written.
+- `term`: [process, step, calls]. The process receives SIGTERM in this step (counted from 1), after
+  it has called `stop_if_asked` this many times in the step.
+- `crash`: [process, step]. The process raises an exception in this step (counted from 0).
+- `bad`: [process, batch]. The process cannot read this batch (counted from 0).
+
+Every process appends the examples that it reads to the file READ, another environment variable.
 """
 
 import contextlib
@@ -31,14 +39,17 @@ def get_config():
   config.log_every, config.seed = 1, 3
   for field, value in asked.get("config", {}).items():
     override(config, f"config.{field}", str(value))
-  _note_examples(asked.get("bad"))
-  _disturb(asked)
+  _log_examples(asked.get("bad"))
+  _inject_faults(asked)
   return config
 
 
 @contextlib.contextmanager
 def patched() -> Iterator[None]:
-  """Undoes at the end what `get_config` patches, for processes that train several configs."""
+  """Restores at the end the methods that `get_config` patches.
+
+  Processes that train several configs need this.
+  """
   from jaxrl_vlm import checkpoint
   from jaxrl_vlm.data import pipeline
   from jaxrl_vlm.stages.run import StageRun
@@ -57,21 +68,25 @@ def patched() -> Iterator[None]:
       setattr(owner, name, method)
 
 
-def _me() -> str:
+def _process_id() -> str:
   return os.environ.get("JAX_PROCESS_ID", "0")
 
 
-def _note_examples(bad: list[int] | None) -> None:
-  """Writes one line for each example read: the seed of the stage's data, batch, row and example."""
+def _log_examples(bad: list[int] | None) -> None:
+  """Logs every example that is read: seed of the stage's data, batch, row and id of the example.
+
+  Args:
+    bad: process and batch that raise an error instead; None for no error.
+  """
   from jaxrl_vlm.data import pipeline
   from jaxrl_vlm.errors import UserError
 
-  following = pipeline.BatchIterator.__next__
+  read_next = pipeline.BatchIterator.__next__
 
-  def noted(self):
-    if bad and [_me(), self.given] == [str(bad[0]), bad[1]]:
+  def read_and_log(self):
+    if bad and [_process_id(), self.given] == [str(bad[0]), bad[1]]:
       raise UserError("example 'broken': its image does not decode")
-    batch, examples = self.given, following(self)
+    batch, examples = self.given, read_next(self)
     rows = range(len(examples)) if self._rows is None else self._rows
     with open(pathlib.Path(os.environ["READ"]), "a") as file:
       seed = self.get_state()["seed"]
@@ -80,21 +95,22 @@ def _note_examples(bad: list[int] | None) -> None:
       )
     return examples
 
-  pipeline.BatchIterator.__next__ = noted
+  pipeline.BatchIterator.__next__ = read_and_log
 
 
-def _disturb(asked) -> None:
+def _inject_faults(asked) -> None:
+  """Patches methods so that the faults `kill`, `term` and `crash` happen."""
   from jaxrl_vlm import checkpoint
   from jaxrl_vlm.stages.run import StageRun
 
   save = checkpoint.Checkpoints.save
 
-  def saved(self, step, *given):
+  def save_and_kill(self, step, *given):
     save(self, step, *given)
-    if kill and kill[1] is None and [_me(), step] == [str(kill[0]), 2]:
-      die(0)  # it is written in the background
+    if kill and kill[1] is None and [_process_id(), step] == [str(kill[0]), 2]:
+      die(0)  # at this time, the checkpoint is being written in the background
 
-  checkpoint.Checkpoints.save = saved
+  checkpoint.Checkpoints.save = save_and_kill
   steps = StageRun.steps
   kill, term, crash = (asked.get(name) for name in ("kill", "term", "crash"))
 
@@ -103,21 +119,22 @@ def _disturb(asked) -> None:
     print(f"killed at {time.time()}", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
-  def disturbed(self):
+  def steps_with_faults(self):
     for step in steps(self):
-      if kill and kill[1] is not None and _me() == str(kill[0]) and step == 1:
+      if kill and kill[1] is not None and _process_id() == str(kill[0]) and step == 1:
         threading.Thread(target=die, args=(kill[1],), daemon=True).start()
-      self.looks = 0
-      if crash and [_me(), step] == [str(crash[0]), crash[1]]:
+      self.stop_calls = 0
+      if crash and [_process_id(), step] == [str(crash[0]), crash[1]]:
         raise RuntimeError("a bug")
       yield step
 
-  look = StageRun.stop_if_asked
+  stop_if_asked = StageRun.stop_if_asked
 
-  def looked(self):
-    if term and [_me(), self.run.step, self.looks] == [str(term[0]), *term[1:]]:
+  def term_and_stop_if_asked(self):
+    if term and [_process_id(), self.run.step, self.stop_calls] == [str(term[0]), *term[1:]]:
       os.kill(os.getpid(), signal.SIGTERM)
-    self.looks += 1
-    look(self)
+    self.stop_calls += 1
+    stop_if_asked(self)
 
-  StageRun.steps, StageRun.stop_if_asked, StageRun.looks = disturbed, looked, 0
+  StageRun.steps, StageRun.stop_if_asked = steps_with_faults, term_and_stop_if_asked
+  StageRun.stop_calls = 0

@@ -1,4 +1,7 @@
-"""What devices send each other in every program of a step: weights of a layer, and little else."""
+"""Tests which collectives the programs of a step contain.
+
+Devices gather the weights of one layer at a time, and few other arrays.
+"""
 
 import collections
 import re
@@ -17,24 +20,25 @@ from jaxrl_vlm.types import Experience, TokenStats
 G, T, LENGTH, PATCHES = 2, 8, 24, 96
 VOCAB, WIDTH, HIDDEN, LAYERS = 2048, 32, 64, 3
 TOWER, TOWER_HIDDEN = 16, 48
-SUMS = 8  # of pieces of the vocabulary, of which XLA makes running sums
+VOCAB_BLOCKS = 8  # blocks of 256 tokens, whose cumulative sums `sampling.sample_index` computes
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# At most so many of each kind in a program's text, as KINDS; loops count once. On 4 x 2 devices
-# responses are drawn with weights in four parts, else in the layout of training.
-ALL = {
+# The largest number of collectives of each kind in the text of each program, in the order of KINDS.
+# A collective in a loop counts once. The case "fsdp x tensor" shards the weights for rollouts over
+# four devices (`rollout.tensor`). In all other cases, rollouts use the sharding of training.
+COMMON = {
   "init_state": (0, 0, 0, 0, 0),
   "advantages": (0, 0, 0, 0, 0),
   "compare": (0, 3, 0, 0, 0),
   "score_reference": (6, 4, 4, 0, 10),
   "compact": (0, 0, 0, 0, 0),
 }
-SPLIT = ALL | {
+WITH_TENSOR = COMMON | {
   "see": (13, 5, 0, 0, 0),
   "score": (25, 8, 4, 1, 11),
   "score_masked": (37, 13, 4, 1, 14),
 }
-WHOLE = ALL | {
+WITHOUT_TENSOR = COMMON | {
   "see": (8, 0, 0, 0, 0),
   "score": (20, 4, 4, 0, 10),
   "score_masked": (28, 5, 4, 0, 13),
@@ -43,24 +47,35 @@ WHOLE = ALL | {
   "decode": (10, 2, 1, 0, 0),
 }
 COUNTS = {
-  "fsdp": WHOLE,
-  "in pieces": WHOLE,
-  "slice x fsdp": WHOLE
+  "fsdp": WITHOUT_TENSOR,
+  "fsdp, minibatches": WITHOUT_TENSOR,
+  "slice x fsdp": WITHOUT_TENSOR
   | {"see": (8, 1, 0, 0, 0), "update": (61, 25, 5, 0, 15), "decode": (10, 2, 1, 1, 0)},
-  "fsdp x tensor": SPLIT
+  "fsdp x tensor": WITH_TENSOR
   | {
     "update": (84, 40, 5, 4, 18),
     "reshard": (30, 0, 0, 20, 30),
     "prefill": (0, 5, 0, 0, 0),
     "decode": (4, 12, 0, 0, 0),
   },
-  "slice x fsdp x tensor": SPLIT
+  "slice x fsdp x tensor": WITH_TENSOR
   | {"update": (84, 45, 5, 4, 18), "prefill": (9, 5, 1, 0, 0), "decode": (13, 12, 1, 1, 1)},
 }
 
 
 def lowered(axes, tensor, p, splits):
-  """All programs of a step of VPPO with a reference, in an order of a run, and their model."""
+  """Lowers all programs of a step of VPPO with a reference.
+
+  Args:
+    axes: sizes of the axes of the mesh.
+    tensor: `rollout.tensor`.
+    p: P.
+    splits: number of minibatches, and number of microbatches of each minibatch.
+
+  Returns:
+    The abstract parameters, the shape [R, N, B] of packed responses, and the lowered programs by
+    name.
+  """
   config = models.from_hf(
     {
       "model_type": "qwen2_5_vl",
@@ -117,7 +132,7 @@ def lowered(axes, tensor, p, splits):
   packing = jax.tree.map(
     lambda x: shape(x.shape, x.dtype), programs.packed(np.ones((p, G, T), bool))
   )
-  seen = jax.eval_shape(programs.see, params, prompt)
+  encoded = jax.eval_shape(programs.see, params, prompt)  # prompts with visual tokens
   blocks = (*packing.index.shape[2:], packing.size)  # [R, N, B]
   return (
     params,
@@ -125,10 +140,10 @@ def lowered(axes, tensor, p, splits):
     {
       "init_state": programs.init_state.lower(params),
       "see": programs.see.lower(params, prompt),
-      "score": programs.score.lower(params, seen, tokens, mask, packing),
-      "score_masked": programs.score_masked.lower(params, seen, tokens, mask, key, packing),
+      "score": programs.score.lower(params, encoded, tokens, mask, packing),
+      "score_masked": programs.score_masked.lower(params, encoded, tokens, mask, key, packing),
       "score_reference": programs.score_reference.lower(
-        params, params, seen, tokens, mask, packing
+        params, params, encoded, tokens, mask, packing
       ),
       "advantages": programs.advantages.lower(
         experience.rewards, mask, {}, programs.abstract_state.objective
@@ -137,13 +152,13 @@ def lowered(axes, tensor, p, splits):
       "update": programs.update.lower(
         programs.abstract_state, {}, prompt, tokens, experience, key, None, packing
       ),
-      **programs.rollout.lower(params, seen),
+      **programs.rollout.lower(params, encoded),
     },
   )
 
 
 def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
-  """(kind, sizes of the first result) of each in a compiled program."""
+  """Returns the kind and the shape of the first result of each collective of a program."""
   kinds = "|".join(KINDS)
   return [
     (kind, tuple(int(n) for n in sizes.split(",") if n))
@@ -151,31 +166,31 @@ def collectives(text: str) -> list[tuple[str, tuple[int, ...]]]:
   ]
 
 
-def gathered_among(text: str) -> set[int]:
-  """Among how many devices each all-gather of a compiled program is."""
+def all_gather_sizes(text: str) -> set[int]:
+  """Returns the group sizes of all all-gathers of a compiled program."""
   program = hlo.Program(text)
   return {
-    program.group_size(one)
+    program.group_size(instruction)
     for computation in program.computations.values()
-    for one in computation.instructions.values()
-    if one.op.startswith("all-gather")
+    for instruction in computation.instructions.values()
+    if instruction.op.startswith("all-gather")
   }
 
 
-def one_layer(params, tensor: int) -> set[tuple[int, ...]]:
-  """Sizes of every parameter, without the axis of layers: whole, or split over `tensor`."""
+def layer_shapes(params, tensor: int) -> set[tuple[int, ...]]:
+  """Returns the shapes of the parameters of one layer, complete or sharded over `tensor`."""
   found = set()
   for keys, x in jax.tree.leaves_with_path(params):
     sizes = (
       x.shape[1:] if any(getattr(k, "key", "") in ("layers", "blocks") for k in keys) else (x.shape)
     )
-    if VOCAB in sizes:  # never whole
+    if VOCAB in sizes:  # no program may gather these
       continue
-    if len(sizes) == 1:  # biases and norms are so small that those of all layers may be
+    if len(sizes) == 1:  # biases and norms of all layers may be gathered together
       found |= {x.shape, (*x.shape[:-1], x.shape[-1] // tensor)}
     for axis in (None, *range(len(sizes))):
-      parts = [n // tensor if i == axis else n for i, n in enumerate(sizes)]
-      found |= {tuple(parts), tuple(reversed(parts))}
+      shard = [n // tensor if i == axis else n for i, n in enumerate(sizes)]
+      found |= {tuple(shard), tuple(reversed(shard))}
   return found
 
 
@@ -186,45 +201,45 @@ def one_layer(params, tensor: int) -> set[tuple[int, ...]]:
     ("fsdp", {"fsdp": 8}, 0, 1),
     ("fsdp x tensor", {"fsdp": 4, "tensor": 2}, 4, 1),
     ("slice x fsdp", {"slice": 2, "fsdp": 4}, 0, 1),
-    ("in pieces", {"fsdp": 8}, 0, 2),
+    ("fsdp, minibatches", {"fsdp": 8}, 0, 2),
     ("slice x fsdp x tensor", {"slice": 2, "fsdp": 2, "tensor": 2}, 0, 1),
   ],
 )
-def test_nothing_is_gathered_but_what_must_be(name, axes, tensor, splits):
-  """`splits`: minibatches, and microbatches of each, of 16 prompts."""
+def test_devices_gather_only_weights_of_one_layer_and_small_arrays(name, axes, tensor, splits):
+  """There are `splits` minibatches with `splits` microbatches of 16 prompts each."""
   p, slices, rows, split = 16 * splits**2, axes.get("slice", 1), axes["fsdp"], axes.get("tensor", 1)
   params, blocks, programs = lowered(axes, tensor, p, splits)
-  weights, blocks = one_layer(params, split), (rows, *blocks[1:])
-  # Prompts of a slice, of a piece or of a rollout: nothing is gathered from another slice.
-  here, drawn = 16 // slices, p // slices
-  sequences = (rows, drawn // rows * G)
+  weights, blocks = layer_shapes(params, split), (rows, *blocks[1:])
+  # Prompts of a slice, in a microbatch and in a rollout. Nothing is gathered from other slices.
+  microbatch, rollout = 16 // slices, p // slices
+  sequences = (rows, rollout // rows * G)
   expected = {
-    "tokens, of all devices that share the vocabulary": {
-      (here, LENGTH),
-      (drawn, LENGTH),
+    "tokens, on all devices that share the vocabulary": {
+      (microbatch, LENGTH),
+      (rollout, LENGTH),
       blocks,
       sequences,
     },
-    "hidden states to unembed": {(*blocks, WIDTH), (*sequences, WIDTH)},
-    "gradients of what was looked up": {(here, LENGTH, WIDTH), (*blocks, WIDTH)},
+    "hidden states before the output layer": {(*blocks, WIDTH), (*sequences, WIDTH)},
+    "gradients of token embeddings": {(microbatch, LENGTH, WIDTH), (*blocks, WIDTH)},
   }
-  if (parts := tensor or split) > 1:
-    mine = p * G * parts // 8
-    expected["what each part of the vocabulary says of a token"] = {(mine, parts)} | (
-      set() if tensor else {(mine, SUMS)}
+  if (shards := tensor or split) > 1:
+    local = p * G * shards // 8  # sequences of a shard of the batch
+    expected["statistics of each token, from all shards of the vocabulary"] = {(local, shards)} | (
+      set() if tensor else {(local, VOCAB_BLOCKS)}
     )
-  if split > 1:  # heads of queries, keys and values that lie in one array are not its halves
-    wide = {(here // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
-    expected["the tower's activations"] = wide | {
-      (here // rows, PATCHES, 3, 2, TOWER // 2),
-      (here // rows * PATCHES, TOWER),
+  if split > 1:  # the shards of a qkv kernel do not coincide with queries, keys and values
+    wide = {(microbatch // rows, PATCHES, n) for n in (TOWER, TOWER_HIDDEN)}
+    expected["activations of the vision tower"] = wide | {
+      (microbatch // rows, PATCHES, 3, 2, TOWER // 2),
+      (microbatch // rows * PATCHES, TOWER),
     }
   assert set(programs) == set(COUNTS[name])
   for program, low in programs.items():
     text = low.compile().as_text()
     found = collectives(text)
-    if "slice" in axes:  # neither weights nor anything else comes from another slice
-      assert gathered_among(text) <= {rows}, program
+    if "slice" in axes:  # nothing is gathered from another slice
+      assert all_gather_sizes(text) <= {rows}, program
     if program != "reshard":
       for kind, sizes in found:
         plain = tuple(n for n in sizes if n > 1)

@@ -1,4 +1,4 @@
-"""The same training on eight devices and on one, and where every array lies."""
+"""Compares training on eight devices with one device, and tests the sharding of arrays."""
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ ADAPTERS = models.LoRA(rank=4, alpha=8.0, targets=("decoder", "vision/blocks"))
 
 
 def train(path, examples, axes, devices, adapters=None):
-  """Trains a few steps; returns what each sampled and lost, and the last state."""
+  """Trains for STEPS steps. Returns samples and metrics of each step, and the final state."""
   mesh = parallel.make_mesh(axes, devices)
   config = models.from_directory(path).replace(lora=adapters)
   trainable = () if adapters is None else ("lora",)
@@ -71,7 +71,7 @@ def train(path, examples, axes, devices, adapters=None):
 
 @pytest.fixture(
   scope="module",
-  ids=["eight", "fourXtwo", "twoXtwoXtwo", "adapters"],
+  ids=["fsdp8", "fsdp4-tensor2", "slice2-fsdp2-tensor2", "adapters"],
   params=[
     ({"fsdp": 8}, None),
     ({"fsdp": 4, "tensor": 2}, None),
@@ -91,18 +91,18 @@ def both(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one(both):
+def test_training_on_eight_devices_equals_one_device(both):
   (one, first), (eight, second), _ = both
   for step, (a, b) in enumerate(zip(one, eight, strict=True)):
     np.testing.assert_array_equal(a["tokens"], b["tokens"], err_msg=f"step {step}")
-    # Sums over split axes are float32 sums in another order.
+    # Sums over sharded axes add float32 numbers in another order.
     np.testing.assert_allclose(a["logp"], b["logp"], atol=5e-5)
     np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-5)
-    # At the first step the loss is 0 but for rounding: the advantages of a group sum to 0.
+    # In the first step, the loss is 0 up to rounding, because the advantages of a group sum to 0.
     np.testing.assert_allclose(a["loss"], b["loss"], atol=1e-6)
-    # At the first step this too is rounding: the policy is its own reference.
+    # In the first step, the policy equals its reference, so the KL is 0 up to rounding.
     np.testing.assert_allclose(a["ref_kl"], b["ref_kl"], rtol=1e-5, atol=1e-9)
-  assert one[-1]["ref_kl"] > 0.1  # the policy has moved, so the later steps compare something
+  assert one[-1]["ref_kl"] > 0.1  # the updates changed the policy
 
   def close(path, a, b):
     np.testing.assert_allclose(
@@ -113,28 +113,29 @@ def test_eight_devices_train_as_one(both):
 
 
 @pytest.mark.slow
-def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
+def test_parameters_and_optimizer_state_are_sharded(both):
   _, (_, state), axes = both
-  fsdp, tensor = axes["fsdp"], axes["tensor"]  # slices have copies
+  fsdp, tensor = axes["fsdp"], axes["tensor"]  # every slice has all parameters
 
-  def share(tree):
+  def share_of_a_device(tree):
     leaves = jax.tree.leaves(tree)
     return sum(x.addressable_shards[0].data.size for x in leaves) / sum(x.size for x in leaves)
 
-  assert share(state.opt_state) == share(state.params)
-  if "head" not in state.params:  # of an adapter, a is split over fsdp and b over tensor
+  assert share_of_a_device(state.opt_state) == share_of_a_device(state.params)
+  if "head" not in state.params:  # adapters: `a` is sharded over fsdp, and `b` over tensor
     for keys, x in jax.tree.leaves_with_path(state.params):
-      parts = {"a": fsdp, "b": tensor}[keys[-1].key]
-      assert np.prod(x.addressable_shards[0].data.shape) * parts == x.size, keys
+      shards = {"a": fsdp, "b": tensor}[keys[-1].key]
+      assert np.prod(x.addressable_shards[0].data.shape) * shards == x.size, keys
     return
-  # As many parts as there are devices, but for norms (whole) and biases (split over tensor alone).
-  parts = fsdp * tensor
-  assert 1 / parts <= share(state.params) < 1.25 / parts
+  # Kernels and embeddings are sharded over all devices of a slice, and biases over `tensor` only or
+  # not at all. Norms are replicated.
+  shards = fsdp * tensor
+  assert 1 / shards <= share_of_a_device(state.params) < 1.25 / shards
   for keys, x in jax.tree.leaves_with_path(state.params):
     shard = x.addressable_shards[0].data.shape
     name = jax.tree_util.keystr(keys)
     if name.endswith("['kernel']") or "embedding" in name or "head" in name:
-      assert np.prod(shard) * parts == x.size, name
+      assert np.prod(shard) * shards == x.size, name
     elif name.endswith("['bias']"):
       assert (
         np.prod(shard) * (1 if "proj" in name or "merger_out" in name or "down" in name else tensor)
@@ -144,7 +145,7 @@ def test_parameters_and_optimizer_state_are_split_over_the_devices(both):
       assert shard == x.shape, name
 
 
-def test_rules_count_from_the_last_axis_and_keep_uneven_axes_whole():
+def test_rules_refer_to_the_last_axes_and_indivisible_axes_are_not_sharded():
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
 
   def spec(*path_and_shape):
@@ -161,11 +162,11 @@ def test_rules_count_from_the_last_axis_and_keep_uneven_axes_whole():
   assert spec("embed", "embedding", (321, 8)) == Spec(None, "fsdp")
   assert spec("head", (8, 321)) == Spec("fsdp", None)
   assert spec("layers", "norm1", "scale", (3, 8)) == Spec()
-  # A name that only ends like a rule's is another parameter.
+  # A name that only ends with the name in a rule does not match the rule.
   assert spec("seq", "kernel", (8, 6)) == Spec()
 
 
-def test_minus_one_is_whatever_is_left():
+def test_minus_one_stands_for_the_remaining_devices():
   assert dict(parallel.make_mesh({"fsdp": -1, "tensor": 2}).shape) == {
     "slice": 1,
     "fsdp": 4,
@@ -195,7 +196,7 @@ def test_minus_one_is_whatever_is_left():
     ({"fsdp": -4, "tensor": -2}, "expected positive sizes, or -1 for one of them"),
   ],
 )
-def test_axes_that_do_not_fit_name_themselves_and_the_devices(axes, complaint):
+def test_errors_of_invalid_meshes_name_the_axes_and_the_number_of_devices(axes, complaint):
   with pytest.raises(ValueError) as error:
     parallel.make_mesh(axes)
   assert str(error.value) == f"config.mesh={axes}: {complaint}"
@@ -204,12 +205,12 @@ def test_axes_that_do_not_fit_name_themselves_and_the_devices(axes, complaint):
 @pytest.mark.parametrize(
   "axes", [{"fsdp": 1}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "fsdp": 2, "tensor": 2}]
 )
-def test_rows_in_another_order(axes):
+def test_reordered_rows_equal_numpy_indexing(axes):
   devices = jax.devices()[:1] if axes == {"fsdp": 1} else jax.devices()
   mesh = parallel.make_mesh(axes, devices)
   rng = np.random.default_rng(0)
   tree = {"a": rng.normal(size=(16, 3)).astype("f4"), "b": [rng.random(16) < 0.5, None]}
-  slices = mesh.shape["slice"]  # nothing goes from one to another
+  slices = mesh.shape["slice"]  # rows must not move between slices
   order = np.concatenate(
     [i * 16 // slices + rng.permutation(16 // slices) for i in range(slices)]
   ).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Which platforms JAX is told to use, on machines made up here."""
+"""Tests which platforms JAX is told to use on simulated machines, and the compilation cache."""
 
 import jax
 import pytest
@@ -10,7 +10,8 @@ from jaxrl_vlm.parallel import platform
   ("devices", "installed", "expected"),
   [
     ((), (), "cpu"),
-    # JAX fails at once on a platform that is named and not there: a GPU without its plugin is none.
+    # JAX fails if `jax_platforms` names a platform that it cannot use. A GPU without JAX's plugin
+    # therefore does not count.
     (("/dev/nvidia[0-9]*",), (), "cpu"),
     (("/dev/nvidia[0-9]*",), ("jax_cuda13_plugin",), "cuda,cpu"),
     ((), ("jax_cuda13_plugin",), "cpu"),
@@ -18,7 +19,7 @@ from jaxrl_vlm.parallel import platform
     (("/dev/accel*",), (), None),
   ],
 )
-def test_platforms_are_those_that_are_there(monkeypatch, devices, installed, expected):
+def test_only_platforms_of_the_machine_are_chosen(monkeypatch, devices, installed, expected):
   chosen = []
   for name in ("JAX_PLATFORMS", "TPU_NAME"):
     monkeypatch.delenv(name, raising=False)
@@ -38,7 +39,7 @@ def test_platforms_are_those_that_are_there(monkeypatch, devices, installed, exp
     ({"JAX_COMPILATION_CACHE_DIR": "/mine"}, None),
   ],
 )
-def test_compiled_programs_are_kept(monkeypatch, variables, expected):
+def test_compiled_programs_are_cached_in_the_configured_directory(monkeypatch, variables, expected):
   for name in ("JAXRL_VLM_CACHE", "JAX_COMPILATION_CACHE_DIR"):
     monkeypatch.delenv(name, raising=False)
   for name, value in {"HOME": "/home/me", **variables}.items():
@@ -51,7 +52,7 @@ def test_compiled_programs_are_kept(monkeypatch, variables, expected):
   assert "jax_enable_compilation_cache" not in chosen
 
 
-def test_several_cpu_devices_keep_nothing(monkeypatch):
+def test_nothing_is_cached_with_several_cpu_devices(monkeypatch):
   chosen = {}
   monkeypatch.setattr(jax.config, "update", chosen.__setitem__)
   platform.cache_compilations()

@@ -1,4 +1,4 @@
-"""Runs of many processes do what one process does, agree, and end together."""
+"""Compares runs of several processes with runs of one, and tests that processes end together."""
 
 import json
 import os
@@ -27,10 +27,19 @@ STEPS = 4
 
 
 def environment(
-  index: int, count: int, devices: int, port: int, more: dict[str, Any], read: Any
+  index: int, count: int, devices: int, port: int, test: dict[str, Any], read: Any
 ) -> dict[str, str]:
+  """Returns the environment variables of one process.
+
+  Args:
+    index: index of the process.
+    count: number of processes of the run.
+    devices: number of devices of the process.
+    port: port of the coordinator.
+    test, read: values of TEST and READ, see `processes_config`.
+  """
   env = {name: value for name, value in os.environ.items() if name not in processes._ENVIRONMENT}
-  env |= {"XLA_FLAGS": tiny_run.xla_flags(devices), "TEST": json.dumps(more), "READ": str(read)}
+  env |= {"XLA_FLAGS": tiny_run.xla_flags(devices), "TEST": json.dumps(test), "READ": str(read)}
   if count > 1:
     address = f"127.0.0.1:{port}"
     env |= dict(zip(processes._ENVIRONMENT, (address, str(count), str(index)), strict=True))
@@ -44,18 +53,23 @@ def free_port() -> int:
 
 
 def run(
-  workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | None = None, **more: Any
+  workdir: pathlib.Path, count: int, devices: int, each: dict[int, Any] | None = None, **test: Any
 ) -> list[Ended]:
-  """Ends of `count` processes with so many devices each, all running the same command.
+  """Runs the same command in several processes; returns how each of them ended.
 
-  `more`: see `processes_config`; `each`: of single processes.
+  Args:
+    workdir: the workdir of the run.
+    count: number of processes.
+    devices: number of devices of each process.
+    each: keys of TEST, or `workdir`, for single processes by index.
+    **test: keys of TEST for all processes, see `processes_config`.
   """
   port = free_port()
   workdir.parent.mkdir(exist_ok=True)
   logs = [workdir.parent / f"{workdir.name}.{i}" for i in range(count)]
   started = []
   for i, log in enumerate(logs):
-    mine = more | (each or {}).get(i, {})
+    own = test | (each or {}).get(i, {})
     with open(f"{log}.out", "w") as out, open(f"{log}.err", "w") as err:
       started.append(
         subprocess.Popen(
@@ -64,9 +78,9 @@ def run(
             "-m",
             "jaxrl_vlm.train",
             f"--config={pathlib.Path(__file__).with_name('processes_config.py')}",
-            f"--workdir={mine.pop('workdir', workdir)}",
+            f"--workdir={own.pop('workdir', workdir)}",
           ],
-          env=environment(i, count, devices, port, mine, f"{workdir}.read"),
+          env=environment(i, count, devices, port, own, f"{workdir}.read"),
           cwd=tiny_run.ROOT,
           stdout=out,
           stderr=err,
@@ -106,43 +120,49 @@ def close_groups():
     _groups.popitem()[1].close()
 
 
-def run_in_group(workdir: pathlib.Path, count: int, devices: int, **more: Any) -> list[Ended]:
-  """As `run`, but in processes that stay up and serve all runs of this file.
+def run_in_group(workdir: pathlib.Path, count: int, devices: int, **test: Any) -> list[Ended]:
+  """Like `run`, but in processes that stay up and are shared by all runs of this file.
 
-  The processes must survive the run: it may stop or fail with an error that they agree on.
+  The processes must survive the run: it may be stopped, or fail with an error that all processes
+  raise.
   """
   if (count, devices) not in _groups:
     port = free_port()
     _groups[count, devices] = Group(
       [environment(i, count, devices, port, {}, "") for i in range(count)]
     )
-  return _groups[count, devices].train(workdir, more)
+  return _groups[count, devices].train(workdir, test)
 
 
-def finish(workdir: pathlib.Path, count: int, devices: int, **more: Any) -> list[Ended]:
-  """Trains to the end in a group of processes that stay up; all must succeed."""
-  ends = run_in_group(workdir, count, devices, **more)
-  assert [one.code for one in ends] == [0] * count, ends
+def finish(workdir: pathlib.Path, count: int, devices: int, **test: Any) -> list[Ended]:
+  """Trains to the end with `run_in_group`; all processes must succeed."""
+  ends = run_in_group(workdir, count, devices, **test)
+  assert [end.code for end in ends] == [0] * count, ends
   return ends
 
 
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the metrics of a run without times."""
   return [
     {key: value for key, value in record.items() if not key.startswith("time/")}
     for record in metrics.read(workdir)
   ]
 
 
-def read(workdir: pathlib.Path) -> dict[tuple[str, ...], str]:
-  """What was read as which row of which batch, by anyone; no row was ever another example."""
+def examples_read(workdir: pathlib.Path) -> dict[tuple[str, ...], str]:
+  """Returns the example that was read for each seed, batch and row, by any process.
+
+  A row that was read several times must have been the same example every time.
+  """
   found: dict[tuple[str, ...], str] = {}
   for line in pathlib.Path(f"{workdir}.read").read_text().splitlines():
-    *place, example = line.split()
-    assert found.setdefault(tuple(place), example) == example
+    *key, example = line.split()
+    assert found.setdefault(tuple(key), example) == example
   return found
 
 
 def texts(workdir: pathlib.Path) -> dict[tuple[int, str], Any]:
+  """Returns texts and rewards of the samples in the rollout files, by step and prompt."""
   return {
     (step, group["id"]): [(s["text"], s["reward"]) for s in group["samples"]]
     for path in (workdir / "rollouts").glob("step_*.jsonl")
@@ -151,13 +171,14 @@ def texts(workdir: pathlib.Path) -> dict[tuple[int, str], Any]:
   }
 
 
-# Sums over devices of one process and of several are taken in another order. What is a difference
-# of nearly equal numbers, or of two policies that are one, is nothing but that.
+# With several processes, sums over devices are computed in another order, so results are rounded
+# differently. These metrics consist of rounding errors only: they are differences of nearly equal
+# numbers, or compare a policy with itself.
 NOISE = ("objective/ref_kl", "objective/sampler_logp", "train/loss")
 
 
-def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
-  ours, theirs = records(workdir), records(alone)
+def assert_same_run(workdir: pathlib.Path, one_process: pathlib.Path) -> None:
+  ours, theirs = records(workdir), records(one_process)
   assert [r.keys() for r in ours] == [r.keys() for r in theirs]
   for a, b in zip(ours, theirs, strict=True):
     for key, value in a.items():
@@ -169,51 +190,52 @@ def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
         )
       else:
         assert value == b[key], (a["step"], key)
-  seen = texts(workdir)
-  assert seen and seen.items() <= texts(alone).items()
-  assert read(workdir) == read(alone)
-  assert_same_model(workdir, alone)
+  samples = texts(workdir)
+  assert samples and samples.items() <= texts(one_process).items()
+  assert examples_read(workdir) == examples_read(one_process)
+  assert_same_model(workdir, one_process)
 
 
-def assert_same_model(workdir: pathlib.Path, alone: pathlib.Path) -> None:
+def assert_same_model(workdir: pathlib.Path, reference: pathlib.Path) -> None:
   ours, theirs, start = (
     load_file(path / "model.safetensors")
-    for path in (workdir / "model", alone / "model", alone / "scratch")
+    for path in (workdir / "model", reference / "model", reference / "scratch")
   )
   assert ours.keys() == theirs.keys()
-  # Adam divides by the gradient's size: where that is noise, so is the step, of at most the
-  # learning rate in each of STEPS.
-  moved = max(np.abs(theirs[name] - start[name]).max() for name in theirs)
-  apart = [np.abs(ours[name] - theirs[name]) for name in theirs]
-  assert max(a.max() for a in apart) < 0.2 * moved
-  assert max(a.mean() for a in apart) < 1e-3 * moved
+  # Adam divides by the magnitude of the gradient. Where the gradient is only rounding error, the
+  # update is arbitrary, up to the learning rate in each of the STEPS steps.
+  change = max(np.abs(theirs[name] - start[name]).max() for name in theirs)
+  differences = [np.abs(ours[name] - theirs[name]) for name in theirs]
+  assert max(d.max() for d in differences) < 0.2 * change
+  assert max(d.mean() for d in differences) < 1e-3 * change
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("alone") / "run"
+def one(tmp_path_factory):
+  """The uninterrupted run of one process with four devices."""
+  workdir = tmp_path_factory.mktemp("one") / "run"
   finish(workdir, 1, 4)
   return workdir
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-  """The uninterrupted run of two processes."""
+  """The uninterrupted run of two processes with two devices each."""
   workdir = tmp_path_factory.mktemp("two") / "run"
   ends = finish(workdir, 2, 2)
-  # Only the first prints and writes.
+  # Only process 0 prints.
   assert "finished in" in ends[0].out and "finished" not in ends[1].out
   return workdir
 
 
 @pytest.mark.slow
-def test_two_processes_are_as_one(two, alone):
-  assert_same_run(two, alone)
+def test_a_run_of_two_processes_equals_a_run_of_one(two, one):
+  assert_same_run(two, one)
 
 
 @pytest.mark.slow
-def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
-  # Half of the groups, of two samples each, are of one mind.
+def test_four_processes_with_dynamic_sampling_equal_one(tmp_path):
+  # In about half of the groups, both samples have the same reward, so the group is discarded.
   (tmp_path / "odd.py").write_text("def odd(example, text):\n  return len(text) % 2\n")
   dapo = {
     "stages[0].objective.name": "dapo",
@@ -221,16 +243,17 @@ def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
     "stages[0].num_samples": 2,
     "stages[0].rewards": {f"{tmp_path / 'odd.py'}:odd": 1.0},
   }
-  alone, four = tmp_path / "alone", tmp_path / "four"
-  finish(alone, 1, 4, config=dapo)
+  one, four = tmp_path / "one", tmp_path / "four"
+  finish(one, 1, 4, config=dapo)
   finish(four, 4, 1, config=dapo)
-  assert max(r.get("train/tries", 0) for r in records(alone)) > 1  # rows moved
-  assert_same_run(four, alone)
+  # Some steps need several tries, so accepted groups move to other rows.
+  assert max(r.get("train/tries", 0) for r in records(one)) > 1
+  assert_same_run(four, one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "asked",
+  "test",
   [
     pytest.param(
       {
@@ -245,7 +268,7 @@ def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
           "stages[1].optimizer.moments": "bfloat16",
         },
       },
-      id="sft, then drawn ahead in another layout, masks from the host",
+      id="sft, one step off, other sharding in rollouts, masks from the host",
     ),
     pytest.param(
       {"config": {"model.lora.rank": 4, "stages[0].objective.name": "remax"}},
@@ -253,27 +276,29 @@ def test_four_processes_with_dynamic_sampling_are_as_one(tmp_path):
     ),
   ],
 )
-def test_what_only_some_configs_do_is_the_same(asked, tmp_path):
-  alone, two = tmp_path / "alone", tmp_path / "two"
-  finish(alone, 1, 4, **asked)
-  finish(two, 2, 2, **asked)
-  assert_same_run(two, alone)
+def test_two_processes_equal_one_in_other_configs(test, tmp_path):
+  one, two = tmp_path / "one", tmp_path / "two"
+  finish(one, 1, 4, **test)
+  finish(two, 2, 2, **test)
+  assert_same_run(two, one)
 
 
-# -- Stopping together ----------------------------------------------------------------------------
+# -- Ending together ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ("victim", "after"),
-  [  # process 0 is the coordinator
+  # `after`: seconds after the second step began. None: while the second checkpoint is written.
+  # Process 0 is the coordinator.
+  [
     pytest.param(0, random.Random(0).uniform(0, 3), id="0-in a step"),
     pytest.param(1, random.Random(1).uniform(0, 3), id="1-in a step"),
-    pytest.param(0, None, id="0-while it saves"),
-    pytest.param(1, None, id="1-while it saves"),
+    pytest.param(0, None, id="0-in a save"),
+    pytest.param(1, None, id="1-in a save"),
   ],
 )
-def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, after, two, tmp_path):
+def test_the_other_process_names_a_killed_process_and_the_run_resumes(victim, after, two, tmp_path):
   workdir = tmp_path / "run"
   ends = run(workdir, 2, 2, kill=[victim, after])
   killed = re.search(r"killed at ([0-9.]+)", ends[victim].out)
@@ -293,7 +318,7 @@ def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, aft
 
   finish(workdir, 2, 2)
   assert records(workdir) == records(two)
-  assert read(workdir) == read(two)
+  assert examples_read(workdir) == examples_read(two)
   for name, value in load_file(workdir / "model" / "model.safetensors").items():
     np.testing.assert_array_equal(
       value, load_file(two / "model" / "model.safetensors")[name], err_msg=name
@@ -301,22 +326,23 @@ def test_a_killed_process_is_named_by_the_others_and_nothing_is_lost(victim, aft
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_stops_all_and_other_processes_and_meshes_go_on(alone, tmp_path):
+def test_sigterm_to_one_process_stops_all_and_the_run_resumes_with_another_mesh(one, tmp_path):
   workdir = tmp_path / "run"
   rarely = {"checkpoint.every": 50}
-  for count, devices, mesh, step, looks in (  # before a step, and in a rollout
+  for count, devices, mesh, step, calls in (  # before a step, and in a rollout
     (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2, 0),
     (2, 2, {}, 4, 1),
   ):
     ends = run_in_group(
-      workdir, count, devices, term=[count - 1, step, looks], config=mesh | rarely
+      workdir, count, devices, term=[count - 1, step, calls], config=mesh | rarely
     )
-    assert [one.code for one in ends] == [0] * count, ends
+    assert [end.code for end in ends] == [0] * count, ends
     assert f"SIGTERM: stopped after step {step - 1}; the same command continues." in ends[0].out
     assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] and not (
       workdir / "model"
     ).exists()
-  # Here two processes hold the same rows: `tensor` goes over both. A step is cut in other pieces.
+  # Now the axis `tensor` spans both processes, so they hold the same rows. Microbatches, passes and
+  # remat are different too.
   finish(
     workdir,
     2,
@@ -333,29 +359,30 @@ def test_sigterm_to_one_stops_all_and_other_processes_and_meshes_go_on(alone, tm
     | rarely,
   )
   assert [r["step"] for r in records(workdir) if "train/loss" in r] == [1, 2, 3, 4]
-  assert read(workdir) == read(alone)
-  assert_same_model(workdir, alone)
+  assert examples_read(workdir) == examples_read(one)
+  assert_same_model(workdir, one)
 
 
 @pytest.mark.slow
-def test_an_example_that_one_cannot_read_stops_all_after_what_is_done(two, tmp_path):
+def test_an_unreadable_example_in_one_process_stops_all_with_a_checkpoint(two, tmp_path):
   workdir = tmp_path / "run"
   rarely = {"checkpoint.every": 50}
   ends = run_in_group(workdir, 2, 2, bad=[1, 2], config=rarely)
-  assert [one.code for one in ends] == [2, 2], ends
+  assert [end.code for end in ends] == [2, 2], ends
   message = "example 'broken': its image does not decode"
   assert ends[0].err.splitlines()[-1] == f"process 1: {message}"
   assert ends[1].err.splitlines()[-1] == message
   assert [p.name for p in (workdir / "checkpoints").iterdir()] == ["2"]
   finish(workdir, 2, 2, config=rarely)
-  assert records(workdir) == records(two) and read(workdir) == read(two)
+  assert records(workdir) == records(two)
+  assert examples_read(workdir) == examples_read(two)
 
 
 @pytest.mark.slow
-def test_a_bug_in_one_process_ends_all_quickly(tmp_path):
+def test_an_exception_in_one_process_ends_all(tmp_path):
   began = time.monotonic()
   ends = run(tmp_path / "run", 2, 2, crash=[1, 0])
-  assert [one.code for one in ends] == [1, 1], ends
+  assert [end.code for end in ends] == [1, 1], ends
   assert "RuntimeError: a bug" in ends[1].err
   assert re.search(
     r"^process 1 of 2 \(host .*\) stopped: RuntimeError: a bug; ", ends[0].err, re.MULTILINE
@@ -364,7 +391,7 @@ def test_a_bug_in_one_process_ends_all_quickly(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_or_interrupted_checkpoint_is_read_by_nobody(two, tmp_path):
+def test_no_process_resumes_from_a_damaged_or_incomplete_checkpoint(two, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(two, workdir)
   shutil.copy(f"{two}.read", f"{workdir}.read")
@@ -382,6 +409,7 @@ def test_a_damaged_or_interrupted_checkpoint_is_read_by_nobody(two, tmp_path):
   assert_same_model(workdir, two)
 
 
+# Joins the other processes and exchanges values until it is killed or raises an exception.
 SMALL = """
 import sys, time
 from jaxrl_vlm import parallel
@@ -403,7 +431,7 @@ except BaseException as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("victim", "what"), [(0, "killed"), (2, "bug"), (2, "killed"), (0, "bug")])
-def test_every_one_of_many_names_the_same(victim, what):
+def test_all_other_processes_name_the_process_that_ended(victim, what):
   port, started = free_port(), []
   for i in range(4):
     started.append(
@@ -440,9 +468,9 @@ def test_every_one_of_many_names_the_same(victim, what):
     assert told[0][1].endswith("is gone" if what == "killed" else "stopped: RuntimeError: a bug")
 
 
-def test_a_workdir_that_one_does_not_see_is_named(tmp_path):
+def test_the_error_names_a_workdir_that_is_not_shared(tmp_path):
   ends = run(tmp_path / "run", 2, 1, each={1: {"workdir": str(tmp_path / "other")}})
-  assert [one.code for one in ends] == [2, 2], ends
+  assert [end.code for end in ends] == [2, 2], ends
   line = (
     f"--workdir={tmp_path / 'run'}: process 1 of this run does not see what process 0 writes "
     "there; expected a directory that all hosts share"
@@ -465,14 +493,14 @@ def test_a_workdir_that_one_does_not_see_is_named(tmp_path):
     (("a:1", "two", "1"), "JAX_NUM_PROCESSES='two': expected integers with 0 <= JAX_PROCESS_ID < "),
   ],
 )
-def test_an_incomplete_environment_is_one_line(given, message, monkeypatch):
+def test_errors_of_an_invalid_environment_name_the_variables(given, message, monkeypatch):
   for name, value in zip(processes._ENVIRONMENT, given, strict=True):
     monkeypatch.setenv(name, value)
   with pytest.raises(UserError, match=re.escape(message)):
     processes.join_processes()
 
 
-def test_alone_there_is_nothing_to_join_and_everybody_agrees(monkeypatch):
+def test_a_single_process_joins_nothing_and_exchanges_values_with_itself(monkeypatch):
   for name in processes._ENVIRONMENT:
     monkeypatch.delenv(name, raising=False)
   processes.join_processes()

@@ -1,6 +1,7 @@
-"""The programs compile for a real TPU topology on a machine without a TPU, and libtpu keeps quiet.
+"""Compiles the programs for TPU topologies on a machine without a TPU.
 
-libtpu lives in a process of its own, one at a time on a machine.
+Only one process of a machine can use libtpu at a time. Each test therefore compiles in a new
+process, which holds a lock.
 """
 
 import fcntl
@@ -89,7 +90,7 @@ def size(tree):
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.size > 1)
 
 
-# Adapters of the decoder and the vision tower, all else frozen and in bfloat16.
+# Adapters of the decoder and the vision tower. All other parameters are frozen, in bfloat16.
 adapted = config.replace(lora=models.LoRA(16, 32.0, ("decoder", "vision")))
 adapted_params = models.abstract_params(adapted, trainable=("lora",))
 adapters = Programs(
@@ -111,7 +112,7 @@ result = {"kind": topology.devices[0].device_kind, "frozen": size(frozen),
 for name, (program, first, *batch) in compiled.items():
   memory = program.lower(first, *batch).compile().memory_analysis()
   result[name] = {
-      # This tower has no use for the grids: they are no argument of the compiled program.
+      # This vision tower does not use the grids, so they are no argument of the compiled program.
       "params": size(first), "batch": size(batch) - size(prompt.patch_grids),
       "arguments": memory.argument_size_in_bytes,
       "outputs": memory.output_size_in_bytes, "aliased": memory.alias_size_in_bytes,
@@ -121,9 +122,9 @@ print(json.dumps(result))
 )
 
 
-# What only some objectives want: KL over the vocabulary, in the loss and in the reward, gradient
-# through the masked view, masks by the tower's attention, greedy baselines, a pass ahead of the
-# update that chooses tokens.
+# Programs that only some objectives need: KL over the whole vocabulary in the loss and in the
+# reward, a gradient through the masked view, masks from the attention of the vision tower, greedy
+# baselines, and a forward pass before the update that selects tokens.
 VIEWS = (
   SETUP
   + """
@@ -178,7 +179,7 @@ for name, program in globals()[sys.argv[1]]().items():
 )
 
 
-# The update alone, with heads as large as those of published models.
+# Only the update, with the head size of published models (128).
 SPLASH = """
 import re
 
@@ -250,7 +251,7 @@ mesh = parallel.make_mesh({"fsdp": 2, "tensor": 2}, devices=topology.devices)
 for name in sys.argv[1:]:
   hf = copy.deepcopy(CONFIGS[name])
   text, vision = hf.get("text_config", hf), hf["vision_config"]
-  # The family's switches at a small size.
+  # The settings of the family, in a small model.
   text |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 128,
            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
            "sliding_window_pattern": 2}
@@ -293,7 +294,7 @@ from jaxrl_vlm import parallel
 devices = topologies.get_topology_desc(
     platform="tpu", topology_name="v5e:2x2", num_slices=2).devices
 mesh = parallel.make_mesh({"slice": 2, "fsdp": 2, "tensor": 2}, devices)
-print([sorted({device.slice_index for device in part.flat}) for part in mesh.devices])
+print([sorted({device.slice_index for device in group.flat}) for group in mesh.devices])
 try:
   parallel.make_mesh({"fsdp": 8}, devices)
 except ValueError as error:
@@ -302,7 +303,7 @@ except ValueError as error:
 
 
 def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-  """Runs code in a fresh process without this one's jax settings."""
+  """Runs code in a new process without the JAX settings of this one, under a lock for libtpu."""
   env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
   with open(pathlib.Path(tempfile.gettempdir()) / "jaxrl_vlm_libtpu.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -319,7 +320,7 @@ def python(code: str, *arguments: str, **variables: str) -> subprocess.Completed
 @pytest.mark.slow
 def test_programs_compile_for_four_v5e_chips():
   pytest.importorskip("libtpu")
-  # Effort -1: less optimisation, more than twice as fast to compile.
+  # Effort -1: faster compilation with less optimization.
   done = python(
     COMPILE, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"
   )
@@ -331,22 +332,23 @@ def test_programs_compile_for_four_v5e_chips():
     memory = result[name]
     used = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
     assert 0 < used < 16 * 2**30, (name, memory)
-    if name == "see":  # has no use for the decoder
+    if name == "see":  # the arguments of the decoder are unused
       continue
-    # One chip's share: a quarter of the parameters (or of the whole state), half of the prompts.
-    # Norms are whole on every chip, and arrays are padded to the chip's tiles.
+    # The shard of a chip is a quarter of the parameters (or of the training state) and half of the
+    # prompts. In addition, norms are replicated, and arrays are padded to the tiles of the chip.
     share = memory["params"] / 4 + memory["batch"] / 2
     assert share <= memory["arguments"] < 1.1 * share, (name, share, memory)
-  # What is planned by formula is about what the compiler plans.
-  reading = result["see"]["params"] / 4 + result["see"]["batch"] / 2  # not planned: they are there
-  drawing = max(map(sum, result["rollout"])) - reading
-  assert 0.5 < drawing / result["planned"]["rollout"] < 2, (drawing, result["planned"])
-  updating = result["update"]["temporary"]
-  assert 0.5 < updating / result["planned"]["update"] < 2, (updating, result["planned"])
-  # The update writes the new state over the old one.
+  # The formulas of the planned memory agree with the compiler within a factor of two. The formula
+  # of the rollout does not count its arguments, the parameters and prompts.
+  given = result["see"]["params"] / 4 + result["see"]["batch"] / 2
+  rollout = max(map(sum, result["rollout"])) - given
+  assert 0.5 < rollout / result["planned"]["rollout"] < 2, (rollout, result["planned"])
+  update = result["update"]["temporary"]
+  assert 0.5 < update / result["planned"]["update"] < 2, (update, result["planned"])
+  # The new training state is written to the memory of the old one.
   assert result["update"]["aliased"] >= result["update"]["params"] / 4
-  # With adapters it takes the frozen parameters besides, in bfloat16, and gives back only the
-  # state: half of every adapter, whose rank is not split.
+  # With adapters, the update also takes the frozen parameters in bfloat16. It returns only the
+  # state of the adapters. A chip has half of each adapter matrix, because the rank is not sharded.
   memory, frozen = result["update_adapters"], result["frozen"]
   share = memory["params"] / 2 + frozen / 4 + (memory["batch"] - frozen) / 2
   assert 0.95 * share <= memory["arguments"] < 1.1 * share, (share, memory)
@@ -364,7 +366,7 @@ def test_programs_compile_for_four_v5e_chips():
   ],
   ids=["full KL", "chosen tokens", "scores", "greedy baseline"],
 )
-def test_programs_that_only_some_objectives_need_compile(what, programs):
+def test_programs_of_specific_objectives_compile(what, programs):
   pytest.importorskip("libtpu")
   done = python(
     VIEWS,
@@ -378,18 +380,20 @@ def test_programs_that_only_some_objectives_need_compile(what, programs):
 
 
 @pytest.mark.slow
-def test_the_attention_of_an_update_is_splash():
-  """Forward and the two of the gradient: of the tower, of prompts, of packed responses. With
-  moments on the host, which then take nothing of the devices."""
+def test_the_update_uses_splash_attention_with_moments_on_device_and_host():
+  """One forward kernel and two gradient kernels for the vision tower, prompts and packed responses.
+
+  With moments on the host, the moments are arguments in host memory and take no device memory.
+  """
   pytest.importorskip("libtpu")
   done = python(
     SPLASH, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", JAX_EXEC_TIME_OPTIMIZATION_EFFORT="-1.0"
   )
   assert done.returncode == 0, done.stderr
-  here, away = (line.split() for line in done.stdout.splitlines())
-  assert here[:-2] == away[:-2] == ["dkv"] * 3 + ["dq"] * 3 + ["fwd"] * 3
-  (all_here, nothing), (rest, moments) = (map(int, line[-2:]) for line in (here, away))
-  assert nothing == 0 and moments > rest and abs(all_here - rest - moments) < 1e-3 * all_here
+  on_device, on_host = (line.split() for line in done.stdout.splitlines())
+  assert on_device[:-2] == on_host[:-2] == ["dkv"] * 3 + ["dq"] * 3 + ["fwd"] * 3
+  (total, no_moments), (rest, moments) = (map(int, line[-2:]) for line in (on_device, on_host))
+  assert no_moments == 0 and moments > rest and abs(total - rest - moments) < 1e-3 * total
 
 
 @pytest.mark.slow
@@ -407,7 +411,7 @@ def test_every_family_compiles(name):
   assert done.stdout.split() == [name]
 
 
-def test_slices_are_kept_apart():
+def test_the_slice_axis_of_the_mesh_separates_tpu_slices():
   pytest.importorskip("libtpu")
   done = python(SLICES, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
   assert done.returncode == 0, done.stderr
@@ -417,7 +421,7 @@ def test_slices_are_kept_apart():
   ]
 
 
-def test_an_installed_libtpu_does_not_disturb_an_ordinary_run():
+def test_an_installed_libtpu_does_not_affect_a_run_without_tpu():
   pytest.importorskip("libtpu")
   if any(map(glob.glob, ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))):
     pytest.skip("this machine has an accelerator")

@@ -1,4 +1,4 @@
-"""Embedding and log-probabilities where devices have parts of the vocabulary: as on one device."""
+"""Compares embeddings and log-probabilities with a sharded vocabulary to those on one device."""
 
 import types
 
@@ -27,9 +27,10 @@ CASES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("tokens", [1, 40])  # of a row: few are gathered, for many the table is
+# Tokens of each row. For few tokens, devices gather the tokens; for many, they gather the table.
+@pytest.mark.parametrize("tokens", [1, 40])
 @CASES
-def test_embeddings_are_looked_up_where_they_are(axes, vocab, tokens):
+def test_lookup_in_a_sharded_embedding_table(axes, vocab, tokens):
   rng = np.random.default_rng(0)
   table = rng.normal(size=(V, D)).astype("f4")
   tokens = rng.integers(0, V, size=(8, tokens))
@@ -52,8 +53,8 @@ def test_embeddings_are_looked_up_where_they_are(axes, vocab, tokens):
 
 
 @CASES
-def test_log_probabilities_entropy_and_divergence_are_exact(axes, vocab):
-  """In values and gradients, of hidden states and of the weights."""
+def test_log_probabilities_entropy_and_kl_with_a_sharded_vocabulary(axes, vocab):
+  """Values and gradients, with respect to hidden states and weights, equal those of one device."""
   tied = axes == {"fsdp": 8}
   config = models.from_hf(CONFIGS["Qwen2.5-VL-7B"]).replace(
     vocab_size=V, hidden_size=D, tied=tied, suppressed_tokens=(3, 41), dtype="float32"
@@ -64,32 +65,32 @@ def test_log_probabilities_entropy_and_divergence_are_exact(axes, vocab):
     w = rng.normal(size=(V, D)).astype("f4")
     return {"embed": {"embedding": w}} if tied else {"head": w.T}
 
-  params, other = weights(), weights()
-  hidden, seen = rng.normal(size=(2, 8, 2, 5, D)).astype("f4")
+  params, other_params = weights(), weights()
+  hidden, other_hidden = rng.normal(size=(2, 8, 2, 5, D)).astype("f4")
   tokens = rng.choice([v for v in range(V) if v not in (3, 41)], size=(8, 2, 5))
   model = models.VLM(config)
-  spread = model.on(parallel.make_mesh(axes), parallel.rules_of({"vocab": vocab}))
+  sharded = model.on(parallel.make_mesh(axes), parallel.rules_of({"vocab": vocab}))
 
   def values(model):
-    def of(params, other, hidden, seen):
+    def compute(params, other_params, hidden, other_hidden):
       stats = scoring.token_stats(model, params, hidden, tokens, temperature=0.7, chunk=2)
-      kl = scoring.full_kl(model, params, hidden, other, seen, 0.7, 3)
+      kl = scoring.full_kl(model, params, hidden, other_params, other_hidden, 0.7, 3)
       return stats.logp, stats.entropy, kl
 
-    return of
+    return compute
 
   def loss(model):
     w = np.random.default_rng(2).normal(size=(3, 8, 2, 5))
     return lambda *a: sum((x * y).sum() for x, y in zip(values(model)(*a), w, strict=True))
 
-  given = params, other, hidden, seen
-  for a, b in zip(jax.jit(values(model))(*given), jax.jit(values(spread))(*given), strict=True):
+  given = params, other_params, hidden, other_hidden
+  for a, b in zip(jax.jit(values(model))(*given), jax.jit(values(sharded))(*given), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-  grads = [jax.jit(jax.grad(loss(m), argnums=(0, 1, 2, 3)))(*given) for m in (model, spread)]
+  grads = [jax.jit(jax.grad(loss(m), argnums=(0, 1, 2, 3)))(*given) for m in (model, sharded)]
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *grads)
 
 
-def test_rules_can_be_others():
+def test_config_sharding_overrides_the_rules():
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
 
   def specs(**sharding):
@@ -97,8 +98,8 @@ def test_rules_can_be_others():
       "embed": {"embedding": jax.ShapeDtypeStruct((48, 8), jnp.float32)},
       "q": {"kernel": jax.ShapeDtypeStruct((3, 8, 6), jnp.float32)},
     }
-    places = parallel.param_shardings(mesh, tree, parallel.rules_of(sharding))
-    return places["embed"]["embedding"].spec, places["q"]["kernel"].spec
+    shardings = parallel.param_shardings(mesh, tree, parallel.rules_of(sharding))
+    return shardings["embed"]["embedding"].spec, shardings["q"]["kernel"].spec
 
   assert specs() == (Spec(("fsdp", "tensor"), None), Spec(None, "fsdp", "tensor"))
   assert specs(vocab=("tensor",)) == (Spec("tensor", "fsdp"), Spec(None, "fsdp", "tensor"))
@@ -123,13 +124,13 @@ def test_rules_can_be_others():
     ),
   ],
 )
-def test_rules_that_say_nothing_are_errors(sharding, complaint):
+def test_invalid_rules_are_errors(sharding, complaint):
   with pytest.raises(ValueError) as error:
     parallel.rules_of(sharding)
   assert str(error.value) == complaint
 
 
-def test_layouts_of_rollouts_are_of_the_same_devices():
+def test_the_mesh_of_rollouts_has_the_same_devices_in_the_same_order():
   mesh = parallel.make_mesh({"slice": 2, "fsdp": 2, "tensor": 2})
   other = parallel.with_tensor(mesh, 4)
   assert dict(other.shape) == {"slice": 2, "fsdp": 1, "tensor": 4}
