@@ -209,7 +209,7 @@ def test_a_run_warns_if_only_short_prompts_fit(tmp_path, one_device, capsys, mon
   train.train(config, tmp_path / "run")
   out = " ".join(capsys.readouterr().out.split())
   assert (
-    "tokens: 64: 4; not every prompt will fit: config.stages[0].microbatches=1: an update "
+    "tokens: 64: 4; longer prompts do not fit: config.stages[0].microbatches=1: an update "
     "with prompts of 128 tokens and 144 patches needs 2.4 GiB"
   ) in out
 

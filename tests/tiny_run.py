@@ -40,11 +40,16 @@ BOARDS = {"live": True, "train": 64, "test": 8, "tasks": ("read", "colour"), "st
 
 
 def xla_flags(devices: int) -> str:
-  """XLA_FLAGS for so many virtual CPU devices; programs are compiled quickly, for they are small
-  and run a few times."""
+  """Returns XLA_FLAGS for virtual CPU devices, with quick compilation.
+
+  The programs of the tests are small and run a few times, so compiling them takes most of the time.
+  Without XLA's optimizations, and with its older code generator for fusions, an update of the tiny
+  model compiles about four times as fast.
+  """
   return (
     f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
   )
 
 

@@ -1,4 +1,4 @@
-"""What a step of reinforcement learning knows of its prompts, between two programs."""
+"""Host-side data of an RL step: sampled prompts, graded groups, and scored responses."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,20 +17,24 @@ from jaxrl_vlm.types import Prompt, Rollout
 
 @dataclasses.dataclass
 class Groups:
-  """P graded groups on the host. A row is one prompt and its G samples.
+  """P graded groups on the host. A row is one prompt with its G samples.
 
-  All processes have them, but for what is marked with *: None where a row is not this process's.
+  All processes have the same values, except for `examples`, `encoded` and `texts`: a process has
+  None for rows that it does not own.
 
   Attributes:
-    places: [P]; batch and row of the data that each prompt comes from.
-    examples*, encoded*, texts*: [P], [P], [P][G].
+    places: [P], batch and row of the dataset that each prompt comes from.
+    examples, encoded: [P].
+    texts: [P][G].
     tokens, mask, logp: [P, G, T], as in Rollout.
-    rewards: f32[P, G], total.
-    components: by verifier, f32[P, G].
-    failures: graders that failed, by kind.
-    truncated: bool[P, G]; responses that fill the buffer without an end token.
-    baseline: f32[P]; reward of the prompt's greedy response, if the objective wants it, else None.
-    weights: [P]; of the verifiers, by metric name, if the objective wants components, else {}.
+    rewards: f32[P, G], the weighted sum of the verifiers.
+    components: f32[P, G] for each verifier, by metric name.
+    failures: number of failed gradings, by kind.
+    truncated: bool[P, G], responses that reach max_tokens without an end token.
+    baseline: f32[P], reward of the greedy response to each prompt. None if the objective does not
+      use it.
+    weights: [P], weight of each verifier by metric name. Empty if the objective does not use
+      components.
   """
 
   places: list[tuple[int, int]]
@@ -69,7 +73,7 @@ class Groups:
     def join(a, b):
       return np.concatenate([a, b])
 
-    names = self.components | other.components  # samples may bring verifiers of their own
+    names = self.components | other.components  # examples may have verifiers of their own
     nothing = [np.full_like(g.rewards, np.nan) for g in (self, other)]
     return Groups(
       self.places + other.places,
@@ -92,16 +96,16 @@ class Groups:
 
 
 @dataclasses.dataclass
-class Drawn:
-  """P prompts, whose responses are drawn and being graded.
+class Sampled:
+  """P prompts with sampled responses that are being graded.
 
   Attributes:
     places, examples, encoded, texts: [P], as in Groups.
-    prompt: on the device, with visual tokens, as long as it is wanted.
-    rollout: arrays on the host.
-    grading: of the responses to the prompts that this process owns.
-    error: why they cannot be graded.
-    greedy, greedy_grading: the greedy response of each prompt, if the objective wants it.
+    prompt: the prompts on the devices with visual tokens, or None after they were freed.
+    rollout: the responses, in arrays on the host.
+    grading: the grading of the responses to the prompts that this process owns.
+    error: the reason why they cannot be graded, or None.
+    greedy, greedy_grading: the greedy response to each prompt, if the objective uses it.
   """
 
   places: list[tuple[int, int]]
@@ -118,14 +122,14 @@ class Drawn:
 
 @dataclasses.dataclass
 class Scored:
-  """Responses on the device, and what is known of them before they are graded.
+  """Responses on the devices with their scores.
 
   Attributes:
     tokens, mask: [P, G, T].
-    packing: of the mask.
-    masked: prompts under images that the host has corrupted; None if the device does that.
-    views: TokenStats by name: `old` (current parameters, clean image), where it is scored, and the
-      objective's views.
+    packing: how the response tokens are packed.
+    masked: prompts with images that the host has corrupted, or None if the device does this.
+    views: TokenStats by name: the views of the objective and, if it is scored, `old` (current
+      parameters, original image).
   """
 
   tokens: jax.Array

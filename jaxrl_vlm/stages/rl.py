@@ -20,7 +20,7 @@ from jaxrl_vlm.models.vlm import VLM
 from jaxrl_vlm.report import Sample
 from jaxrl_vlm.rewards.pool import RewardPool
 from jaxrl_vlm.rollout import Sampling, texts_of
-from jaxrl_vlm.stages.groups import Drawn, Groups, Scored
+from jaxrl_vlm.stages.groups import Groups, Sampled, Scored
 from jaxrl_vlm.stages.loading import objective_of, trainable_of
 from jaxrl_vlm.stages.optimizer import make_optimizer
 from jaxrl_vlm.stages.programs import Programs
@@ -28,16 +28,18 @@ from jaxrl_vlm.stages.run import Run, StageRun, source_spec
 from jaxrl_vlm.types import Experience, Params, Prompt, Rollout
 from jaxrl_vlm.views import level_patch
 
-# What a random key is for.
-_ROLLOUT, _MASK, _UPDATE, _AHEAD = range(4)
+# Random keys of a step, by use.
+_ROLLOUT, _MASK, _UPDATE, _NEXT_ROLLOUT = range(4)
 
 
 def train(run: Run, index: int) -> None:
-  """Runs stage `index` to its end, or from where a checkpoint left it.
+  """Runs stage `index` to its end, from its start or from a checkpoint.
 
-  With `config.pipeline` "one_step_off" the responses of the next step are drawn ahead of this
-  step's update, by the policy that it changes. The host never waits for graders: they have the time
-  of a rollout, and what is on the host between two programs is done while the device updates.
+  Worker processes grade the responses of a prompt as soon as these responses have ended, while the
+  devices generate others.
+
+  If `config.pipeline` is "one_step_off", each step generates the responses of the next step before
+  its own update. The graders then have the time of the update and of the next rollout.
   """
   stage = run.config.stages[index]
   images = run.processor.image_settings
@@ -61,20 +63,21 @@ def train(run: Run, index: int) -> None:
     stage.rewards.to_dict(), run.config.reward_workers, run.config.reward_timeout
   ) as pool:
     loop = StageRun(run, index, programs, pool)
-    drawn = None
+    sampled = None
     for step in loop.steps():
       with loop.before_update():
-        now = drawn or _draw(loop, run.random_key(_ROLLOUT, 0))
-        if drawn is not None and programs.trains_vision:
-          now.prompt = _seen_again(loop, now)  # by the tower that will be updated
-        loop.ahead = drawn = None
-        # Not where a checkpoint follows: whoever resumes there draws the next batch itself.
+        now = sampled or _sample(loop, run.random_key(_ROLLOUT, 0))
+        if sampled is not None and programs.trains_vision:
+          # The last update changed the vision tower, so the visual tokens are computed again.
+          now.prompt = _read_prompts(loop, now)
+        loop.ahead = sampled = None
+        # Nothing is sampled ahead before a checkpoint, because a resumed run samples it itself.
         ahead = run.config.pipeline == "one_step_off" and not loop.saves(step)
         if ahead and not objective.filter_groups:
-          loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
-        groups, prompt, scored, sampled = _collect(loop, now)
-        if ahead and objective.filter_groups:  # which may have wanted more of the data
-          loop.ahead, drawn = loop.data.get_state(), _draw(loop, run.random_key(_AHEAD))
+          loop.ahead, sampled = loop.data.get_state(), _sample(loop, run.random_key(_NEXT_ROLLOUT))
+        groups, prompt, scored, summary = _collect(loop, now)
+        if ahead and objective.filter_groups:  # `_collect` may have read further batches
+          loop.ahead, sampled = loop.data.get_state(), _sample(loop, run.random_key(_NEXT_ROLLOUT))
         views, mask = scored.views, scored.mask
         rewards, logp, truncated = parallel.put_batch(
           run.mesh, (groups.rewards, groups.logp, groups.truncated)
@@ -82,7 +85,7 @@ def train(run: Run, index: int) -> None:
         advantages = programs.advantages(
           rewards, mask, _advantage_needs(loop, groups, views), loop.state.objective
         )
-        # The update cannot be ended once it waits for the device.
+        # A signal stops the run here. After this point, the update is queued and must complete.
         jax.block_until_ready(advantages)
         loop.stop_if_asked()
       experience = Experience(
@@ -101,33 +104,36 @@ def train(run: Run, index: int) -> None:
       loop.state, updated = programs.update(
         loop.state,
         run.frozen,
-        _to_train_on(programs, prompt),
+        _for_training(programs, prompt),
         scored.tokens,
         experience,
         run.random_key(_UPDATE) if scored.masked is None else scored.masked,
         reference,
         scored.packing,
       )
-      loop.log(metrics | updated, sampled, int(groups.mask.sum()))
-      # The next step draws with as much memory as the first.
+      loop.log(metrics | updated, summary, int(groups.mask.sum()))
+      # Free these arrays before the next rollout, which needs the memory.
       del now, prompt, scored, experience, views, mask, rewards, logp, truncated
       if step == 0 or (step + 1) % run.config.rollouts_every == 0 or loop.ends(step + 1):
-        _keep_rollouts(loop, groups, parallel.taken(advantages))
+        _log_rollouts(loop, groups, parallel.taken(advantages))
 
 
 def make_programs(
   config: ConfigDict, index: int, model: VLM, mesh: Mesh, abstract_params: Params, **more: Any
 ) -> Programs:
-  """The programs of stage `index`; `more`: what the config does not say (`Programs`).
+  """Makes the programs of stage `index`.
+
+  Args:
+    **more: arguments of `Programs` that do not depend on the config.
 
   Raises:
-    UserError: a field is out of range; names it.
+    UserError: a field is out of range. The message names it.
   """
   stage = config.stages[index]
   with validation(f"config.stages[{index}]: "):
     objective = objective_of(stage, config.pipeline)
     optimizer = make_optimizer(stage.optimizer, stage.steps * stage.minibatches)
-    draws = sampling(stage)
+    sampling_of_stage = sampling(stage)
   return Programs(
     model,
     mesh,
@@ -138,7 +144,7 @@ def make_programs(
     temperature=stage.temperature or 1.0,
     microbatches=stage.microbatches,
     minibatches=stage.minibatches,
-    sampling=draws,
+    sampling=sampling_of_stage,
     rollout=config.rollout.to_dict(),
     part_tokens=stage.part_tokens,
     state_on_host=stage.optimizer.moments == "host",
@@ -148,25 +154,29 @@ def make_programs(
 
 
 def _plan_memory(run: Run, index: int, programs: Programs) -> None:
-  """Says how many groups are decoded at once; the shortest prompts must fit."""
+  """Logs how many groups are decoded at once for each prompt bucket.
+
+  Raises:
+    UserError: not even the shortest prompts fit into the memory of a device.
+  """
   stage, lengths = run.config.stages[index], sorted(run.config.prompt_buckets)
   if not programs.room:
     return
   least, groups, warning = min(run.config.patch_buckets), {}, ""
   _check_room(programs, stage, stage.prompts_per_step, lengths[0], least)
   for length in lengths:
-    # As many as a prompt of that length can have.
+    # The largest patch bucket whose visual tokens a prompt of this length can contain.
     most = length * run.model.config.vision.spatial_merge_size**2
     patches = max((n for n in run.config.patch_buckets if n <= most), default=least)
     try:
       groups[length] = _check_room(programs, stage, stage.prompts_per_step, length, patches)
     except UserError as error:
-      warning = f"; not every prompt will fit: {error}"
+      warning = f"; longer prompts do not fit: {error}"
       break
   shown = ", ".join(f"{length}: {count}" for length, count in groups.items())
   room, held = run.capacity / memory.GIB, programs.held / memory.GIB
   run.progress.log(
-    f"rl  a device has {room:.1f} GiB to fill, {held:.1f} with weights and optimizer; "
+    f"rl  a device has {room:.1f} GiB available, {held:.1f} GiB of it for weights and optimizer; "
     f"groups decoded at once, by prompt tokens: {shown}{warning}"
   )
 
@@ -174,17 +184,21 @@ def _plan_memory(run: Run, index: int, programs: Programs) -> None:
 def _check_room(
   programs: Programs, stage: ConfigDict, prompts: int, length: int, patches: int
 ) -> int:
-  """Groups of such prompts that are decoded at once; UserError if there is no room for them."""
+  """Returns the number of groups that are decoded at once.
+
+  Raises:
+    UserError: the rollout or the update does not fit into the memory of a device.
+  """
   groups = programs.rollout.groups_at_once(prompts, length, patches)
   programs.check_update(prompts, length, patches, stage.num_samples, stage.max_tokens)
   return groups
 
 
 def check_objective(stage: ConfigDict) -> None:
-  """Checks that the stage can give its objective what that asks for.
+  """Checks that the stage has the verifiers and the images that its objective needs.
 
   Raises:
-    ValueError, UserError: names the field, its value and the reason.
+    ValueError, UserError: they are missing. The message names the field and its value.
   """
   objective = objective_of(stage)
   known = {"accuracy", "reward", *verifiers.metric_names(stage.rewards.to_dict())}
@@ -192,12 +206,12 @@ def check_objective(stage: ConfigDict) -> None:
     if key not in known:
       raise ValueError(
         f"config.objective.filter_keys={objective.filter_keys!r}: no such verifier in rewards of "
-        f"the stage (a weight of 0.0 will do); {hint(key, sorted(known))}"
+        f"the stage (its weight may be 0.0); {hint(key, sorted(known))}"
       )
   if "masked" not in (*objective.views, *objective.grad_views):
     return
   spec = source_spec(stage, "train")
-  if spec["name"] == "digit_boards":  # nothing is written for a look
+  if spec["name"] == "digit_boards":  # avoids preparing the dataset on disk
     spec["options"] = {**spec["options"], "live": True}
   source = sources.open_source(spec, "train", verifiers=tuple(stage.rewards.to_dict()))
   some = np.linspace(0, len(source) - 1, 64).astype(int)
@@ -209,19 +223,19 @@ def check_objective(stage: ConfigDict) -> None:
 
 
 def sampling(stage: ConfigDict) -> Sampling:
-  """How the stage draws responses; ValueError names a field that is out of range."""
+  """Returns the sampling settings of the stage. Raises ValueError if a field is out of range."""
   return Sampling(stage.num_samples, stage.max_tokens, stage.temperature, stage.top_p, stage.top_k)
 
 
-def _draw(loop: StageRun, key: jax.Array) -> Drawn:
-  """Draws responses of the next prompts; a group is graded as soon as it has ended."""
+def _sample(loop: StageRun, key: jax.Array) -> Sampled:
+  """Samples responses to the next prompts, and starts to grade each group when it has ended."""
   run, programs, rows = loop.run, loop.programs, loop.rows
   assert loop.pool is not None  # an RL stage always has one
   batch = loop.data.given
   examples, encoded, prompt = run.read(lambda: next(loop.data), rows.count)
-  prompt = _seen(loop, prompt)
+  prompt = _with_features(loop, prompt)
   place = {row: i for i, row in enumerate(rows.owned)}
-  drawn = Drawn(
+  sampled = Sampled(
     [(batch, row) for row in range(rows.count)],
     examples,
     encoded,
@@ -234,42 +248,42 @@ def _draw(loop: StageRun, key: jax.Array) -> Drawn:
   def ended(which, tokens, mask):
     mine = [i for i, row in enumerate(which) if row in place]
     for i, new in zip(mine, texts_of(tokens[mine], mask[mine], run.processor), strict=True):
-      drawn.texts[which[i]] = new
+      sampled.texts[which[i]] = new
     which = [which[i] for i in mine]
     try:
       with validation():
-        drawn.grading.add(
+        sampled.grading.add(
           [place[row] for row in which],
           [examples[row] for row in which],
-          [drawn.texts[row] for row in which],
+          [sampled.texts[row] for row in which],
         )
-    except UserError as error:  # not now: the others go on with the rollout
-      drawn.error = error
+    except UserError as error:  # raised later, because other processes are in the rollout too
+      sampled.error = error
 
-  drawn.rollout = programs.rollout(
+  sampled.rollout = programs.rollout(
     loop.params, prompt, key, finished=ended, each_chunk=loop.stop_if_asked
   )
   if "baseline" in programs.objective.advantage_needs:
-    drawn.greedy = programs.rollout_greedy(
+    sampled.greedy = programs.rollout_greedy(
       loop.params, prompt, jax.random.key(0), each_chunk=loop.stop_if_asked
     )
     mine = list(rows.owned)
-    tokens, mask = np.asarray(drawn.greedy.tokens), np.asarray(drawn.greedy.mask)
+    tokens, mask = np.asarray(sampled.greedy.tokens), np.asarray(sampled.greedy.mask)
     texts = texts_of(tokens[mine], mask[mine], run.processor)
-    drawn.greedy_grading = loop.pool.begin(len(mine), 1)
+    sampled.greedy_grading = loop.pool.begin(len(mine), 1)
     try:
       with validation():
-        drawn.greedy_grading.add(range(len(mine)), [examples[row] for row in mine], texts)
+        sampled.greedy_grading.add(range(len(mine)), [examples[row] for row in mine], texts)
     except UserError as error:
-      drawn.error = drawn.error or error
-  return drawn
+      sampled.error = sampled.error or error
+  return sampled
 
 
-def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict[str, float]]:
-  """Grades, and samples more until there are P groups that the objective keeps.
+def _collect(loop: StageRun, sampled: Sampled) -> tuple[Groups, Prompt, Scored, dict[str, float]]:
+  """Waits for the rewards, and samples further batches until the objective keeps P groups.
 
-  Returns the groups, their prompts on the device, their scores, and metrics of everything that was
-  sampled.
+  Returns:
+    The groups, their prompts on the device, their scores, and metrics over all sampled groups.
   """
   run, objective = loop.run, loop.programs.objective
   want = loop.stage.prompts_per_step
@@ -277,19 +291,19 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
   spare: Groups | None = None
   batches: list[Groups] = []
   while True:
-    prompt, rollout = drawn.prompt, drawn.rollout
+    prompt, rollout = sampled.prompt, sampled.rollout
     loop.generated(int(rollout.mask.sum()))
-    if drawn.greedy is not None:
-      loop.generated(int(drawn.greedy.mask.sum()))
+    if sampled.greedy is not None:
+      loop.generated(int(sampled.greedy.mask.sum()))
     scored = None
-    if not objective.filter_groups:  # the device scores while the host grades
-      scored = _score(loop, prompt, drawn.examples, rollout.tokens, rollout.mask)
-    groups = _graded(loop, drawn)
+    if not objective.filter_groups:  # the devices score while the workers grade
+      scored = _score(loop, prompt, sampled.examples, rollout.tokens, rollout.mask)
+    groups = _graded(loop, sampled)
     batches.append(groups)
     if scored is not None:
       return groups, prompt, scored, _summary(loop, batches)
 
-    drawn.prompt = prompt = None  # those of the groups that are kept are seen again
+    sampled.prompt = prompt = None  # freed; the prompts of the kept groups are read again below
     with validation():
       keep = objective.kept(
         loop.correct(groups.components, groups.rewards), groups.rewards, groups.components
@@ -299,39 +313,42 @@ def _collect(loop: StageRun, drawn: Drawn) -> tuple[Groups, Prompt, Scored, dict
     count = len(kept.examples)
     if count >= want or len(batches) == objective.max_tries:
       break
-    drawn = _draw(loop, run.random_key(_ROLLOUT, len(batches)))
+    sampled = _sample(loop, run.random_key(_ROLLOUT, len(batches)))
   summary = _summary(loop, batches) | {
     "train/tries": float(len(batches)),
     "train/kept_groups": count / (want * len(batches)),
   }
   if count < want:
-    # Too few after all tries: fill up to the compiled shape with groups that count for nothing.
+    # Too few groups after all tries. Fill the batch to its compiled shape with masked groups.
     filler = spare.rows(range(want - count))
     filler.mask = np.zeros_like(filler.mask)
     kept = kept + filler
   kept = kept.rows(range(want))
-  prompt = _seen_again(loop, kept)
+  prompt = _read_prompts(loop, kept)
   return kept, prompt, _score(loop, prompt, kept.examples, kept.tokens, kept.mask), summary
 
 
-def _graded(loop: StageRun, drawn: Drawn) -> Groups:
-  """What has been drawn, with its rewards, of which each process knows those of its own rows."""
-  rows, rollout = loop.rows, drawn.rollout
+def _graded(loop: StageRun, sampled: Sampled) -> Groups:
+  """Returns the sampled groups with their rewards.
+
+  Each process grades the rows that it owns, and sends their rewards to the others.
+  """
+  rows, rollout = loop.rows, sampled.rollout
   wants_weights = "components" in loop.programs.objective.advantage_needs
 
   def grade() -> dict[str, Any]:
-    if drawn.error is not None:
-      raise drawn.error
-    graded = drawn.grading.result()
+    if sampled.error is not None:
+      raise sampled.error
+    graded = sampled.grading.result()
     failures, messages = collections.Counter(graded.failures), dict(graded.messages)
     baseline = None
-    if drawn.greedy_grading is not None:
-      of_greedy = drawn.greedy_grading.result()
+    if sampled.greedy_grading is not None:
+      of_greedy = sampled.greedy_grading.result()
       baseline = of_greedy.total[:, 0]
       failures.update(of_greedy.failures)
       messages = {**of_greedy.messages, **messages}
     weights = [
-      _verifier_weights(loop, drawn.examples[row]) if wants_weights else {} for row in rows.owned
+      _verifier_weights(loop, sampled.examples[row]) if wants_weights else {} for row in rows.owned
     ]
     return {
       "rows": list(rows.owned),
@@ -349,7 +366,7 @@ def _graded(loop: StageRun, drawn: Drawn) -> Groups:
   weights: list[dict[str, float]] = [{}] * rows.count
   total = np.zeros((rows.count, loop.stage.num_samples), np.float32)
   components: dict[str, np.ndarray] = {}
-  baseline = None if drawn.greedy is None else np.zeros(rows.count, np.float32)
+  baseline = None if sampled.greedy is None else np.zeros(rows.count, np.float32)
   for one in everyone:
     failures.update(one["failures"])
     messages = {**one["messages"], **messages}
@@ -363,10 +380,10 @@ def _graded(loop: StageRun, drawn: Drawn) -> Groups:
   for kind, message in messages.items():
     loop.run.progress.log(f"grader {kind}: {message}")
   return Groups(
-    drawn.places,
-    drawn.examples,
-    drawn.encoded,
-    drawn.texts,
+    sampled.places,
+    sampled.examples,
+    sampled.encoded,
+    sampled.texts,
     np.asarray(rollout.tokens),
     np.asarray(rollout.mask),
     np.asarray(rollout.logp),
@@ -379,15 +396,19 @@ def _graded(loop: StageRun, drawn: Drawn) -> Groups:
   )
 
 
-def _seen(loop: StageRun, prompt: Prompt) -> Prompt:
-  """Prompts on the device get their visual tokens; UserError if a step has no room for them."""
+def _with_features(loop: StageRun, prompt: Prompt) -> Prompt:
+  """Adds the visual tokens to prompts on the device. Raises UserError if a step does not fit."""
   prompts, length = prompt.tokens.shape
   _check_room(loop.programs, loop.stage, prompts, length, prompt.patches.shape[1])
   return loop.programs.see(loop.params, prompt)
 
 
-def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
-  """The prompts of groups, which may have moved to rows of other processes, on the device."""
+def _read_prompts(loop: StageRun, groups: Groups | Sampled) -> Prompt:
+  """Puts the prompts of the groups on the devices, with their visual tokens.
+
+  Dynamic sampling and one step off can assign a prompt to another process than the one that sampled
+  its responses. That process reads the example again.
+  """
 
   def read() -> list[int]:
     for row in loop.rows.here:
@@ -400,25 +421,25 @@ def _seen_again(loop: StageRun, groups: Groups | Drawn) -> Prompt:
     return [groups.encoded[row] for row in loop.rows.here]
 
   _, sizes = parallel.exchange(read)
-  return _seen(loop, loop.run.place(mine(), sizes, loop.rows))
+  return _with_features(loop, loop.run.place(mine(), sizes, loop.rows))
 
 
-def _to_train_on(programs: Programs, prompt: Prompt) -> Prompt:
-  """Without visual tokens if the update itself must make them: it trains the vision tower."""
+def _for_training(programs: Programs, prompt: Prompt) -> Prompt:
+  """Removes the visual tokens if the update computes them itself to train the vision tower."""
   return dataclasses.replace(prompt, features=None) if programs.trains_vision else prompt
 
 
 def _truncated(loop: StageRun, rollout: Rollout) -> np.ndarray:
-  """bool[P, G]; responses that fill the buffer without an end token."""
+  """bool[P, G]: responses that reach max_tokens without an end token."""
   ended = np.isin(np.asarray(rollout.tokens)[..., -1], loop.run.model.config.stop_tokens)
   return np.asarray(rollout.mask).all(axis=-1) & ~ended
 
 
 def _masked_source(loop: StageRun, examples: Sequence[Any], group: int) -> Prompt | None:
-  """Prompts whose images the host has corrupted, on the device; None if the device does that.
+  """Returns prompts with images that the host has corrupted, or None if the device does this.
 
-  A row for each prompt, or for each of the G samples of each prompt. The draws depend on the seed,
-  the step and the row.
+  There is one row for each prompt, or one for each of its G samples. The random numbers depend on
+  the seed, the step and the row.
   """
   run, objective = loop.run, loop.programs.objective
   views = (*objective.views, *objective.grad_views)
@@ -450,7 +471,7 @@ def _masked_source(loop: StageRun, examples: Sequence[Any], group: int) -> Promp
 def _score(
   loop: StageRun, prompt: Prompt, examples: Sequence[Any], tokens: Any, mask: Any
 ) -> Scored:
-  """What the update needs of responses [P, G, T] besides their rewards."""
+  """Puts responses [P, G, T] on the devices and scores them under all views of the objective."""
   run, programs, params = loop.run, loop.programs, loop.params
   packing, views = programs.pack(np.asarray(mask)), {}
   tokens, mask = parallel.put_batch(run.mesh, (np.asarray(tokens), np.asarray(mask)))
@@ -458,7 +479,8 @@ def _score(
     views["old"] = programs.score(params, prompt, tokens, mask, packing)
   masked = _masked_source(loop, examples, tokens.shape[1])
   for name in programs.objective.views:
-    unseen = _to_train_on(programs, prompt)  # the reference may have another vision tower
+    # The vision tower of the reference may differ, so it computes its own visual tokens.
+    unseen = _for_training(programs, prompt)
     if name == "ref" and name in programs.objective.full_kl:
       views[name] = programs.score_reference(
         params, loop.reference_params, unseen, tokens, mask, packing
@@ -475,11 +497,11 @@ def _score(
 
 
 def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> dict[str, Any]:
-  """What the objective's advantages want besides rewards and mask, on the device."""
+  """Returns what the objective's advantages need besides rewards and mask, on the devices."""
   needs, more = loop.programs.objective.advantage_needs, {}
   if "components" in needs:
     weights = groups.weights
-    # Whoever has judged stays, or every other set of verifiers would be another compilation.
+    # Verifiers of earlier steps stay, because each new set of names compiles the program again.
     loop.verifiers |= {name for row in weights for name in row}
     nothing = np.full_like(groups.rewards, np.nan)
     more["components"] = {
@@ -502,15 +524,15 @@ def _advantage_needs(loop: StageRun, groups: Groups, views: dict[str, Any]) -> d
 
 
 def _verifier_weights(loop: StageRun, example: Example) -> dict[str, float]:
-  """The weight of each verifier in the reward of this example, by metric name."""
+  """Returns the weight of each verifier in the reward of this example, by metric name."""
   weights = dict(example.rewards or loop.stage.rewards.to_dict())
   return dict(zip(verifiers.metric_names(weights), weights.values(), strict=True))
 
 
-def _summary(loop: StageRun, drawn: list[Groups]) -> dict[str, float]:
-  """Means over all that was sampled, the filtered groups included."""
-  groups = drawn[0]
-  for more in drawn[1:]:
+def _summary(loop: StageRun, sampled: list[Groups]) -> dict[str, float]:
+  """Returns means over all sampled groups, including those that the objective filters out."""
+  groups = sampled[0]
+  for more in sampled[1:]:
     groups = groups + more
   lengths = groups.mask.sum(-1)
   values = {
@@ -520,14 +542,14 @@ def _summary(loop: StageRun, drawn: list[Groups]) -> dict[str, float]:
     "train/response_length": lengths.mean(),
     "train/cut_share": groups.truncated.mean(),
   }
-  # A verifier that a sample's own `rewards` leave out has no value there.
+  # Examples with their own `rewards` may lack a verifier. Its value is NaN there.
   values |= {f"train/reward/{k}": np.nanmean(v) for k, v in groups.components.items()}
   values |= {f"train/grader_{k}": v for k, v in groups.failures.items()}
   return {k: float(v) for k, v in values.items()}
 
 
-def _keep_rollouts(loop: StageRun, groups: Groups, advantages: dict[int, np.ndarray]) -> None:
-  """Writes some groups for the report: of those that the first process has."""
+def _log_rollouts(loop: StageRun, groups: Groups, advantages: dict[int, np.ndarray]) -> None:
+  """Writes some groups for the report. They are among the groups of the first process."""
   if not parallel.is_first():
     return
   lengths = groups.mask.sum(-1)
