@@ -498,41 +498,42 @@ def page(data: Mapping[str, Any]) -> str:
   hours = sum(r["seconds"] for r in data["results"]) / data["at_once"] / 3600
   return f"""
 Measured: {data["done"]} of {data["planned"]} runs, {data["date"]}, {data["machine"]},
-{data["at_once"]} runs side by side, {hours:.1f} hours in total{commit}.{failed}
+{data["at_once"]} runs at the same time, {hours:.1f} hours in total{commit}.{failed}
 
 ![Accuracy over generated tokens](images/{pathlib.Path(PICTURE).name})
 
 **Methods.** The table shows the accuracy in percent on held-out questions after
 {settings["token_budget"]:,} generated tokens. ± is half of the 95% confidence interval of the mean
 over seeds (Student's t).{start} The difference
-from GRPO is taken between runs with the same seed. p is that of a paired t-test, and p (Holm)
-includes Holm's correction for the number of rows.
+from GRPO is computed between runs with the same seed. *p* is the p-value of a paired t-test, and
+*p (Holm)* is this value with Holm's correction for the number of rows.
 
-A run ends with the step that spends the token budget, so it generates more tokens than the budget
-(*tokens per run*). With dynamic sampling the excess is largest, because the steps are longer. The
-seconds are the number of steps times the seconds per step of the fastest run of the method, without
-evaluations and compilation.
+A run ends after the step in which it reaches the token budget. It therefore generates more tokens
+than the budget (*tokens per run*). The excess is largest with dynamic sampling, because a step then
+generates more tokens. The seconds are the number of steps, multiplied by the seconds per step of
+the fastest run of the method. Evaluations and compilation are not included.
 
-*tokens to reach GRPO* are the tokens after which a run first reaches the mean final accuracy of
-GRPO, as a mean over the runs that reach it. The number of these runs is in parentheses if it is not
-all of them.
+*tokens to reach GRPO* is the number of tokens after which a run first reaches the mean final
+accuracy of GRPO. The table shows the mean over the runs that reach it. If some runs do not reach
+it, the number of runs that do is in parentheses.
 
 {table(by_method, list(METHODS), "grpo")}
 
-**Variants of VPPO**, at the learning rate of VPPO. VPPO itself has keep_share 0.4, one mask per
-sample, and the dependency of the sampled token (k3). With keep_share 1.0 the token filter keeps
-every token. This row is the objective of "{METHODS["vppo_shaping"].label}" above, at the learning
+**Variants of VPPO.** They use the learning rate of VPPO. VPPO itself has keep_share 0.4, one mask
+per sample, and the estimator k3 of the dependency. With keep_share 1.0, the token filter keeps
+every token. This row has the objective of "{METHODS["vppo_shaping"].label}" above, at the learning
 rate of VPPO.
 
 {table(by_method, ["vppo", *VARIANTS], "vppo")}
 
-**Tokens and groups**, as means over the steps of all seeds. A clipped token has no gradient. The
-exception is CISPO: it keeps the gradient of clipped tokens, and its lower bound is a ratio of 1.
+**Tokens and groups.** The values are means over the steps of all seeds. A clipped token has no
+gradient, except with CISPO, which keeps the gradient of clipped tokens. The lower clip bound of
+CISPO is a ratio of 1.
 
 {steps_table(by_method)}
 
-**Tuning.** Final accuracy at each learning rate that was tried, with another seed and other
-questions:
+**Tuning.** The table shows the final accuracy at each learning rate that was tried. Tuning uses
+another seed and other questions than the comparison.
 
 {tuning_table(data)}
 """

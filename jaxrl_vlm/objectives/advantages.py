@@ -1,15 +1,18 @@
 """Advantage estimators: rewards [P, G] and mask [P, G, T] to advantages.
 
-Those that give every token of a response one value return f32[P, G, 1], the others f32[P, G, T];
-both broadcast against [P, G, T]. Group statistics are over axis 1. A group of one has mean 0 and
-standard deviation 1, as in verl. Groups of equal rewards give exactly 0: rewards are shifted by the
-group's first before anything is averaged, because rounding in the mean divided by a standard
-deviation of almost 0 would not be small.
+Estimators with one value per response return f32[P, G, 1], the others f32[P, G, T]. Both broadcast
+against [P, G, T]. Group statistics are over axis 1. A group of one has mean 0 and
+standard deviation 1, as in verl. Groups of equal rewards have advantages of exactly 0. To achieve
+this, the rewards of a group are first shifted by its first reward: a rounding error of the mean,
+divided by a standard deviation close to 0, would be large.
 
-What an estimator wants besides, it names in keyword-only arguments: `penalty` f32[P, G, T], what
-each token costs (KL in the reward); `baseline` f32[P]; `components` and `component_weights`, by
-verifier f32[P, G], NaN where a sample's own rewards leave the verifier out. An estimator without
-`penalty` is given rewards from which it has been subtracted.
+Some estimators need more arguments, which are keyword-only:
+
+- `penalty`, f32[P, G, T]: subtracted from the reward of each token (KL in the reward). Estimators
+  without this argument receive rewards from which the sum of the penalty has been subtracted.
+- `baseline`, f32[P]: reward of the greedy response.
+- `components` and `component_weights`, f32[P, G] for each verifier: NaN where the rewards of an
+  example do not use the verifier.
 """
 
 import inspect
@@ -24,7 +27,7 @@ EPSILON = 1e-6
 
 
 def _centered(rewards: Array) -> Array:
-  """R − mean over the group, [P, G]; R itself in a group of one."""
+  """Returns R − mean of the group, [P, G], or R itself for groups of one."""
   if rewards.shape[1] == 1:
     return rewards
   shifted = rewards - rewards[:, :1]
@@ -32,14 +35,14 @@ def _centered(rewards: Array) -> Array:
 
 
 def _std(rewards: Array) -> Array:
-  """Unbiased standard deviation of each group, [P, 1]; 1 for a group of one."""
+  """Returns the unbiased standard deviation of each group, [P, 1], or 1 for groups of one."""
   if rewards.shape[1] == 1:
     return jnp.ones_like(rewards)
   return jnp.sqrt(jnp.sum(_centered(rewards) ** 2, axis=1, keepdims=True) / (rewards.shape[1] - 1))
 
 
 def given(mask: Array | None, field: str, value: object) -> Array:
-  """The mask; ValueError if there is none, for a field that needs one."""
+  """Returns the mask. Raises ValueError if it is None, naming the field that needs it."""
   if mask is None:
     raise ValueError(f"config.objective.{field}={value!r}: needs the response mask, got None")
   return mask
@@ -78,11 +81,14 @@ def opo(rewards: Array, mask: Array | None = None) -> Array:
 def grpo_passk(rewards: Array, mask: Array | None = None) -> Array:
   """(R₁ − R₂) / (std R + 1e-6) for the best response of the group, 0 for all others.
 
-  R₁, R₂: best and second best reward; of equal best the first is taken. Tang et al. 2025, arXiv
-  2503.19595, as in verl. The copy of this estimator in the released VPPO code leaves the others at
-  their raw reward, which is a fault.
+  R₁ and R₂ are the best and the second best reward. If several responses have the best reward, the
+  first one counts as best. The copy of this estimator in the released VPPO code returns the raw
+  reward for all other responses, which is a bug.
 
-  Raises ValueError for groups of one.
+  Source: Tang et al. 2025, arXiv 2503.19595, as in verl.
+
+  Raises:
+    ValueError: the groups have one sample.
   """
   del mask
   if rewards.shape[1] == 1:
@@ -109,11 +115,13 @@ def gdpo(
   components: Mapping[str, Array],
   component_weights: Mapping[str, Array],
 ) -> Array:
-  """Each reward normalised on its own: Σ_k w_k (R_k − mean R_k) / (std R_k + 1e-6), whitened.
+  """Normalizes each reward on its own: Σ_k w_k (R_k − mean R_k) / (std R_k + 1e-6), whitened.
 
-  Whitening is over all tokens of the array. Weights are those of the verifiers in the reward; the
-  total is not used. Where the sum of rewards is the same for different mixtures of them GRPO sees
-  one group, this several. Liu et al. 2026 (GDPO), arXiv 2601.05242, as in verl.
+  w_k are the weights of the verifiers, and the sum of the rewards is not used. Responses with the
+  same sum, but from different rewards, have the same advantage in GRPO and different ones here.
+  Whitening is over all tokens of the array.
+
+  Source: Liu et al. 2026 (GDPO), arXiv 2601.05242, as in verl.
   """
   tokens = given(mask, "advantage", "gdpo")
   total = jnp.zeros_like(rewards)
@@ -152,14 +160,14 @@ def reinforce_pp(
 
 
 def reinforce_pp_baseline(rewards: Array, mask: Array | None = None) -> Array:
-  """R_i − mean R on every token, whitened over all tokens of the array. arXiv 2501.03262."""
+  """R_i − mean R for each token, whitened over all tokens of the array. arXiv 2501.03262."""
   tokens = given(mask, "advantage", "reinforce_pp_baseline")
   centered = _centered(rewards)[..., None]
   return masked.masked_whiten(jnp.broadcast_to(centered, tokens.shape), tokens)
 
 
 def _returns(rewards: Array, penalty: Array | None) -> Array:
-  """Reward to come at every token: [P, G, T], or [P, G, 1] without a penalty."""
+  """Returns the return of each token: [P, G, T], or [P, G, 1] without a penalty."""
   if penalty is None:
     return rewards[..., None]
   to_come = jnp.cumsum(jnp.flip(penalty, axis=-1), axis=-1)
@@ -179,11 +187,11 @@ ESTIMATORS = {
   "reinforce_pp_baseline": reinforce_pp_baseline,
 }
 
-# Those whose baseline is not the group's: one sample a prompt is enough.
+# Estimators whose baseline does not use the group. They need only one sample of each prompt.
 WITHOUT_GROUP = ("remax", "reinforce_pp")
 
 
 def needs(estimator: str) -> tuple[str, ...]:
-  """What the estimator wants besides rewards and mask, see the module's docstring."""
+  """Returns the names of the other arguments of the estimator, see the module docstring."""
   parameters = inspect.signature(ESTIMATORS[estimator]).parameters.values()
   return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)

@@ -1,4 +1,4 @@
-"""What every objective is: a hashable record of numbers with pure functions on [P, G, T] arrays."""
+"""The base class of objectives: hashable settings with pure functions on [P, G, T] arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,50 +16,55 @@ MASKS = ("patches", "semantic", "blank", "solid", "noise", "blur")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """Interface and token weights; no loss.
+  """Base class of all objectives. It weights tokens, and has no loss.
 
-  One minibatch goes through it like this (experience: everything about the minibatch that needs no
-  gradient; stats: the current policy's log-probabilities of its tokens):
+  A training loop uses an objective like this. `experience` holds everything about a minibatch that
+  needs no gradient, and `stats` the log-probabilities of its tokens under the current policy:
 
-      experience = objective.prepare(experience)              # once, the whole minibatch
-      metrics = objective.prepare_metrics(experience)         # once, the whole minibatch
-      for part, stats in microbatches:                        # any split along P
-        loss, sums = objective.loss(stats, part)              # losses, gradients, sums add up
+      experience = objective.prepare(experience)         # once per minibatch
+      metrics = objective.prepare_metrics(experience)    # once per minibatch
+      for part, stats in microbatches:                   # any split along P
+        loss, sums = objective.loss(stats, part)         # losses, gradients and sums add up
       state = objective.next_state(experience, metrics | sums)  # scalars for the next minibatch
 
   Fields:
-    aggregation: how token losses become one number, see `masked.aggregation_weights`.
-    max_length: tokens of the longest response allowed; a stage fills in its `max_tokens`.
-    loss_length: the constant that seq-mean-token-sum-norm divides by (Dr.GRPO); None is
-      `max_length`. verl's default is the padded length of the batch, which would make the loss
-      depend on padding.
-    filter_groups: DAPO's dynamic sampling: the loop samples until it has enough groups of which
-      `kept` is true.
-    filter_low, filter_high: a group is kept if the mean of what `filter_keys` names lies strictly
-      between.
-    filter_keys: "accuracy", "reward" (the total) or verifiers. Of several one is enough: a soft
-      filter (PEARL, arXiv 2511.18437), which keeps a group that is all right in one respect and
-      mixed in another.
-    max_tries: how many times the loop samples before it goes on with the groups it has.
-    mask_kind: how the image of the `masked` view is corrupted: "patches", random squares black;
-      "semantic", the squares black that the vision tower attends to most; "blank", all black;
-      "solid", one grey; "noise", Gaussian noise on every pixel; "blur", Gaussian blur.
-    mask_on: "processed": drawn on the device, of the image as the model sees it (VPPO); "original":
-      drawn on the host, of the image before it is resized (PAPO). Not of "semantic".
-    mask_rate: of patches: the probability that a square is blackened; of semantic: the share of
-      squares.
-    mask_patch: of patches and semantic: side of a square in patches of the vision tower; 1 is
-      VPPO's 14 pixels on Qwen2.5-VL.
-    mask_pixels: of patches on the original: side of a square in pixels.
-    mask_level: of solid: the grey level, 0 to 255; VPPO's code offers 128.
-    mask_noise: of noise: standard deviation in grey levels; VPPO's code offers 189.
-    mask_blur: of blur: standard deviation in pixels; VPPO's code offers 6.
-    mask_per: "sample": every sample is scored under a mask of its own, so the prompt's work is done
-      once for each; "prompt": the samples of a prompt share one. Of patches and noise; the others
-      are the same for all samples.
+    aggregation: the rule that combines token losses into one number, see
+      `masked.aggregation_weights`.
+    max_length: maximum length of a response in tokens. A stage sets it to its `max_tokens`.
+    loss_length: the constant by which seq-mean-token-sum-norm divides (Dr.GRPO). None means
+      `max_length`. verl divides by the padded length of the batch by default, so that its loss
+      depends on padding.
+    filter_groups: dynamic sampling of DAPO. The loop samples until `kept` accepts enough groups.
+    filter_low, filter_high: a group is kept if the mean of a value that `filter_keys` names lies
+      strictly between these bounds.
+    filter_keys: "accuracy", "reward" (the weighted sum), or names of verifiers. With several keys,
+      it is enough that one of them keeps the group. This is the soft filter of PEARL (arXiv
+      2511.18437): it keeps groups whose answers are all right but differ in another reward.
+    max_tries: maximum number of rollouts per step. After them, the step uses the groups it has.
+    mask_kind: corruption of the image in the `masked` view.
+      "patches": random squares are black.
+      "semantic": the squares that the vision tower attends to most are black.
+      "blank": the image is black.
+      "solid": the image has one grey level.
+      "noise": Gaussian noise is added to each pixel.
+      "blur": Gaussian blur.
+    mask_on: "processed" corrupts the image on the device, as the model receives it (VPPO).
+      "original" corrupts it on the host, before it is resized (PAPO). "semantic" requires
+      "processed".
+    mask_rate: for "patches", the probability that a square is black. For "semantic", the share of
+      black squares.
+    mask_patch: for "patches" and "semantic", the side of a square in patches of the vision tower.
+      The default 1 equals the 14 pixels of VPPO on Qwen2.5-VL.
+    mask_pixels: for "patches" on the original image, the side of a square in pixels.
+    mask_level: for "solid", the grey level from 0 to 255. VPPO's code has 128.
+    mask_noise: for "noise", the standard deviation in grey levels. VPPO's code has 189.
+    mask_blur: for "blur", the standard deviation in pixels. VPPO's code has 6.
+    mask_per: for "patches" and "noise", "sample" scores each sample with its own mask, which
+      repeats the computation on the prompt for each sample. "prompt" uses one mask for all samples
+      of a prompt. The other kinds have the same mask for all samples.
   """
 
-  # The kind of stage that runs it.
+  # The kind of stage that uses the objective.
   kind: ClassVar[str] = "rl"
 
   aggregation: str = fields.choice("token-mean", masked.AGGREGATIONS)
@@ -90,7 +95,7 @@ class Objective:
     if self.mask_kind == "semantic" and self.mask_on == "original":
       raise ValueError(
         "config.objective.mask_on='original': expected 'processed', because mask_kind='semantic' "
-        "asks the vision tower"
+        "uses the attention of the vision tower"
       )
     if self.filter_low >= self.filter_high:
       raise ValueError(
@@ -100,39 +105,44 @@ class Objective:
 
   @property
   def views(self) -> tuple[str, ...]:
-    """Views to score without gradient, into `experience.views`."""
+    """Views that are scored without gradient. Their scores are in `experience.views`."""
     return ()
 
   @property
   def grad_views(self) -> tuple[str, ...]:
-    """Views that the current policy scores with gradient: keyword arguments of `loss`."""
+    """Views that are scored with gradient. Their scores are keyword arguments of `loss`."""
     return ()
 
   @property
   def full_kl(self) -> tuple[str, ...]:
-    """Views, with or without gradient, whose TokenStats must carry `kl`."""
+    """Views, with or without gradient, whose TokenStats must contain `kl`."""
     return ()
 
   @property
   def needs_old(self) -> bool:
-    """Whether anything but `loss` wants `experience.old`. If not, a stage with one update for each
-    rollout does without a pass that scores it: it is the policy that is updated."""
+    """Whether more than `loss` uses `experience.old`.
+
+    If False, a stage with one update per rollout skips the forward pass that scores `old`, because
+    `old` then equals the policy that is updated.
+    """
     return False
 
   @property
   def needs_current(self) -> bool:
-    """Whether `prepare` wants `experience.current` if a minibatch is split; without, each
-    microbatch is taken for a minibatch. Costs a forward pass."""
+    """Whether `prepare` uses `experience.current` if the minibatch is split.
+
+    This costs one more forward pass. Without `current`, each microbatch is treated as a minibatch.
+    """
     return False
 
   @property
   def advantage_needs(self) -> tuple[str, ...]:
-    """What `advantages` wants besides rewards and mask, see `advantages.py`."""
+    """Names of the arguments of `advantages` besides rewards and mask, see `advantages.py`."""
     return ()
 
   @property
   def min_samples(self) -> int:
-    """The least number of samples of a prompt for which the objective means something."""
+    """Minimum number of samples of each prompt."""
     return 1
 
   def kept(
@@ -141,16 +151,21 @@ class Objective:
     rewards: Array | None = None,
     components: Mapping[str, Array] | None = None,
   ) -> Array:
-    """Which groups are worth training on: numpy bool[P] from arrays [P, G]; host work.
+    """Selects the groups to train on, on the host: numpy bool[P].
 
-    filter_low < mean over the group < filter_high for one of `filter_keys`; all groups if not
-    `filter_groups`. NaN, a verifier that does not judge the sample, keeps nothing. Yu et al. 2025
-    (DAPO), arXiv 2503.14476, with the bounds of EasyR1's online filtering.
+    A group is kept if filter_low < mean over the group < filter_high for one of `filter_keys`. All
+    groups are kept if `filter_groups` is False. The mean is NaN if a verifier does not grade the
+    samples, and then the verifier keeps no group.
+
+    Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, with the bounds of EasyR1's online filtering.
 
     Args:
-      accuracy: of each response.
-      rewards: total.
-      components: by verifier.
+      accuracy: [P, G], accuracy of each response.
+      rewards: [P, G], weighted sum of the verifiers.
+      components: [P, G] for each verifier.
+
+    Raises:
+      ValueError: `filter_keys` names a verifier that is not among the components.
     """
     keep = np.full(np.shape(accuracy)[0], not self.filter_groups)
     known = {**(components or {}), "accuracy": accuracy, "reward": rewards}
@@ -165,9 +180,15 @@ class Objective:
     return keep
 
   def advantages(self, rewards: Array, mask: Array | None = None, **more: Any) -> Array:
-    """f32 array that broadcasts to [P, G, T], from rewards [P, G] and the mask [P, G, T].
+    """Computes the advantages from rewards [P, G] and the mask [P, G, T].
 
-    `more`: what `advantage_needs` names.
+    Args:
+      rewards: [P, G].
+      mask: bool[P, G, T].
+      **more: the arguments that `advantage_needs` names.
+
+    Returns:
+      A float32 array that broadcasts to [P, G, T].
     """
     del mask, more
     return jnp.asarray(rewards).astype(jnp.float32)[..., None]
@@ -175,22 +196,23 @@ class Objective:
   def penalty(
     self, old: TokenStats, ref: TokenStats, mask: Array, state: Mapping[str, Array]
   ) -> Array:
-    """What each token costs of its response's reward, f32[P, G, T]; see `advantage_needs`."""
+    """Returns the penalty that each token subtracts from the reward, f32[P, G, T]."""
     raise NotImplementedError
 
   def initial_state(self) -> dict[str, Array]:
-    """Scalars that change from update to update: what `experience.state` is at first."""
+    """Returns the first value of `experience.state`: scalars that change with each update."""
     return {}
 
   def next_state(self, experience: Experience, metrics: Metrics) -> dict[str, Array]:
-    """`experience.state` for the next minibatch, from this one and its metrics."""
+    """Returns `experience.state` of the next minibatch, given this one and its metrics."""
     del metrics
     return dict(experience.state)
 
   def prepare(self, experience: Experience) -> Experience:
-    """Work on the whole minibatch that needs no gradient; fills `weights` and `token_weights`.
+    """Computes what needs the whole minibatch and no gradient: weights, among others.
 
-    Raises ValueError if the experience is prepared already.
+    Raises:
+      ValueError: the experience has been prepared before.
     """
     if experience.weights is not None:
       raise ValueError("experience.weights is set: this experience has been prepared already")
@@ -204,23 +226,23 @@ class Objective:
     )
 
   def prepare_metrics(self, experience: Experience) -> Metrics:
-    """Scalars of a prepared whole minibatch; means, minima and maxima that no split adds up to."""
+    """Returns metrics of a prepared minibatch that are not sums over microbatches."""
     del experience
     return {}
 
   def loss(
     self, stats: TokenStats, experience: Experience, **grad_views: TokenStats
   ) -> tuple[Array, Metrics]:
-    """The loss of one microbatch, a scalar, and its metrics, a dict of scalars.
+    """Returns the loss of a microbatch, a scalar, and its metrics, a dict of scalars.
 
-    Loss and metrics are sums of contributions that `prepare` has divided by the minibatch's
-    totals: added over microbatches they are the minibatch's. An experience that is not prepared
-    is taken for a whole minibatch.
+    `prepare` divides the weights by totals of the minibatch. So the losses and metrics of
+    microbatches add up to those of the minibatch. An experience that is not prepared is treated as
+    a whole minibatch.
     """
     raise NotImplementedError
 
   def _counts(self, experience: Experience, mask: Array) -> Array:
-    """bool[P, G, T]; the tokens of the mask that count anywhere in the loss."""
+    """Returns the tokens of the mask that the loss uses, bool[P, G, T]."""
     del experience
     return mask
 
@@ -243,6 +265,6 @@ class Objective:
 
 
 def minibatch_weights(experience: Experience) -> tuple[Array, Array]:
-  """weights and token_weights of a prepared experience."""
+  """Returns `weights` and `token_weights` of a prepared experience."""
   assert experience.weights is not None and experience.token_weights is not None
   return experience.weights, experience.token_weights

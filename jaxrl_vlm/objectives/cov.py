@@ -1,12 +1,12 @@
-"""Clip-Cov and KL-Cov: restraint only on the tokens that would collapse the entropy.
+"""Clip-Cov and KL-Cov: restrict only the tokens that reduce the entropy most.
 
-Both look at how far a token is to one side in advantage and in log-probability at once,
+Both methods select tokens by the covariance of advantage and log-probability,
 
     cov_t = (A_t − mean A)(l_t − mean l),
 
-with l of the current policy and means over the minibatch's tokens. Which tokens that chooses is
-decided once for a whole minibatch (from `Experience.current`), where verl decides in every
-microbatch: so the loss does not depend on how a minibatch is split.
+where l is the log-probability under the current policy and the means are over the tokens of the
+minibatch. The selection uses the whole minibatch (`Experience.current`), so the loss does not
+depend on how the minibatch is split. verl selects tokens in each microbatch.
 
 Source: Cui et al. 2025, arXiv 2505.22617; verl's `clip_cov` and `kl_cov`.
 """
@@ -28,7 +28,7 @@ def clip_cov(
   clip_low: float,
   clip_high: float,
 ) -> ppo.TokenLoss:
-  """PPO's clipped surrogate without the chosen tokens, which get no gradient."""
+  """The clipped loss of PPO without the selected tokens, which have no gradient."""
   del mask
   log_ratio = ppo.log_ratio(logp, old_logp)
   loss, metrics = ppo.clipped_surrogate(log_ratio, advantages, clip_low, clip_high, None)
@@ -44,7 +44,7 @@ def kl_cov(
   cov_tokens: Array,
   cov_coef: float,
 ) -> ppo.TokenLoss:
-  """L = −A r, plus coef · |l − o| on the chosen tokens."""
+  """L = −A r, plus coef · |l − o| for the selected tokens."""
   del mask
   loss = -advantages * jnp.exp(ppo.log_ratio(logp, old_logp))
   loss = loss + jnp.where(cov_tokens > 0, cov_coef * jnp.abs(logp - old_logp), 0.0)
@@ -54,7 +54,7 @@ def kl_cov(
 def choose_for_kl(
   now: Array, old_logp: Array, advantages: Array, mask: Array, *, cov_share: float
 ) -> Array:
-  """The max(1, ⌊share · tokens⌋) tokens of largest covariance, as bool[P, G, T]."""
+  """Selects the max(1, ⌊share · tokens⌋) tokens with the largest covariance: bool[P, G, T]."""
   del old_logp
   covariance = _covariance(now, advantages, mask)
   return mask & _smallest(jnp.where(mask, -covariance, jnp.inf), _count(mask, cov_share))
@@ -72,11 +72,12 @@ def choose_for_clip(
   clip_low: float,
   clip_high: float,
 ) -> Array:
-  """max(1, ⌊share · tokens⌋) random tokens with cov_low < cov < cov_high that PPO does not clip.
+  """Selects max(1, ⌊share · tokens⌋) random tokens with cov_low < cov < cov_high.
 
-  All of them where there are fewer. What is drawn depends on nothing but the bits of the tokens'
-  log-probabilities under the sampling policy: as good as random, and the same whatever the order,
-  padding or split of the minibatch. Of tokens with the same bits the earlier one ranks first.
+  Tokens that PPO clips are excluded. If fewer tokens are eligible, all of them are selected.
+  Instead of a random key, the choice uses a hash of the bits of each token's log-probability under
+  the sampling policy. So it does not depend on order, padding or split of the minibatch. Among
+  tokens with equal bits, the earlier one ranks first.
   """
   covariance = _covariance(now, advantages, mask)
   _, clips = ppo.clipped_surrogate(
@@ -97,18 +98,18 @@ def _count(mask: Array, share: float) -> Array:
 
 
 def _smallest(x: Array, count: Array) -> Array:
-  """Where the `count` smallest values of the array stand."""
+  """Selects the `count` smallest values of the array, as bool."""
   order = jnp.argsort(x.ravel(), stable=True)
   return (jnp.argsort(order) < count).reshape(x.shape)
 
 
 def _hash(x: Array) -> Array:
-  """Numbers in [0, 1) from the bits of float32 (the finalizer of MurmurHash3)."""
+  """Hashes the bits of float32 values to numbers in [0, 1) (the finalizer of MurmurHash3)."""
   bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
     bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
   return (bits ^ (bits >> 16)).astype(jnp.float32) / 2.0**32
 
 
-# Policy loss -> which tokens it chooses; the keyword-only arguments are fields of the objective.
+# The function that selects the tokens of each policy loss. Its keyword-only arguments are fields.
 CHOOSE = {"clip_cov": choose_for_clip, "kl_cov": choose_for_kl}

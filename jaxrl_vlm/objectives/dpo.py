@@ -1,4 +1,4 @@
-"""DPO and relatives: preferences between two given responses, no rewards and no sampling."""
+"""DPO and related losses for pairs of a chosen and a rejected response."""
 
 import dataclasses
 from typing import ClassVar
@@ -15,7 +15,7 @@ LOSSES = ("sigmoid", "ipo", "hinge")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPO(Objective):
-  """Direct Preference Optimization of pairs: sample 0 of a prompt is chosen, sample 1 rejected.
+  """Direct Preference Optimization. Sample 0 of each prompt is chosen, sample 1 is rejected.
 
       L = mean over pairs of f(h_chosen − h_rejected) + λ · NLL(chosen),  h = Σ_t (l_t − ref_t)
 
@@ -23,27 +23,29 @@ class DPO(Objective):
       ipo        f(z) = (z − 1 / 2β)²,  h = mean_t (l_t − ref_t)
       hinge      f(z) = max(0, 1 − β z)
 
-  l, ref: log-probability of a response token under the current and the reference policy. Of an
-  experience it reads the mask and the view `ref`; old, advantages and rewards may be None. Pairs
-  in which a response has no tokens count nowhere.
+  l and ref are the log-probabilities of a response token under the current policy and under the
+  reference. The loss uses the mask and the view `ref` of the experience; `old`, `advantages` and
+  `rewards` may be None. Pairs with an empty response are left out.
 
-  Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7; ε: Mitchell 2023, "A note on DPO with
-  noisy preferences" (cDPO); ipo: Azar et al. 2023, arXiv 2310.12036, eq. 17, where β is τ and h is
-  a sum: TRL (since 0.7.11), and this, divide by the response's tokens on its authors' advice, so
-  that β does not depend on lengths; hinge: Liu et al. 2023, arXiv 2309.06657; λ: Pang et al. 2024,
-  arXiv 2404.19733 (α, TRL's `rpo_alpha`).
+  Source: Rafailov et al. 2023, arXiv 2305.18290, eq. 7.
+    ε: Mitchell 2023, "A note on DPO with noisy preferences" (cDPO).
+    ipo: Azar et al. 2023, arXiv 2310.12036, eq. 17, where β is called τ and h is a sum. TRL (since
+      0.7.11) and this class use the mean over tokens, as the authors advise, so that β does not
+      depend on the lengths.
+    hinge: Liu et al. 2023, arXiv 2309.06657.
+    λ: Pang et al. 2024, arXiv 2404.19733, where it is called α (`rpo_alpha` in TRL).
 
   Fields:
     beta: β.
-    label_smoothing: ε, the probability that a pair's labels are swapped; of sigmoid alone.
+    label_smoothing: ε, the probability that the labels of a pair are swapped. Only for sigmoid.
     loss_type: f.
-    sft_coef: λ; 0: off.
-    aggregation: of the NLL, over the chosen responses: seq-mean-token-mean is the paper's,
-      token-mean is TRL's. Pairs always are averaged.
+    sft_coef: λ. 0 disables the NLL term.
+    aggregation: aggregation of the NLL over the chosen responses. The paper has
+      seq-mean-token-mean, TRL has token-mean. Losses of pairs are always averaged.
 
-  Metrics: reward_chosen, reward_rejected: β h; reward_margin: their difference; reward_accuracy:
-  share of pairs in which the chosen one's is larger; all means over pairs. nll_chosen: aggregated
-  like in the loss, without λ.
+  Metrics (means over pairs): reward_chosen and reward_rejected: β h of each response.
+  reward_margin: their difference. reward_accuracy: share of pairs with a positive margin.
+  nll_chosen: the NLL, aggregated as in the loss, without λ.
   """
 
   kind: ClassVar[str] = "preference"

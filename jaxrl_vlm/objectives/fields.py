@@ -1,4 +1,4 @@
-"""Dataclass fields that know which values are possible: a wrong config gets one clear line."""
+"""Dataclass fields with a check of their values. A wrong value is an error of one line."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ def number(
   most: float = math.inf,
   optional: bool = False,
 ) -> Any:
-  """A finite number x with least ≤ x ≤ most and x > above; None too if optional."""
+  """A finite number x with least ≤ x ≤ most and x > above, or None if the field is optional."""
 
   def valid(x: Any) -> bool:
     if x is None:
@@ -36,7 +36,7 @@ def number(
 
 
 def count(default: int | None, *, least: int = 1, optional: bool = False) -> Any:
-  """A whole number of at least `least`; None too if optional."""
+  """A whole number of at least `least`, or None if the field is optional."""
 
   def valid(x: Any) -> bool:
     if x is None:
@@ -56,7 +56,7 @@ def choice(default: str, names: Iterable[str]) -> Any:
 
 
 def names(default: tuple[str, ...]) -> Any:
-  """A tuple of at least one name; its type is left to who knows the names."""
+  """A tuple of at least one name. The names themselves are checked where they are known."""
 
   def valid(x: Any) -> bool:
     return isinstance(x, tuple) and len(x) > 0 and all(isinstance(name, str) for name in x)
@@ -65,7 +65,7 @@ def names(default: tuple[str, ...]) -> Any:
 
 
 def check(instance: Any) -> None:
-  """Raises ValueError for the first field of the dataclass whose value is impossible."""
+  """Raises ValueError for the first field of the dataclass with an invalid value."""
   for field in dataclasses.fields(instance):
     value = getattr(instance, field.name)
     if not field.metadata["valid"](value):
@@ -75,6 +75,6 @@ def check(instance: Any) -> None:
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-  """'; did you mean 'x'?' for the known name closest to this one, or nothing."""
+  """Returns "; did you mean 'x'?" for the known name that is closest, or an empty string."""
   close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
   return f"; did you mean {close[0]!r}?" if close else ""

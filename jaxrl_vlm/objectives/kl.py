@@ -27,7 +27,7 @@ def k2(logp: Array, ref_logp: Array) -> Array:
 def k3(logp: Array, ref_logp: Array) -> Array:
   """exp(d) − d − 1, d = clamp(log π_ref − log π, ±20), clamped to ±10: unbiased, not negative."""
   d = jnp.clip(ref_logp - logp, -20.0, 20.0)
-  # expm1, since exp(d) - 1 loses every digit for the small d that most tokens have.
+  # expm1 is exact for the small d of most tokens, for which exp(d) - 1 loses all digits.
   return jnp.clip(jnp.expm1(d) - d, -10.0, 10.0)
 
 
@@ -38,14 +38,14 @@ def absolute(logp: Array, ref_logp: Array) -> Array:
 
 def _with_gradient_of_k2(value: Estimator) -> Estimator:
   def estimator(logp: Array, ref_logp: Array) -> Array:
-    """The value of one estimator with the gradient of k2, which is the KL's own."""
+    """Has the value of one estimator and the gradient of k2, which is that of the KL."""
     slope = k2(logp, ref_logp)
     return jax.lax.stop_gradient(value(logp, ref_logp) - slope) + slope
 
   return estimator
 
 
-# verl's names: k1+ and k3+ have k1's and k3's values and k2's gradient.
+# Names as in verl: k1+ and k3+ have the values of k1 and k3, and the gradient of k2.
 ESTIMATORS: dict[str, Estimator] = {
   "k1": k1,
   "k2": k2,
@@ -54,6 +54,6 @@ ESTIMATORS: dict[str, Estimator] = {
   "k1+": _with_gradient_of_k2(k1),
   "k3+": _with_gradient_of_k2(k3),
 }
-# What a field may be set to: an estimator, or the divergence over the whole vocabulary
-# (`scoring.full_kl`, in `TokenStats.kl`).
+# Values of a field: an estimator, or "full", the divergence over the whole vocabulary
+# (`scoring.full_kl`, stored in `TokenStats.kl`).
 CHOICES = (*ESTIMATORS, "full")

@@ -1,4 +1,4 @@
-"""Sums and means over the response tokens that count."""
+"""Sums, means and ranks over response tokens, without masked positions."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,25 +14,26 @@ AGGREGATIONS = (
 
 
 def masked_fill(x: Array, mask: Array) -> Array:
-  """x in float32, 0 where mask is false: whatever stands there (also inf and nan) has no effect."""
+  """Returns x in float32, with 0 where the mask is false. Values there may be inf or NaN."""
   return jnp.where(mask, jnp.asarray(x).astype(jnp.float32), 0.0)
 
 
 def masked_sum(x: Array, mask: Array, axis: int | None = None) -> Array:
-  """Σ x over the true positions of mask; the reduced axis stays, with length 1, if one is named."""
+  """Returns the sum of x where the mask is true. A given axis is kept with length 1."""
   return jnp.sum(masked_fill(x, mask), axis=axis, keepdims=axis is not None)
 
 
 def masked_mean(x: Array, mask: Array, axis: int | None = None) -> Array:
-  """Mean of x over the true positions of mask; 0 where there are none."""
+  """Returns the mean of x where the mask is true, or 0 if it is true nowhere."""
   count = jnp.sum(mask, axis=axis, keepdims=axis is not None)
   return masked_sum(x, mask, axis) / jnp.maximum(count, 1)
 
 
 def masked_whiten(x: Array, mask: Array) -> Array:
-  """(x − mean) / √(var + 1e-8) over all true positions at once, unbiased variance; 0 elsewhere.
+  """Returns (x − mean) / √(var + 1e-8) where the mask is true, and 0 elsewhere.
 
-  x is shifted by its minimum first, so equal values give exactly 0.
+  Mean and unbiased variance are over all positions where the mask is true. Equal values give
+  exactly 0, because x is first shifted by its minimum.
   """
   x = masked_fill(x - jnp.min(jnp.where(mask, x, jnp.inf)), mask)
   centered = masked_fill(x - masked_mean(x, mask), mask)
@@ -41,11 +42,11 @@ def masked_whiten(x: Array, mask: Array) -> Array:
 
 
 def aggregation_weights(mask: Array, aggregation: str, length: int | None = None) -> Array:
-  """What each token weighs when a token loss [P, G, T] becomes one number: loss = Σ weight · x.
+  """Returns the weights that combine a token loss [P, G, T] into one number: loss = Σ weight · x.
 
-  n_i response tokens of response i, N responses with at least one token, all over the whole array:
+  With n_i tokens in response i, and N responses with at least one token in the whole array:
 
-      token-mean                 1 / Σ n_i          DAPO, verl and EasyR1's default
+      token-mean                 1 / Σ n_i          DAPO, and the default of verl and EasyR1
       seq-mean-token-mean        1 / (N n_i)        the GRPO paper
       seq-mean-token-sum         1 / N
       seq-mean-token-sum-norm    1 / (N length)     Dr.GRPO
@@ -64,11 +65,11 @@ def aggregation_weights(mask: Array, aggregation: str, length: int | None = None
 
 
 def top_share(scores: Array, mask: Array, share: float) -> Array:
-  """The ⌈share · n⌉ highest scores among the n true positions of each row's last axis, as bool.
+  """Selects the ⌈share · n⌉ highest scores among the n unmasked positions along the last axis.
 
-  Of equal scores the earlier one ranks first.
+  Among equal scores, the earlier one ranks first.
   """
-  # From the host in float64: ⌈0.4 · 5⌉ is 2 on every device.
+  # Computed on the host in float64, so that ⌈0.4 · 5⌉ is 2 on every device.
   counts = np.ceil(np.round(share * np.arange(mask.shape[-1] + 1), 9)).astype(np.int32)
   count = jnp.asarray(counts)[jnp.sum(mask, axis=-1, keepdims=True)]
   order = jnp.argsort(jnp.where(mask, -scores, jnp.inf), axis=-1, stable=True)
@@ -77,12 +78,13 @@ def top_share(scores: Array, mask: Array, share: float) -> Array:
 
 
 def above_quantile(scores: Array, mask: Array, quantile: float) -> Array:
-  """Where scores are at least that quantile of the n true positions of the last axis, as bool.
+  """Selects scores of at least the quantile of the n unmasked positions along the last axis.
 
-  The quantile lies between two scores in general (torch's and numpy's linear interpolation); what
-  is at least that is what is at least the upper one, number ⌈quantile (n − 1)⌉ from 0, and ties.
+  In general, the quantile lies between two scores (linear interpolation, as in torch and numpy). A
+  score reaches it if it reaches the upper one of these two, which has index ⌈quantile (n − 1)⌉ in
+  ascending order.
   """
-  # From the host in float64, as in `top_share`.
+  # Computed on the host in float64, as in `top_share`.
   places = np.maximum(np.arange(mask.shape[-1] + 1) - 1, 0)
   index = np.ceil(np.round(quantile * places, 9)).astype(np.int32)
   index = jnp.asarray(index)[jnp.sum(mask, axis=-1, keepdims=True)]

@@ -1,4 +1,4 @@
-"""PAPO: a policy gradient that also pushes clean-image and masked-image policies apart."""
+"""PAPO: a policy gradient that also increases the KL between original and corrupted image."""
 
 import dataclasses
 
@@ -13,39 +13,42 @@ from jaxrl_vlm.types import Array, Experience, TokenStats
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PAPO(PolicyGradient):
-  """Perception-Aware Policy Optimization, on top of any policy loss and advantage.
+  """Perception-Aware Policy Optimization, with any policy loss and advantage estimator.
 
       L = L_pg + β KL_ref − γ Σ w_t K_t + η₁ (−mean l) + η₂ (−mean l′)
       K = exp(d) − d − 1,  d = clamp(l′ − l, ±20),  K clamped to ±10          (k3)
 
-  l, l′: log-probability of the sampled token given the clean and the masked image. K estimates
-  KL(π(·|I) ‖ π(·|I′)), with the inverse of the ratio that the paper writes: right for tokens
-  sampled from π(·|I).
+  l and l′ are the log-probabilities of the sampled token given the original and the corrupted
+  image. K estimates KL(π(·|I) ‖ π(·|I′)). The paper writes the inverse ratio; the ratio above is
+  the right one for tokens that are sampled from π(·|I).
 
-  Where paper and code differ: the paper's l′ is the current policy's. The released code (fb63bf4)
-  scores l′ once per rollout with the sampling policy and holds it constant, so that the η₂ term is
-  logged but has no gradient; that is the default here. `masked_gradient=True` is the paper.
+  Paper and released code differ in l′. In the paper, l′ is the log-probability under the current
+  policy. The code (fb63bf4) scores l′ once per rollout with the sampling policy and treats it as a
+  constant, so the η₂ term is logged but has no gradient. The default follows the code.
+  `masked_gradient=True` follows the paper.
 
-  Source: arXiv 2507.06448. `create("papo")` is PAPO_G 7B (GRPO base: γ 0.02, η 0.05, β 0.01, clip
-  0.2/0.3), the run of the paper's first table; `create("papo_d")` is PAPO_D (DAPO base: γ 0.01,
-  η 0.03, no reference, clip 0.2/0.28, dynamic sampling). PAPO_G 3B is PAPO_G with both η at 0. The
-  code's supervised loss on correct responses, off in every published run, is left out.
+  Source: arXiv 2507.06448. `create("papo")` is PAPO_G 7B, the run of the paper's first table (GRPO
+  base: γ 0.02, η 0.05, β 0.01, clip 0.2/0.3). `create("papo_d")` is PAPO_D (DAPO base: γ 0.01,
+  η 0.03, no reference, clip 0.2/0.28, dynamic sampling). PAPO_G 3B is PAPO_G with η₁ = η₂ = 0. The
+  code also has a supervised loss on correct responses. All published runs disable it, and it is not
+  implemented.
 
   Fields:
     perception_coef: γ.
-    perception_kl: estimator of K; "full": over the whole vocabulary, as the paper writes it, which
-      wants `masked_gradient=True`, because the constant l′ is of the sampled token alone.
-    anneal_updates: γ and both η fall linearly to 0 over so many updates, as the code can (from its
-      0.01 over the first half of training); None: they stay.
-    perception_clip: K is cut to [0, this], without gradient outside; None: off. The code has 0.2.
-    perception_share: only the tokens of a response whose K is at least the (1 − share) quantile of
-      its tokens' count in Σ w K (w as before), so 1 + ⌊share (n − 1)⌋ and ties; None: all. The code
-      has 0.2.
+    perception_kl: estimator of K. "full" computes it over the whole vocabulary, as in the paper. It
+      requires `masked_gradient=True`, because the constant l′ is known for the sampled token only.
+    anneal_updates: number of updates in which γ, η₁ and η₂ decrease linearly to 0. None keeps them
+      constant. The code has this option, with γ = 0.01 and the first half of the training.
+    perception_clip: K is clipped to [0, perception_clip], without gradient outside. None: no clip.
+      The code has 0.2.
+    perception_share: only the tokens of a response whose K is at least the (1 − share) quantile
+      count in Σ w K, with unchanged w. These are 1 + ⌊share (n − 1)⌋ of n tokens, and ties. None:
+      all tokens. The code has 0.2.
     entropy_penalty, masked_entropy_penalty: η₁, η₂.
-    masked_gradient: l′ is the current policy's, with gradient.
+    masked_gradient: l′ is scored with the current policy and has a gradient.
 
   Metrics: `perception_kl` (Σ w K, aggregated like the loss), `masked_nll` (mean of −l′) and, with
-  annealing, `anneal` (what γ and η are multiplied by).
+  annealing, `anneal` (the factor of γ and η).
   """
 
   perception_coef: float = fields.number(0.02, least=0)

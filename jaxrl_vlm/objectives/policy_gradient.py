@@ -12,7 +12,7 @@ from jaxrl_vlm.objectives import advantages, cov, fields, importance, kl, masked
 from jaxrl_vlm.objectives.base import Metrics, Objective, minibatch_weights
 from jaxrl_vlm.types import Array, Experience, TokenStats
 
-# The keyword-only arguments of each are fields of PolicyGradient, or arrays in `extras`.
+# The keyword-only arguments of these functions are fields of PolicyGradient or arrays in `extras`.
 POLICY_LOSSES = {
   "ppo": ppo.dual_clip,
   "cispo": ppo.cispo,
@@ -28,47 +28,58 @@ POLICY_LOSSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PolicyGradient(Objective):
-  """Policy loss + kl_coef · KL(π ‖ π_ref) + entropy_penalty · (−mean log π).
+  """Policy gradient with a KL penalty to the reference and an entropy penalty.
 
       L = Σ w_t [L_pg(l_t, o_t, A_t) + β KL_t] − η Σ u_t l_t
 
-  with w the weights of the aggregation and u those of a mean over all response tokens.
+  l_t and o_t are the log-probabilities of a token under the current policy and under the policy
+  that sampled it, A_t is its advantage. w_t are the weights of the aggregation, and u_t those of a
+  mean over all response tokens.
 
-  Fields (defaults: GRPO as EasyR1 runs it):
+  Fields (the defaults are those of GRPO in EasyR1):
     advantage: estimator of the advantages, see `advantages.py`.
-    policy_loss: see `ppo.py`, `sequence.py`, `cov.py`.
-    clip_low, clip_high, clip_dual: ε_l, ε_h and c; clip_dual None: no dual clip.
-    kl, kl_coef: estimator and coefficient β of the KL to the reference policy; 0: no reference.
-      "full": over the whole vocabulary, which costs a pass of the reference in every update.
-    kl_in: "loss", or "reward": β KL_t of the sampling policy is subtracted from each token's reward
-      before the advantages; estimators of one value per response subtract the sum.
-    kl_target, kl_horizon: adaptive β (Ziegler et al. 2019, arXiv 1909.08593; verl): after an update
-      of n responses β becomes β (1 + clip(KL / kl_target − 1, ±0.2) n / kl_horizon), 0 at least, KL
-      being the metric `ref_kl`. None: β stays.
-    entropy_penalty: η; raises the log-probabilities of the sampled tokens, so lowers entropy.
-    tau_positive, tau_negative: sapo's temperatures for A > 0 and A ≤ 0.
-    cov_share: clip_cov's and kl_cov's share of tokens; cov_coef: kl_cov's coefficient of their
-      penalty; cov_low, cov_high: clip_cov's bounds of the covariance.
-    correction, correction_level, correction_low, correction_high: for the difference between
-      sampler and scorer, see `importance.py`.
-    overlong_buffer, overlong_factor: DAPO's soft overlong punishment (arXiv 2503.14476): a reward
-      gets factor · min((L_max − buffer − n) / buffer, 0), n tokens, L_max `max_length`. None: off.
-    mask_overlong: truncated responses do not count in the loss; they do in the group's baseline.
-    mask_zero_advantages: groups in which every advantage is 0 do not count in the loss, so that
-      they do not dilute the mean over tokens; also not in the penalties.
+    policy_loss: L_pg, see `ppo.py`, `sequence.py` and `cov.py`.
+    clip_low, clip_high, clip_dual: ε_l, ε_h and c of the clipped loss. If clip_dual is None, there
+      is no dual clip.
+    kl, kl_coef: estimator and coefficient β of the KL divergence from the reference policy. With
+      kl_coef 0, no reference is scored. "full" computes the divergence over the whole vocabulary,
+      which adds a forward pass of the reference to each update.
+    kl_in: "loss" adds the penalty to the loss. "reward" subtracts β KL_t of the sampling policy
+      from the reward of each token before the advantages are computed. Estimators with one value
+      per response subtract the sum over its tokens.
+    kl_target, kl_horizon: adaptive β (Ziegler et al. 2019, arXiv 1909.08593; verl). After an update
+      with n responses, β becomes β (1 + clip(KL / kl_target − 1, ±0.2) n / kl_horizon), but at
+      least 0, where KL is the metric `ref_kl`. If kl_target is None, β is constant.
+    entropy_penalty: η. It increases the log-probabilities of the sampled tokens, which lowers the
+      entropy.
+    tau_positive, tau_negative: temperatures of sapo for A > 0 and A ≤ 0.
+    cov_share: share of tokens that clip_cov or kl_cov selects.
+    cov_coef: coefficient of the penalty of kl_cov.
+    cov_low, cov_high: bounds of the covariance in clip_cov.
+    correction, correction_level, correction_low, correction_high: correction for the difference
+      between sampler and scorer, see `importance.py`.
+    overlong_buffer, overlong_factor: soft overlong punishment of DAPO (arXiv 2503.14476). It adds
+      factor · min((L_max − buffer − n) / buffer, 0) to the reward of a response of n tokens, where
+      L_max is `max_length`. If overlong_buffer is None, it is off.
+    mask_overlong: truncated responses are left out of the loss. They still count in the mean and
+      standard deviation of their group.
+    mask_zero_advantages: groups in which all advantages are 0 are left out of the loss, including
+      its penalties, so that the mean over tokens does not include them.
 
-  Metrics (means over the response tokens of the minibatch unless said otherwise):
-    policy_loss, ref_kl: aggregated like the loss, without coefficient; kl_coef: β, if adaptive.
-    nll: −log π of the sampled tokens, an estimate of the entropy without bias on policy.
-    entropy: mean of stats.entropy.
-    approx_kl_k1, approx_kl_k3: KL(π_old ‖ π) estimated on the tokens that π_old sampled.
-    clip_high, clip_low, clip_dual ...: share of tokens where each clip cuts the gradient.
-    cov_tokens: share of tokens that clip_cov or kl_cov chooses.
-    correction_mean, correction_cut: mean ρ, and the share of tokens that is truncated or masked.
-    overlong_penalty: mean over responses of what overlong punishment adds to the reward.
-    truncated_share: of responses, that `mask_overlong` leaves out.
-    zero_advantage_share: of groups; those that `mask_zero_advantages` leaves out. Advantages that
-      are whitened over the batch are hardly ever 0.
+  Metrics (means over the response tokens of the minibatch, unless stated otherwise):
+    policy_loss, ref_kl: aggregated like the loss, without coefficient.
+    kl_coef: β, if it is adaptive.
+    nll: −log π of the sampled tokens, an unbiased estimate of the entropy for on-policy samples.
+    entropy: mean of `stats.entropy`.
+    approx_kl_k1, approx_kl_k3: KL(π_old ‖ π), estimated from the tokens that π_old sampled.
+    clip_high, clip_low, clip_dual: share of tokens whose gradient each clip removes.
+    cov_tokens: share of tokens that clip_cov or kl_cov selects.
+    correction_mean: mean of ρ.
+    correction_cut: share of tokens whose ρ is truncated or masked.
+    overlong_penalty: mean over responses of the value that is added to the reward.
+    truncated_share: share of responses that `mask_overlong` leaves out.
+    zero_advantage_share: share of groups in which all advantages are 0. Estimators that whiten over
+      the batch give hardly any such groups.
   """
 
   advantage: str = fields.choice("grpo", advantages.ESTIMATORS)
@@ -177,12 +188,12 @@ class PolicyGradient(Objective):
   def penalty(
     self, old: TokenStats, ref: TokenStats, mask: Array, state: Mapping[str, Array]
   ) -> Array:
-    """What the KL to the reference costs each token's reward: β KL_t, f32[P, G, T]."""
+    """Returns β KL_t, the penalty on the reward of each token for kl_in="reward": f32[P, G, T]."""
     old_logp = masked.masked_fill(old.logp, mask)
     return self._coefficient("kl_coef", state) * self._ref_kl(old_logp, ref, mask)
 
   def advantages(self, rewards: Array, mask: Array | None = None, **more: Any) -> Array:
-    """f32[P, G, 1] or, for estimators with a value per token, f32[P, G, T]."""
+    """Returns f32[P, G, 1] or, for estimators with a value per token, f32[P, G, T]."""
     if set(more) != set(self.advantage_needs):
       raise ValueError(
         f"objective.advantages: config.objective.advantage={self.advantage!r} with "
@@ -202,7 +213,7 @@ class PolicyGradient(Objective):
     return advantages.ESTIMATORS[self.advantage](rewards, mask, **more)
 
   def _overlong(self, mask: Array) -> Array:
-    """DAPO's soft overlong punishment, f32[P, G], 0 or less."""
+    """Returns the soft overlong punishment of DAPO: f32[P, G], at most 0."""
     assert self.overlong_buffer is not None and self.max_length is not None
     over = self.max_length - self.overlong_buffer - jnp.sum(mask, axis=-1)
     return self.overlong_factor * jnp.minimum(over / self.overlong_buffer, 0.0)
@@ -220,7 +231,7 @@ class PolicyGradient(Objective):
     return mask
 
   def _some_advantage(self, experience: Experience) -> Array:
-    """bool[P]; groups in which any token has an advantage."""
+    """Returns bool[P]: groups in which the advantage of some token is not 0."""
     some = jnp.asarray(experience.mask).astype(bool) & (jnp.asarray(experience.advantages) != 0)
     return jnp.any(some, axis=(1, 2))
 
@@ -258,11 +269,11 @@ class PolicyGradient(Objective):
     return experience
 
   def _shaped(self, experience: Experience) -> Experience:
-    """Other advantages, or policy weights of some tokens, for methods that stand on this one."""
+    """Subclasses change advantages or weights of the policy loss in this method."""
     return experience
 
   def _cov_tokens(self, experience: Experience, logp: Array) -> Array:
-    """Which tokens clip_cov or kl_cov chooses, given the current policy's, f32[P, G, T]."""
+    """Returns 1 for the tokens that clip_cov or kl_cov selects, 0 for others: f32[P, G, T]."""
     choose = cov.CHOOSE[self.policy_loss]
     mask = experience.mask
     now, old = (masked.masked_fill(x, mask) for x in (logp, experience.old.logp))
@@ -270,7 +281,7 @@ class PolicyGradient(Objective):
     return chosen.astype(jnp.float32)
 
   def _settings(self, function: Any, extras: Mapping[str, Array]) -> dict[str, Any]:
-    """The function's keyword-only arguments, from `extras` or the fields."""
+    """Returns the keyword-only arguments of the function, from `extras` or from the fields."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind == p.KEYWORD_ONLY]
     return {name: extras[name] if name in extras else getattr(self, name) for name in names}
@@ -344,7 +355,7 @@ class PolicyGradient(Objective):
     return jnp.float32(self.entropy_penalty)
 
   def _ref_kl(self, logp: Array, ref: TokenStats, mask: Array) -> Array:
-    """KL_t of the policy whose log-probabilities are given to the reference."""
+    """Returns KL_t between the policy with log-probabilities `logp` and the reference."""
     if self.kl != "full":
       return kl.ESTIMATORS[self.kl](logp, masked.masked_fill(ref.logp, mask))
     if ref.kl is None:
@@ -352,10 +363,10 @@ class PolicyGradient(Objective):
     return masked.masked_fill(ref.kl, mask)
 
   def _coefficient(self, name: str, state: Mapping[str, Array]) -> Array:
-    """The field, or what it has become."""
+    """Returns the current value of a coefficient, which may have been adapted."""
     return state[name] if name in state else jnp.float32(getattr(self, name))
 
 
 def penalty_weights(experience: Experience) -> Array:
-  """The aggregation's weights of all response tokens, also where a filter cut the policy loss's."""
+  """Returns the weights of penalties, which token filters of the policy loss do not change."""
   return experience.extras.get("penalty_weights", minibatch_weights(experience)[0])

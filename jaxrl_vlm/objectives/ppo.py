@@ -1,7 +1,8 @@
-"""Token losses of the PPO family, all in the log-ratio of the current to the sampling policy.
+"""Token losses of the PPO family, as functions of the log-ratio of current and sampling policy.
 
-A policy loss is `f(logp, old_logp, advantages, mask, *, ...) -> (token loss, token metrics)`, every
-array f32[P, G, T] and 0 where masked. Its keyword arguments are fields of the objective.
+A policy loss is `f(logp, old_logp, advantages, mask, *, ...) -> (token loss, token metrics)`. All
+arrays are f32[P, G, T] and 0 where the mask is false. The keyword arguments are fields of the
+objective.
 
 Notation: l, o log-probability of the token under the current and the sampling policy,
 Δ = clamp(l − o, ±20), r = exp Δ, A advantage, sg stop-gradient.
@@ -57,7 +58,7 @@ def dual_clip(
 
       L = max(−A r, −A clip(r, 1−ε_l, 1+ε_h))
 
-  EasyR1 clips Δ to [log(1−ε_l), log(1+ε_h)], verl clips r: the same values and gradients.
+  EasyR1 clips Δ to [log(1−ε_l), log(1+ε_h)] and verl clips r. Values and gradients are the same.
 
   Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2019, arXiv 1912.09729
   (dual clip, c = `clip_dual`, None: without); separate ε_l, ε_h: DAPO, arXiv 2503.14476.

@@ -1,9 +1,12 @@
-"""Policy losses whose importance ratio belongs to a whole response (GSPO, GMPO).
+"""Policy losses with one importance ratio per response (GSPO, GMPO).
 
-All are written as token losses, which averaged over the tokens of a response (seq-mean-token-mean)
-are exactly the sequence loss and its gradient. `gspo_token` and `gmpo` let each token's gradient
-through its own log-probability only, so that a token filter (VPPO) leaves out the gradient of the
-tokens that it drops; with `gspo` a kept token pushes on its whole response.
+All of them are token losses. Their mean over the tokens of a response (seq-mean-token-mean) equals
+the sequence loss, with the same gradient.
+
+They differ if a token filter, such as that of VPPO, drops tokens. In `gspo_token` and `gmpo`, the
+loss of a token has a gradient only through the log-probability of this token, so dropped tokens
+have no gradient. In `gspo`, the loss of each kept token has a gradient through all tokens of its
+response.
 """
 
 import jax
@@ -30,8 +33,8 @@ def gspo(
 ) -> ppo.TokenLoss:
   """PPO's clipped surrogate with log r = mean_t (l − o) on every token of a response.
 
-  Source: Zheng et al. 2025 (GSPO), arXiv 2507.18071; EasyR1's `gspo`. The advantage is the
-  response's; where tokens have their own (shaped, whitened) each keeps it.
+  Source: Zheng et al. 2025 (GSPO), arXiv 2507.18071; EasyR1's `gspo`. If the tokens of a response
+  have different advantages, for example after whitening, each token uses its own.
   """
   sequence = masked.masked_mean(logp - old_logp, mask, axis=-1)
   ratio = jnp.broadcast_to(jnp.clip(sequence, -20.0, 20.0), mask.shape)
@@ -50,8 +53,8 @@ def gspo_token(
 ) -> ppo.TokenLoss:
   """PPO's clipped surrogate with log r_t = sg[mean_t (l − o)] + l_t − sg[l_t].
 
-  Source: GSPO-token of the same paper. EasyR1's `gspo_token` keeps the dual clip; verl calls it
-  `gspo`, has none (`clip_dual=None`) and clamps the log-ratio at 10.
+  Source: GSPO-token of the same paper. EasyR1's `gspo_token` has the dual clip. In verl it is
+  called `gspo`, has no dual clip (`clip_dual=None`), and clamps the log-ratio at 10.
   """
   sequence = masked.masked_mean(logp - old_logp, mask, axis=-1)
   ratio = jnp.clip(_per_token(sequence, logp), -20.0, 20.0)
@@ -67,11 +70,12 @@ def gmpo(
   clip_low: float,
   clip_high: float,
 ) -> ppo.TokenLoss:
-  """Geometric mean of token ratios, each clipped on the side its advantage pushes to.
+  """Geometric mean of token ratios. Each is clipped on the side to which its advantage pushes.
 
       L_i = −A_i · exp(mean_t d_t),  d = sign(A) · min(sign(A) Δ, sign(A) clamp(Δ, −ε_l, ε_h))
 
-  The clip bounds are on the logarithm here. With seq-mean-token-mean this is the published loss.
+  The clip bounds apply to the logarithm of the ratio. With seq-mean-token-mean, this is the loss of
+  the paper.
   Source: Zhao et al. 2025 (GMPO), arXiv 2507.20673; verl's `geo_mean`.
   """
   delta = ppo.log_ratio(logp, old_logp)

@@ -15,7 +15,7 @@ from jaxrl_vlm.types import Array, Experience, TokenStats
 class SFT(Objective):
   """L = −Σ w_t log π(o_t), by default the mean over the minibatch's response tokens.
 
-  Of an experience it reads the mask alone; old, advantages and rewards may be None.
+  The loss uses only the mask of the experience; old, advantages and rewards may be None.
 
   Metrics: nll and entropy, means over tokens.
   """

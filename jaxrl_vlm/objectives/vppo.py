@@ -1,4 +1,4 @@
-"""VPPO: policy gradient only on tokens that depend on the image, more on trajectories that do."""
+"""VPPO: a policy gradient on the tokens and responses that depend on the image."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from jaxrl_vlm.types import Array, Experience, TokenStats
 def token_dependency(
   old_logp: Array, masked_view: TokenStats, mask: Array, estimator: str
 ) -> Array:
-  """s_t, how much a sampled token depends on the image: f32[P, G, T], ≥ 0, 0 where masked.
+  """Returns s_t, the dependency of each sampled token on the image: f32[P, G, T], 0 where masked.
 
       d = clamp(log π_old(o | q, I′) − log π_old(o | q, I), ±20)
       s = clamp(exp(d) − d − 1, 0, 10)                                        (k3)
 
-  I′ is the corrupted image. The released code estimates the divergence from the sampled token; the
-  paper writes it over the whole vocabulary, which is estimator "full".
+  I is the original image and I′ the corrupted one. The released code estimates the divergence from
+  the sampled token. The paper defines it over the whole vocabulary, which is the estimator "full".
   """
   if estimator != "full":
     old_logp = masked.masked_fill(old_logp, mask)
@@ -33,14 +33,15 @@ def token_dependency(
 
 
 def shaping_factors(dependency: Array, mask: Array, minimum: float) -> Array:
-  """α_i, what each trajectory's advantage is multiplied by: f32[P, G, 1], mean 1.
+  """Returns α_i, the factor of the advantages of each response: f32[P, G, 1], with mean 1.
 
       s̄_i = mean_t s_t;  n_i = (s̄_i − min s̄) / (max s̄ − min s̄);  μ = mean n
       β_max = β_min + (1 − β_min) / (μ + 1e-8);  α_i = β_min + n_i (β_max − β_min)
 
-  Minimum, maximum and mean are over the array's responses that have tokens, so over the minibatch.
-  The released code takes min and max of a device's minibatch but μ of the microbatch, which makes
-  the result depend on the microbatch size. α = 1 if max − min ≤ 1e-6 or for a single response.
+  Minimum, maximum and mean are taken over all responses of the minibatch that have tokens. The
+  released code takes minimum and maximum over the minibatch of a device, but μ over the microbatch,
+  so its result depends on the microbatch size. If max − min ≤ 1e-6, or if there is only one
+  response, α is 1.
   """
   score = masked.masked_mean(dependency, mask, axis=-1)
   valid = jnp.any(mask, axis=-1, keepdims=True)
@@ -55,22 +56,25 @@ def shaping_factors(dependency: Array, mask: Array, minimum: float) -> Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VPPO(PolicyGradient):
-  """Visually-Perceptive Policy Optimization, on top of any policy loss and advantage.
+  """Visually-Perceptive Policy Optimization, with any policy loss and advantage estimator.
 
       L = Σ w_t m_t L_pg(l_t, o_t, α_i A_i) + η (−mean l),  m_t = [s_t among the ⌈k n_i⌉ largest]
 
-  m multiplies after clipping and does not change the weights w, so with token-mean the loss is
-  divided by all response tokens. The penalties see all tokens. Ties: the earlier token first.
+  The token filter m_t is applied after clipping and does not change the weights w. With token-mean,
+  the loss is therefore divided by the number of all response tokens. The penalties use all tokens.
+  Among tokens with equal s_t, earlier tokens come first.
 
-  Source: arXiv 2510.09285; defaults of `create("vppo")` as its released code (VPPO-RL a23c54b) runs
-  the 7B model: token-mean, where the paper's objective averages each response first (seq-mean).
+  Source: arXiv 2510.09285. The defaults of `create("vppo")` are those of the released code
+  (VPPO-RL a23c54b) for the 7B model. They include token-mean, whereas the objective of the paper
+  first averages over each response (seq-mean-token-mean).
 
   Fields:
-    tokens: which tokens get policy gradient: `dependency` (the top `keep_share` by s_t), `entropy`
-      (the top `entropy_share` by the sampling policy's entropy), `either` (the union), `all`.
-    keep_share, entropy_share: shares of each response's tokens, rounded up; k is `keep_share`.
+    tokens: the tokens that have policy gradient. "dependency": the top `keep_share` by s_t.
+      "entropy": the top `entropy_share` by the entropy of the sampling policy. "either": the union
+      of both. "all": no filter.
+    keep_share, entropy_share: shares of the tokens of each response, rounded up. k is `keep_share`.
     dependency: estimator of s_t from the sampled token, or "full".
-    shaping: `minibatch`: advantages times α_i; `none`.
+    shaping: "minibatch" multiplies the advantages by α_i, "none" does not.
     shaping_min: β_min.
   """
 
