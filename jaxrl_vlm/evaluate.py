@@ -1,7 +1,7 @@
-"""Held-out accuracy of a policy: its answers, graded by the stage's verifiers.
+"""Held-out accuracy of a policy: its answers, graded by the verifiers of the stage.
 
-One greedy answer to each question, or the mean over several samples (avg@k), which has less noise
-and sees a policy that is surer of what it knew as the better one.
+The accuracy is that of one greedy answer to each question, or the mean over several samples
+(avg@k). The mean has less noise, and it increases if the policy gives right answers more often.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ class Evaluation:
   Attributes:
     metrics: `accuracy`, `accuracy/<skill>` for every `meta["skill"]`, `reward`, `response_length`
       (tokens).
-    examples, texts, correct: what was asked [N], the answers [N][S] (None where another process
-      has graded them), and the accuracy of each f32[N, S].
+    examples: [N], the questions.
+    texts: [N][S], the answers. None where another process has graded them.
+    correct: f32[N, S], accuracy of each answer.
   """
 
   metrics: dict[str, float]
@@ -39,7 +40,7 @@ class Evaluation:
 
 
 def sampling(stage: ConfigDict) -> Sampling:
-  """How the stage's evaluations draw answers; ValueError names a field that is out of range."""
+  """Returns the sampling settings of evaluations. Raises ValueError if a field is out of range."""
   samples, temperature = stage.eval.samples, stage.eval.temperature
   if samples < 1:
     raise ValueError(f"eval.samples={samples}: expected at least 1")
@@ -67,18 +68,23 @@ def evaluate(
   key: jax.Array,
   system: str | None = None,
 ) -> Evaluation:
-  """Answers every example and grades the answers; a process reads and grades its own rows.
+  """Answers all examples and grades the answers. Each process reads and grades its own rows.
 
   Args:
-    rollout: a compiled program that draws S responses of each prompt.
+    rollout: a compiled program that samples S responses to each prompt.
     params, processor: the policy.
     examples: questions with answers.
-    pool: grades.
-    correct: (components, total) of graded answers -> the accuracy of each.
-    batch: questions at a time; the last batch is filled up with copies that are not counted.
-    mesh, place: where the prompts go, and what puts them there (`Run.place`).
-    key: decides what is drawn; of no effect on greedy answers.
+    pool: grades the answers.
+    correct: a function of components and total of graded answers that returns their accuracy.
+    batch: number of questions that are answered together. The last batch is filled with copies of
+      its last question, which are not counted.
+    mesh: the mesh of the prompts.
+    place: function that puts prompts on the mesh (`Run.place`).
+    key: random key; greedy answers do not depend on it.
     system: system prompt.
+
+  Raises:
+    UserError: in all processes, if an example cannot be read or graded in one of them.
   """
   rows = parallel.own_rows(mesh, batch)
   texts: list[list[str] | None] = [None] * len(examples)
@@ -95,17 +101,17 @@ def evaluate(
     result = rollout(params, place(encoded, sizes, rows), jax.random.fold_in(key, start))
     tokens, mask = np.asarray(result.tokens), np.asarray(result.mask)
     lengths.append(mask.sum(-1)[: last + 1 - start])
-    here = [row for row in rows.owned if start + row <= last]
-    answers = texts_of(tokens[here], mask[here], processor)
-    mine += [start + row for row in here]
-    for row, answer in zip(here, answers, strict=True):
+    own = [row for row in rows.owned if start + row <= last]
+    answers = texts_of(tokens[own], mask[own], processor)
+    mine += [start + row for row in own]
+    for row, answer in zip(own, answers, strict=True):
       texts[start + row] = answer
-    # Grading of this batch goes on while the next is generated.
+    # Workers grade this batch while the devices generate the next one.
     try:
       with validation():
-        if here:
-          handles.append(pool.submit([examples[start + row] for row in here], answers))
-    except UserError as error:  # for all processes, at the end
+        if own:
+          handles.append(pool.submit([examples[start + row] for row in own], answers))
+    except UserError as error:  # raised in all processes, after the last batch
       wrong.append(error)
 
   def grade() -> dict[str, Any]:

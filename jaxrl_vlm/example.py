@@ -1,4 +1,4 @@
-"""One question about images. Free of jax: reward workers and data workers import it."""
+"""One entry of a dataset. This module does not import jax, because worker processes import it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,20 +7,20 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One task: images, a question, and what a right answer is.
+  """One entry of a dataset: images, a question, and the right answer.
 
   Attributes:
-    id: unique within its dataset; stable between runs.
-    question: the user's text. `<image>` marks where each image goes; without any mark the images
-      come first.
-    answer: the ground truth that verifiers compare with; may be empty only in supervised stages.
-    images: encoded PNG or JPEG files (bytes), in order. Empty when sent to reward workers.
-    target: the response to imitate in a supervised stage (None elsewhere).
-    rewards: verifiers that judge this sample and their weights, e.g. {"math": 0.9, "format": 0.1};
-      None means the stage's own.
-    meta: JSON-like facts about the sample: `skill` groups accuracies; anything else is for
-      verifiers and reports (cells, boxes, choices ...).
-    origin: Where the example was read, for error messages, such as "data/train.jsonl:17"; empty if
+    id: unique in the dataset, and the same in every run.
+    question: text of the user. `<image>` marks the position of each image. Without marks, the
+      images come first.
+    answer: the right answer, with which verifiers compare. It may be empty in supervised training.
+    images: encoded image files (bytes), in order. Empty in reward workers.
+    target: the response to train on in a supervised stage, otherwise None.
+    rewards: verifiers of this example and their weights, e.g. {"math": 0.9, "format": 0.1}. None
+      means those of the stage.
+    meta: further JSON values, for verifiers and reports. Accuracy is also reported separately for
+      each value of `skill`.
+    origin: where the example was read, for error messages, such as "data/train.jsonl:17"; empty if
       unknown. Comparisons ignore it.
   """
 
@@ -35,7 +35,7 @@ class Example:
 
   @property
   def name(self) -> str:
-    """What error messages call the example: where it was read, if that is known, and its id."""
+    """The name of the example in error messages: its origin, if known, and its id."""
     return f"{self.origin}: example {self.id!r}" if self.origin else f"example {self.id!r}"
 
   def replace(self, **changes) -> "Example":

@@ -1,8 +1,8 @@
-"""The arrays that move between the parts of a training step, with every shape written down.
+"""Arrays that are passed between the phases of a training step, with their shapes.
 
 Axes: P prompts, G samples of each prompt, T response tokens, Lp prompt tokens (padded),
 N image patches (padded), F = N / spatial_merge_size² visual tokens, D width, L layers,
-K key/value heads, V vocabulary. The group axis is explicit: nothing is a flat batch with ids.
+K key/value heads, V vocabulary. Samples have an axis of their own (G).
 """
 
 from collections.abc import Mapping
@@ -23,22 +23,22 @@ __all__ = ["Array", "Example", "Experience", "Params", "Prompt", "Rollout", "Tok
 class Prompt:
   """P prompts, right-padded to one length, with their images as patches.
 
-  Host code makes it (`data/processor.py`); the device never computes an index from a value.
+  `data/processor.py` makes prompts on the host.
 
   Attributes:
-    tokens: i32[P, Lp]; `<|image_pad|>` stands once for every visual token.
-    length: i32[P]; real tokens are tokens[p, :length[p]]. The last one is fed to the response
-      stream, whose first output predicts the first response token.
-    positions: i32[P, Lp, 3]; M-RoPE time, height and width ids.
-    next_position: i32[P]; the id (all three axes) of the first response token.
-    feature_index: i32[P, Lp]; which visual token of the row goes here, -1 for text.
-    patches: f32[P, N, C·t·p·p]; normalised pixels, the patches of one merged token adjacent.
+    tokens: i32[P, Lp]; one `<|image_pad|>` for each visual token.
+    length: i32[P]; the tokens of prompt p are tokens[p, :length[p]]. The last one is processed
+      together with the response, because its output predicts the first response token.
+    positions: i32[P, Lp, 3]; M-RoPE position ids for time, height and width.
+    next_position: i32[P]; position id of the first response token, on all three axes.
+    feature_index: i32[P, Lp]; index of the visual token at this position, or -1 for text.
+    patches: f32[P, N, C·t·p·p]; normalized pixels. The patches of a visual token are adjacent.
     patch_positions: i32[P, N, 2]; row and column of the patch in its image.
-    patch_grids: i32[P, N, 2]; rows and columns of patches of its image (1, 1 for padding).
-    patch_segments: i32[P, N]; number of its image frame in the row, from 1; 0 is padding.
-    patch_windows: i32[P, N]; number of its attention window in the row, from 1; 0 is padding.
-    features: what the vision tower makes of the patches (`VLM.see`): [P, F, D], and those of the
-      DeepStack layers; None before it has seen them.
+    patch_grids: i32[P, N, 2]; number of patch rows and columns of its image (1, 1 for padding).
+    patch_segments: i32[P, N]; index of its image frame in the prompt, from 1. 0 is padding.
+    patch_windows: i32[P, N]; index of its attention window in the prompt, from 1. 0 is padding.
+    features: outputs of the vision tower (`VLM.see`): visual tokens [P, F, D], and those of the
+      DeepStack layers. None before they are computed.
   """
 
   tokens: Array
@@ -59,11 +59,11 @@ class Rollout:
   """G sampled responses of each prompt.
 
   Attributes:
-    tokens: i32[P, G, T]; padded with the pad token after the end token.
-    mask: bool[P, G, T]; true on response tokens, the end token included.
-    logp: f32[P, G, T]; log-probability under the sampling policy at its temperature, before
-      top-p and top-k cut anything; 0 where masked.
-    text: nested lists [P][G] of decoded responses without special tokens (host side, not a leaf).
+    tokens: i32[P, G, T]; the pad token follows the end token.
+    mask: bool[P, G, T]; true for response tokens, including the end token.
+    logp: f32[P, G, T]; log-probability under the sampling policy at its temperature, before top-p
+      and top-k are applied. 0 where the mask is false.
+    text: decoded responses without special tokens, nested lists [P][G]. Not a leaf of the pytree.
   """
 
   tokens: Array
@@ -74,12 +74,12 @@ class Rollout:
 
 @struct.dataclass
 class TokenStats:
-  """What a policy says of given response tokens.
+  """Scores of given response tokens under a policy.
 
   Attributes:
     logp: f32[P, G, T]; log-probability of each response token at the sampling temperature.
-    entropy: f32[P, G, T]; entropy of the distribution it was drawn from, nats.
-    kl: f32[P, G, T] or None; of a view: KL(policy on the clean image ‖ this view) over the whole
+    entropy: f32[P, G, T]; entropy of the predicted distribution, in nats.
+    kl: f32[P, G, T] or None; KL(policy with the original image ‖ this view) over the whole
       vocabulary, if the objective names the view in `full_kl`.
   """
 
@@ -90,29 +90,28 @@ class TokenStats:
 
 @struct.dataclass
 class Experience:
-  """Everything an objective may look at besides the current policy's TokenStats.
+  """The inputs of an objective, besides the TokenStats of the current policy.
 
   Attributes:
-    mask: bool[P, G, T]; response tokens that count.
-    advantages: f32[P, G, T]; from `objective.advantages`, then reshaped by `objective.prepare`.
-    old: TokenStats of the policy that made the rollout, no gradient; None in supervised stages,
-      as is `rewards`.
-    rewards: f32[P, G]; total reward.
-    views: no-gradient TokenStats by name: `ref` (reference policy, clean image), `masked`
-      (rollout policy, corrupted image) ...
-    weights: f32[P, G, T] or None; set by `objective.prepare` over the whole minibatch: a policy
-      loss is the sum of weight × token loss, so any split into microbatches or hosts adds up
-      to exactly the full-batch loss.
-    token_weights: f32[P, G, T] or None; mask / number of tokens of the minibatch: the weights of
-      a token mean, for penalties and metrics.
-    extras: f32[P, G, T] arrays that one objective hands from `prepare` to `loss`.
-    sampler_logp: f32[P, G, T] or None; `Rollout.logp`: what the sampler said of its tokens, which
-      is not exactly what the scorer (`old`) says.
-    truncated: bool[P, G] or None; responses that filled the buffer without an end token.
-    current: TokenStats of the current policy over the whole minibatch, no gradient, if the
-      minibatch is split and the objective says `needs_current`; else None.
-    state: scalars that change from update to update, see `Objective.initial_state`; without
-      leading axis P.
+    mask: bool[P, G, T]; response tokens that the loss uses.
+    advantages: f32[P, G, T]; from `objective.advantages`. `objective.prepare` may change them.
+    old: TokenStats of the policy that sampled the responses, without gradient. None in supervised
+      stages, as is `rewards`.
+    rewards: f32[P, G]; weighted sum of the verifiers.
+    views: TokenStats without gradient, by name: `ref` (reference policy, original image), `masked`
+      (sampling policy, corrupted image).
+    weights: f32[P, G, T] or None; set by `objective.prepare` for the whole minibatch. The policy
+      loss is the sum of weight × token loss, so that the losses of microbatches and hosts add up to
+      the loss of the minibatch.
+    token_weights: f32[P, G, T] or None; mask / number of tokens of the minibatch, the weights of a
+      mean over tokens in penalties and metrics.
+    extras: f32[P, G, T] arrays that an objective passes from `prepare` to `loss`.
+    sampler_logp: f32[P, G, T] or None; `Rollout.logp`, the log-probabilities of the sampler. They
+      differ slightly from those of the scorer (`old`).
+    truncated: bool[P, G] or None; responses that reach max_tokens without an end token.
+    current: TokenStats of the current policy for the whole minibatch, without gradient, if the
+      minibatch is split and `needs_current` is True for the objective. Otherwise None.
+    state: scalars that change with each update, see `Objective.initial_state`. They have no axis P.
   """
 
   mask: Array

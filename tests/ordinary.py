@@ -15,16 +15,21 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   # tests/stages/test_programs.py. A run adds how they are connected: a greedy baseline with
   # importance weights, several rewards, tokens chosen over the minibatch, a gradient through two
   # views, and a view for each sample with dynamic sampling off.
-  "stages/test_every_method_trains.py::test_a_run": (
+  "stages/test_every_method_trains.py::test_every_method_trains_and_logs_its_metrics": (
     "remax",
     "gdpo",
     "clip_cov",
     "papo_d",
     "vppo",
   ),
-  "stages/test_every_method_trains.py::test_adapters_begin_at_the_reference": ("reward",),
+  "stages/test_every_method_trains.py::test_kl_to_the_model_without_adapters_is_zero_at_the_first_step": (
+    "reward",
+  ),
   # The tiny run itself is a Qwen2.5-VL; these two have other layers, experts and another tower.
-  "stages/test_every_family_trains.py::test_a_run": ("qwen3_vl_moe", "gemma3"),
+  "stages/test_every_family_trains.py::test_an_rl_stage_trains_and_saves_every_family": (
+    "qwen3_vl_moe",
+    "gemma3",
+  ),
   "stages/test_whole_gradient.py::test_every_parameter_has_the_gradient_of_the_formula": (
     "papo_full-qwen2_5_vl",
     "grpo-qwen3_vl",

@@ -1,4 +1,4 @@
-"""Held-out accuracy as the mean of several sampled answers."""
+"""Tests held-out accuracy as the mean over several sampled answers to each question."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ QUESTIONS, SAMPLES = 6, 3
 
 
 def get_config():
-  """An RL stage that evaluates by sampling; the last batch of questions is not full."""
+  """An RL stage that evaluates by sampling. The last batch of questions is not full."""
   config = tiny_run.get_config()
   _, rl = config.stages
   rl.steps = 2
@@ -26,19 +26,25 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def seen():
-  """What `evaluate` returned to the run of `finished`."""
+def results():
+  """The return values of `evaluate` during the run of `finished`, in order."""
   return []
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, seen):
+def finished(tmp_path_factory, results):
+  """The workdir of a complete run."""
   from jaxrl_vlm.stages import run
 
   workdir = tmp_path_factory.mktemp("evaluation") / "run"
   with tiny_run.one_device(), pytest.MonkeyPatch.context() as patch:
-    original = run.evaluate
-    patch.setattr(run, "evaluate", lambda *a, **k: (seen.append(original(*a, **k)), seen[-1])[1])
+    evaluate_ = run.evaluate
+
+    def record(*args, **kwargs):
+      results.append(evaluate_(*args, **kwargs))
+      return results[-1]
+
+    patch.setattr(run, "evaluate", record)
     train.train(get_config(), workdir)
   return workdir
 
@@ -51,12 +57,12 @@ def evaluations(workdir):
   ]
 
 
-def test_accuracy_is_the_mean_over_questions_and_samples(finished, seen):
-  assert len(seen) == len(evaluations(finished)) == 3
-  for result, logged in zip(seen, evaluations(finished), strict=True):
+def test_accuracy_is_the_mean_over_questions_and_samples(finished, results):
+  assert len(results) == len(evaluations(finished)) == 3
+  for result, logged in zip(results, evaluations(finished), strict=True):
     assert result.correct.shape == (QUESTIONS, SAMPLES)
     texts = [[len(set(text)) / 32 for text in row] for row in result.texts]
-    np.testing.assert_allclose(result.correct, texts, rtol=1e-6)  # the tiny run's reward
+    np.testing.assert_allclose(result.correct, texts, rtol=1e-6)  # the reward of the tiny run
     assert logged["eval/accuracy"] == pytest.approx(np.mean(texts))
     skills = np.array([e.meta["skill"] for e in result.examples])
     for skill in set(skills):
@@ -65,14 +71,14 @@ def test_accuracy_is_the_mean_over_questions_and_samples(finished, seen):
       )
 
 
-def test_samples_differ_between_answers_batches_and_steps(finished, seen):
-  for result in seen:
-    everything = [text for row in result.texts for text in row]
-    assert len(set(everything)) > len(everything) / 2
-  assert seen[0].texts != seen[1].texts != seen[2].texts
+def test_sampled_answers_differ_within_an_evaluation_and_between_evaluations(finished, results):
+  for result in results:
+    texts = [text for row in result.texts for text in row]
+    assert len(set(texts)) > len(texts) / 2
+  assert results[0].texts != results[1].texts != results[2].texts
 
 
-def test_a_resumed_run_evaluates_to_the_same_numbers(finished, tmp_path, one_device):
+def test_a_resumed_run_logs_the_same_evaluations(finished, tmp_path, one_device):
   shutil.copytree(finished, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "model")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
@@ -80,7 +86,7 @@ def test_a_resumed_run_evaluates_to_the_same_numbers(finished, tmp_path, one_dev
   assert evaluations(tmp_path / "run") == evaluations(finished)
 
 
-def test_greedy_evaluation_is_one_answer_at_temperature_0():
+def test_evaluation_is_greedy_by_default_with_one_sample_per_question():
   assert evaluate.sampling(tiny_run.get_config().stages[1]) == Sampling(1, 8, 0.0)
 
 
@@ -97,7 +103,7 @@ def test_greedy_evaluation_is_one_answer_at_temperature_0():
     (1, -1.0, "eval.temperature=-1.0: expected 0 (greedy) or more"),
   ],
 )
-def test_settings_that_make_no_sense_are_one_line(samples, temperature, message):
+def test_invalid_evaluation_settings_are_refused(samples, temperature, message):
   stage = tiny_run.get_config().stages[1]
   stage.eval.samples, stage.eval.temperature = samples, temperature
   with pytest.raises(ValueError, match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""A directory of any family goes in, an RL stage runs, a directory of that family comes out."""
+"""An RL stage trains a Hugging Face checkpoint of every family and saves one of that family."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests import tiny, tiny_run
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_run(family, tmp_path, one_device):
+def test_an_rl_stage_trains_and_saves_every_family(family, tmp_path, one_device):
   start = tiny.make_hf(tmp_path / "hf", family=family)
   config = tiny_run.get_config()
   config.model.scratch = {}
@@ -24,11 +24,11 @@ def test_a_run(family, tmp_path, one_device):
   assert [r["step"] for r in records] == [1, 2]
   for record in records:
     assert np.isfinite(record["train/loss"]) and record["train/grad_norm"] > 0
-    # The sampler, through its cache, and the scorer agree on every token.
+    # The sampler, which decodes with a KV cache, and the scorer agree on every token.
     assert record["objective/sampler_logp_difference_max"] < 1e-3
-  again = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
-  assert type(again) is type(start)
+  saved = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
+  assert type(saved) is type(start)
   assert any(
     (a != b).any()
-    for a, b in zip(start.state_dict().values(), again.state_dict().values(), strict=True)
+    for a, b in zip(start.state_dict().values(), saved.state_dict().values(), strict=True)
   )

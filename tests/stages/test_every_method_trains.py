@@ -1,4 +1,7 @@
-"""Every method goes through the loop: what it needs is made, and what it plots is logged."""
+"""Runs the RL loop with every method. The loop provides the inputs that the method needs.
+
+It also logs the metrics of the method.
+"""
 
 import shutil
 
@@ -15,7 +18,7 @@ def get_config(steps=2, **objective):
   config = tiny_run.get_config()
   _, stage = config.stages
   stage.steps, stage.eval.examples = steps, 0
-  stage.rewards["format"] = 0.1  # beside variety
+  stage.rewards["format"] = 0.1  # in addition to variety
   stage.accuracy = "variety"
   stage.objective.name = objective.pop("name")
   for field, value in objective.items():
@@ -28,7 +31,8 @@ def records_of(workdir):
   return [r for r in metrics.read(workdir) if "train/loss" in r]
 
 
-# Together they need everything that the loop can give; what each must log.
+# Name of the method: (fields of the objective, metrics that the run must log). Together, these
+# methods need every input that the loop can provide.
 CASES = {
     "dr_grpo": ({"overlong_buffer": 4, "mask_overlong": True},
                 {"overlong_penalty", "truncated_share", "zero_advantage_share"}),
@@ -50,7 +54,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_run(name, tmp_path, one_device):
+def test_every_method_trains_and_logs_its_metrics(name, tmp_path, one_device):
   settings, logged = CASES[name]
   config = get_config(name=name, **settings)
   config.stages[0].microbatches = 2 if name == "clip_cov" else 1
@@ -60,7 +64,8 @@ def test_a_run(name, tmp_path, one_device):
   assert [r["step"] for r in records] == [1, 2]
   for record in records:
     assert all(np.isfinite(v) for v in record.values() if isinstance(v, float)), record
-    # This model hardly ever ends a response: where truncated ones do not count nothing may be left.
+    # This model rarely ends a response. If all responses are truncated, a method that excludes
+    # truncated responses has no gradient.
     truncated = record.get("objective/truncated_share", 0)
     assert (record["train/grad_norm"] > 0) == (truncated < 1)
     assert {f"objective/{metric}" for metric in logged} <= record.keys()
@@ -74,8 +79,8 @@ def test_a_run(name, tmp_path, one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
-def test_adapters_begin_at_the_reference(kl_in, tmp_path, one_device):
-  """The divergence over the vocabulary from the model without them is 0, until they have learnt."""
+def test_kl_to_the_model_without_adapters_is_zero_at_the_first_step(kl_in, tmp_path, one_device):
+  """The reference is the model without adapters. After an update, the full KL is above 0."""
   config = tiny_run.get_lora_config()
   stage = config.stages[0]
   stage.steps, stage.objective.name = 2, "grpo"
@@ -87,29 +92,32 @@ def test_adapters_begin_at_the_reference(kl_in, tmp_path, one_device):
   assert second > 1e-5
 
 
-def test_masks_on_the_host_are_drawn_from_seed_step_and_row(monkeypatch, tmp_path, one_device):
-  """One picture for a prompt or for each sample, another at every step, the same in every run."""
-  seen = []
+def test_host_masks_depend_on_the_seed_the_step_and_the_row(monkeypatch, tmp_path, one_device):
+  """`mask_per` selects one masked image per prompt or per sample. Each has a seed of its own.
+
+  A second run of the same config corrupts the images in the same way.
+  """
+  calls = []
   corrupt = rl.corrupt_images
 
-  def spy(example, **settings):
-    seen.append((settings, corrupt(example, **settings).images))
+  def recorded(example, **settings):
+    calls.append((settings, corrupt(example, **settings).images))
     return corrupt(example, **settings)
 
-  monkeypatch.setattr(rl, "corrupt_images", spy)
+  monkeypatch.setattr(rl, "corrupt_images", recorded)
   for per, rows in (("prompt", 1), ("sample", 2)):
     runs = []
     for attempt in range(2):
-      seen.clear()
+      calls.clear()
       config = get_config(name="papo", mask_per=per, mask_pixels=9)
       train.train(config, tmp_path / f"{per}{attempt}")
-      assert len(seen) == 2 * 4 * rows and seen[0][0]["patch"] == 9 and seen[0][0]["rate"] == 0.6
-      assert len({settings["seed"] for settings, _ in seen}) == len(seen)
-      runs.append([images for _, images in seen])
+      assert len(calls) == 2 * 4 * rows and calls[0][0]["patch"] == 9 and calls[0][0]["rate"] == 0.6
+      assert len({settings["seed"] for settings, _ in calls}) == len(calls)
+      runs.append([images for _, images in calls])
     assert runs[0] == runs[1]
 
 
-def test_what_changes_from_update_to_update_is_resumed(tmp_path, one_device):
+def test_a_resumed_run_restores_the_state_of_the_objective(tmp_path, one_device):
   settings = {"kl_target": 1e-4, "kl_horizon": 20, "anneal_updates": 5}
   config = get_config(steps=3, name="papo", **settings)
   config.checkpoint.every, config.checkpoint.keep = 1, 10
@@ -122,7 +130,8 @@ def test_what_changes_from_update_to_update_is_resumed(tmp_path, one_device):
   for key in ("objective/kl_coef", "objective/anneal", "train/loss"):
     assert [r[key] for r in again] == [r[key] for r in once]
   assert [r["objective/anneal"] for r in once] == pytest.approx([1, 0.8, 0.6])
-  # 8 responses in 20: at most 0.2 · 8 / 20 a step.
+  # A step has 8 responses, and kl_horizon is 20. So kl_coef changes by a factor of at most
+  # 1 ± 0.2 · 8 / 20 per step.
   factors = np.divide(
     *(
       np.array([r["objective/kl_coef"] for r in once])[s] for s in (slice(1, None), slice(None, -1))
@@ -131,10 +140,11 @@ def test_what_changes_from_update_to_update_is_resumed(tmp_path, one_device):
   assert np.all(np.abs(factors - 1) <= 0.08 + 1e-6) and np.any(np.abs(factors - 1) > 0.01)
 
 
-# Refused before anything is built
+# -- Errors that are raised before training -------------------------------------------------------
 
 
 def refusal(config, tmp_path):
+  """Returns the message of the UserError of a run, which must not write a checkpoint."""
   with pytest.raises(UserError) as error:
     train.train(config, tmp_path / "run")
   assert not (tmp_path / "run" / "checkpoints").exists()
@@ -142,7 +152,7 @@ def refusal(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vppo", "papo"])
-def test_a_view_of_images_without_images(name, tmp_path, one_device):
+def test_a_masked_view_requires_images_in_the_dataset(name, tmp_path, one_device):
   config = get_config(name=name)
   config.stages[0].data.options = {"live": True, "tasks": ("arithmetic",)}
   assert refusal(config, tmp_path).startswith(
@@ -154,31 +164,31 @@ def test_a_view_of_images_without_images(name, tmp_path, one_device):
   assert "have no images" in refusal(config, tmp_path)
 
 
-def test_one_sample_of_a_prompt(tmp_path, one_device):
+def test_grpo_requires_at_least_two_samples_per_prompt(tmp_path, one_device):
   config = get_config(name="grpo")
   config.stages[0].num_samples = 1
   assert "num_samples=1: expected at least 2" in refusal(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dpo", "sft"])
-def test_an_objective_of_another_kind_of_stage(name, tmp_path, one_device):
+def test_an_rl_stage_refuses_an_objective_of_another_kind(name, tmp_path, one_device):
   message = refusal(get_config(name=name), tmp_path)
   assert f"objective.name='{name}': expected an objective of 'rl' stages" in message
 
 
-def test_a_filter_by_an_unknown_verifier(tmp_path, one_device):
+def test_filter_keys_must_name_a_verifier(tmp_path, one_device):
   config = get_config(name="dapo", filter_keys=("acuracy",))
   message = refusal(config, tmp_path)
   assert "filter_keys=('acuracy',): no such verifier" in message and "accuracy" in message
 
 
-def test_a_coefficient_out_of_range(tmp_path, one_device):
+def test_a_negative_kl_coef_is_refused(tmp_path, one_device):
   assert "config.objective.kl_coef=-1: expected a number >= 0" in refusal(
     get_config(name="grpo", kl_coef=-1), tmp_path
   )
 
 
-def test_a_stage_knows_the_longest_response():
+def test_max_length_defaults_to_the_max_tokens_of_the_stage():
   config = get_config(name="dr_grpo")
   assert loading.objective_of(config.stages[0]).max_length == 8
   config.stages[0].objective.max_length = 5
