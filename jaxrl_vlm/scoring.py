@@ -1,4 +1,4 @@
-"""What a policy says of given responses: log-probabilities and entropies, never the full logits."""
+"""Scores of given responses: log-probabilities and entropies, without storing all logits."""
 
 import dataclasses
 import functools
@@ -26,16 +26,16 @@ def token_stats(
   chunk: int = 128,
   axis: int = 2,
 ) -> TokenStats:
-  """Log-probability and entropy of tokens [P, G, T] from hidden [P, G, T, D].
+  """Computes log-probabilities and entropies of tokens [P, G, T] from hidden states [P, G, T, D].
 
-  Works through an axis in chunks and recomputes each in the backward pass, so that logits exist for
-  P·G·chunk positions at a time.
+  The computation processes one axis in chunks, and recomputes each chunk in the backward pass.
+  Logits of only P·G·chunk positions exist at the same time.
   """
 
-  def one(part, hidden, tokens):
-    logp = part.log_probs(hidden)
-    # A sum, not an index: the token may be in another part of the vocabulary.
-    chosen = part.numbers() == tokens[..., None]
+  def one(shard, hidden, tokens):
+    logp = shard.log_probs(hidden)
+    # Summing selects the token, which may be in the vocabulary shard of another device.
+    chosen = shard.token_ids() == tokens[..., None]
     # A suppressed token has probability 0 and log-probability -1e30: the product is 0, not NaN.
     return (jnp.sum(jnp.where(chosen, logp, 0.0), axis=-1), -jnp.sum(jnp.exp(logp) * logp, axis=-1))
 
@@ -54,16 +54,18 @@ def full_kl(
   chunk: int = 128,
   axis: int = 2,
 ) -> Array:
-  """Divergence over the whole vocabulary: f32[P, G, T], >= 0 but for rounding.
+  """Computes the KL divergence over the whole vocabulary: f32[P, G, T], ≥ 0 except for rounding.
 
       KL_t = Σ_v π(v | I, q, o_<t) (log π(v | I, q, o_<t) − log π′(v | I′, q, o_<t))
 
-  at the sampling temperature, without the tokens that are never sampled. With π′ = π and a
-  corrupted image I′ it is S of VPPO (arXiv 2510.09285) and the D_KL of PAPO (arXiv 2507.06448) as
-  the papers write them; with I′ = I and the reference π′ the KL penalty of GRPO. The released codes
-  estimate all three from the sampled token.
+  The distributions are those at the sampling temperature, without suppressed tokens.
 
-  Chunks and recomputes as `token_stats`: twice P·G·chunk rows of logits at a time.
+  With π′ = π and a corrupted image I′, this is S of VPPO (arXiv 2510.09285) and D_KL of PAPO (arXiv
+  2507.06448), as the papers define them. With I′ = I and the reference policy π′, it is the KL
+  penalty of GRPO. The released code estimates all three from the sampled token.
+
+  Like `token_stats`, the computation uses chunks. Logits of 2·P·G·chunk positions exist at the same
+  time.
 
   Args:
     model, params, hidden: the policy, and its `hidden_states` [P, G, T, D].
@@ -74,8 +76,8 @@ def full_kl(
     axis: 1 or 2.
   """
 
-  def one(part, other_part, hidden, other_hidden):
-    logp, other = part.log_probs(hidden), other_part.log_probs(other_hidden)
+  def one(shard, other_shard, hidden, other_hidden):
+    logp, other = shard.log_probs(hidden), other_shard.log_probs(other_hidden)
     # A suppressed token is -1e30 in both: probability 0 times a finite difference.
     return (jnp.sum(jnp.exp(logp) * (logp - other), axis=-1),)
 
@@ -85,14 +87,14 @@ def full_kl(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-  """The part of the vocabulary that a device has.
+class _Shard:
+  """The vocabulary shard of a device.
 
   Attributes:
-    config: of the model.
-    head: [D, V'].
-    temperature: of sampling.
-    over: axes of the mesh that split the vocabulary; () if this is all of it.
+    config: config of the model.
+    head: [D, V'], weights of the V' tokens of the shard.
+    temperature: sampling temperature.
+    over: mesh axes that shard the vocabulary, or () if it is not sharded.
   """
 
   config: ModelConfig
@@ -104,12 +106,12 @@ class _Part:
   def _first(self) -> Array | int:
     return jax.lax.axis_index(self.over) * self.head.shape[1] if self.over else 0
 
-  def numbers(self) -> Array:
-    """i32[V']; of its tokens."""
+  def token_ids(self) -> Array:
+    """Returns the token ids of the shard, i32[V']."""
     return self._first + jnp.arange(self.head.shape[1])
 
   def log_probs(self, hidden: Array) -> Array:
-    """f32[..., V'] of hidden [..., D], normalised over the whole vocabulary."""
+    """Returns f32[..., V'] from hidden states [..., D], normalized over the whole vocabulary."""
     logits = response_logits(self.config, self.head, hidden, self.temperature, self._first)
     top = jax.lax.stop_gradient(logits).max(axis=-1, keepdims=True)
     if self.over:
@@ -128,14 +130,16 @@ def _over_vocabulary(
   chunk: int,
   axis: int,
 ) -> tuple[Array, ...]:
-  """Sums over the vocabulary for each token, a chunk of tokens at a time.
+  """Computes sums over the vocabulary for each token, one chunk of tokens after another.
 
-  Where devices have parts of the vocabulary, tokens of all that share it come together, and each
-  adds what its part has: neither weights nor their gradient are ever whole on one device.
+  If the vocabulary is sharded, the devices that share it gather their tokens. Each device computes
+  the sums over its shard for all these tokens, and the sums are added. No device ever holds all
+  weights or their whole gradient.
 
   Args:
-    function: (a `_Part` for each of params, *arrays of a chunk) -> sums over the part.
-    model, params: with the weights of each `_Part`.
+    function: receives a `_Shard` for each of `params` and the arrays of a chunk; returns sums over
+      the shard.
+    model, params: the model, and the parameters with the weights of each `_Shard`.
     arrays: [P, G, T, ...].
     temperature, chunk, axis: as in `token_stats`.
 
@@ -148,14 +152,14 @@ def _over_vocabulary(
   if mesh is not None and mesh.size > 1:
     over, shared, others = layers.vocabulary(config, mesh, config.vocab_size)
   if not over or mesh is None:
-    parts = [_Part(config, head, temperature) for head in heads]
-    return _in_chunks(functools.partial(function, *parts), arrays, chunk, axis)
+    shards = [_Shard(config, head, temperature) for head in heads]
+    return _in_chunks(functools.partial(function, *shards), arrays, chunk, axis)
 
   def local(heads, arrays):
     def one(*arrays):
-      parts = [_Part(config, head, temperature, over) for head in heads]
+      shards = [_Shard(config, head, temperature, over) for head in heads]
       arrays = jax.lax.all_gather(arrays, shared, tiled=True)
-      sums = jax.lax.psum_scatter(function(*parts, *arrays), shared, tiled=True)
+      sums = jax.lax.psum_scatter(function(*shards, *arrays), shared, tiled=True)
       return jax.lax.psum(sums, others)
 
     return _in_chunks(one, arrays, chunk, axis)
@@ -169,9 +173,9 @@ def _over_vocabulary(
 def _in_chunks(
   function: Callable[..., tuple[Array, ...]], arrays: tuple[Array, ...], chunk: int, axis: int
 ) -> tuple[Array, ...]:
-  """function of arrays [P, G, T, ...] -> arrays [P, G, T], `chunk` of an axis at a time.
+  """Applies a function of arrays [P, G, T, ...] to chunks along one axis; returns arrays [P, G, T].
 
-  Each chunk is recomputed in the backward pass.
+  The backward pass recomputes each chunk.
   """
   one = jax.checkpoint(function)
   t = arrays[0].shape[axis]

@@ -1,8 +1,8 @@
-"""Views: a prompt with other pixels. The same tokens, scored under another image.
+"""Image corruptions for the `masked` view, under which responses are scored again.
 
-Every corruption is a pure function Prompt -> Prompt that changes `patches` alone, not those of the
-padding. Pixels are grey levels 0..255 in the processed image, after resizing; `black` and `white`
-say how they are normalised (`level_patch`).
+Each corruption is a pure function Prompt -> Prompt. It changes only `patches`, and not the padding.
+It applies to the processed image, after resizing, and its parameters are in grey levels from 0 to
+255. `black` and `white` are normalized patches of these two levels (`level_patch`).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ LEVELS = 255  # the grey level of white; black is 0
 
 
 def repeat_prompts(prompt: Prompt, times: int) -> Prompt:
-  """Every prompt `times` times: leading axis P·times, a prompt's copies adjacent."""
+  """Repeats each prompt. The leading axis becomes P·times, with adjacent copies of a prompt."""
   return jax.tree.map(lambda a: jnp.repeat(a, times, axis=0), prompt)
 
 
@@ -32,13 +32,13 @@ def level_patch(
   patch_dim: int,
   rescale_factor: float = 1 / LEVELS,
 ) -> np.ndarray:
-  """f32[C·t·p·p]; a patch of one grey level 0..255 as the processor normalises it.
+  """Returns a patch with one grey level, normalized as by the processor: f32[C·t·p·p].
 
   Args:
-    level: grey level of every pixel.
-    mean, std: of each channel, after rescaling; `image_mean` and `image_std` of the processor.
+    level: grey level of all pixels, 0 to 255.
+    mean, std: `image_mean` and `image_std` of the processor, for each channel.
     patch_dim: C·t·p·p.
-    rescale_factor: multiplies the levels before normalisation.
+    rescale_factor: factor of the grey level before the normalization.
   """
   shift, scale = (np.array(v, np.float32) for v in (mean, std))
   value = (np.float32(level * rescale_factor) - shift) / scale
@@ -48,25 +48,26 @@ def level_patch(
 def black_patches(
   key: Array, prompt: Prompt, rate: float, black: Array, *, block: int = 1, merge_size: int = 1
 ) -> Prompt:
-  """Blackens squares of `block` x `block` patches, each with probability `rate`, independently.
+  """Makes random squares of `block` x `block` patches black, each with probability `rate`.
 
-  The grid is that of the processed image, from its upper left corner; squares are cut at its right
-  and lower border. Every frame of a video is drawn anew. VPPO's released code
-  (`random_patch_blackening`) does this with 14-pixel squares after resizing, one patch of the
-  vision tower, rate 0.5, drawn anew for every sample; PAPO's draws on the original image before
-  resizing, rate 0.6, once a prompt.
+  The grid of squares starts at the upper left corner of the processed image. Squares at the right
+  and lower border may be smaller. The frames of a video have independent masks.
+
+  The released code of VPPO (`random_patch_blackening`) uses squares of 14 pixels after resizing,
+  which is one patch of the vision tower, rate 0.5, and an independent mask for each sample. PAPO
+  masks the original image before resizing, with rate 0.6 and one mask per prompt.
 
   Args:
-    key: of jax.random; one, or one for each row.
+    key: a key of jax.random, or one key for each prompt.
     prompt: P prompts.
-    rate: probability of each square.
-    black: f32[C·t·p·p]; a black patch as the processor normalises it.
-    block: side of a square in patches of the tower.
-    merge_size: merge_size² patches of one visual token are adjacent; needed where block > 1.
+    rate: probability that a square is black.
+    black: f32[C·t·p·p]; a black patch (`level_patch`).
+    block: side of a square in patches of the vision tower.
+    merge_size: the merge_size² patches of a visual token are adjacent. Needed if block > 1.
   """
   count = prompt.patches.shape[1]
   hit = jax.vmap(lambda key: jax.random.bernoulli(key, rate, (count,)))(_row_keys(key, prompt))
-  if block > 1:  # a square goes as the draw of its upper left patch does
+  if block > 1:  # a square has the random value of its upper left patch
     corner = prompt.patch_positions // block * block
     hit = jnp.take_along_axis(hit, _patch_index(prompt, corner, merge_size), axis=1)
   return _replace(prompt, hit, black)
@@ -75,22 +76,23 @@ def black_patches(
 def salient_patches(
   prompt: Prompt, saliency: Array, rate: float, black: Array, *, block: int = 1, merge_size: int = 1
 ) -> Prompt:
-  """Blackens the ⌈rate · n⌉ squares of each image with the largest mean saliency.
+  """Makes the ⌈rate · n⌉ of n squares with the largest mean saliency black, in each image.
 
-  Squares as in `black_patches`, n of them in an image; a cut one has the mean of what is left of
-  it. Every frame of a video has a ranking of its own. Of equal squares the first in reading order
-  goes. Nothing is drawn, so all samples of a prompt share one view.
+  The squares are those of `black_patches`. The mean of a square at the border is over its existing
+  patches. The squares of each frame of a video are ranked separately. Among squares with equal
+  saliency, the first in reading order comes first. There is no randomness, so all samples of a
+  prompt share one view.
 
-  PAPO (arXiv 2507.06448) compares this with random patches, its saliency being DINOv2's
-  self-attention; how it is made is not released.
+  PAPO (arXiv 2507.06448) compares this with random patches. Its saliency is the self-attention of
+  DINOv2, and its code for this is not released.
 
   Args:
     prompt: P prompts.
-    saliency: f32[P, N]; of each patch, `VLM.saliency`. What stands at padding has no effect.
-    rate: share of squares.
-    black: f32[C·t·p·p]; a black patch as the processor normalises it.
-    block: side of a square in patches of the tower.
-    merge_size: merge_size² patches of one visual token are adjacent; needed where block > 1.
+    saliency: f32[P, N]; saliency of each patch (`VLM.saliency`). Values at padding have no effect.
+    rate: share of black squares.
+    black: f32[C·t·p·p]; a black patch (`level_patch`).
+    block: side of a square in patches of the vision tower.
+    merge_size: the merge_size² patches of a visual token are adjacent. Needed if block > 1.
   """
   place, grid = (jnp.asarray(a) for a in (prompt.patch_positions, prompt.patch_grids))
   segments = jnp.asarray(prompt.patch_segments)
@@ -98,7 +100,7 @@ def salient_patches(
   corner = place // block * block
   mean, squares = jax.lax.stop_gradient(jnp.where(real, saliency, 0.0)), grid
   if block > 1:
-    for axis in range(2):  # along a column of the square, then along its columns
+    for axis in range(2):  # sums over the rows, then over the columns of each square
 
       def add(step, total, axis=axis, values=mean):
         there = corner[..., axis] + step
@@ -111,8 +113,8 @@ def salient_patches(
     mean = mean / jnp.minimum(grid - corner, block).prod(axis=-1)
     squares = -(-grid // block)
 
-  # The squares, each at its upper left patch, in order: images, the most salient first. The rest
-  # comes last.
+  # Sort the squares, each represented by its upper left patch: by image, then by decreasing
+  # saliency. All other patches come last.
   own = jnp.broadcast_to(jnp.arange(place.shape[1]), segments.shape)
   stands = real & (place == corner).all(axis=-1)
   image = jnp.where(stands, segments, np.iinfo(np.int32).max)
@@ -122,7 +124,7 @@ def salient_patches(
   rank = own - jax.lax.cummax(jnp.where(first, own, 0), axis=1)
   rank = jnp.take_along_axis(rank, jnp.argsort(order, axis=1), axis=1)
 
-  # From the host in float64: ⌈0.4 · 5⌉ is 2 on every device.
+  # Computed on the host in float64, so that ⌈0.4 · 5⌉ is 2 on every device.
   counts = np.ceil(np.round(rate * np.arange(place.shape[1] + 1), 9)).astype(np.int32)
   hit = stands & (rank < jnp.asarray(counts)[squares.prod(axis=-1)])
   if block > 1:
@@ -131,17 +133,17 @@ def salient_patches(
 
 
 def solid(prompt: Prompt, level: float, black: Array, white: Array) -> Prompt:
-  """Every pixel of every image is the grey `level`, 0..255; nothing but the size is left.
+  """Gives all pixels of all images the grey level `level`, from 0 to 255.
 
       y = black + level / 255 · (white − black)
 
-  VPPO's released code has it at level 128 (`complete_masking`), beside the patches that its
-  runs use. The normalisation is affine, so black and white say what is between.
+  The released code of VPPO has this corruption with level 128 (`complete_masking`), but its runs
+  use patches. The normalization is affine, so levels between black and white are interpolated.
 
   Args:
     prompt: P prompts.
-    level: 0 is black, and needs no `white`.
-    black, white: f32[C·t·p·p]; `level_patch` of 0 and of 255.
+    level: grey level. Level 0 does not use `white`.
+    black, white: f32[C·t·p·p]; `level_patch` of 0 and 255.
   """
   grey = black if level == 0 else black + level / LEVELS * (white - black)
   return _replace(prompt, True, grey)
@@ -150,19 +152,19 @@ def solid(prompt: Prompt, level: float, black: Array, white: Array) -> Prompt:
 def noise(
   key: Array, prompt: Prompt, std: float, black: Array, white: Array, patch_shape: PatchShape
 ) -> Prompt:
-  """Adds Gaussian noise of `std` grey levels to every pixel and channel, cut to what pixels can be.
+  """Adds Gaussian noise to each pixel and channel, and clips the result to valid pixels.
 
       x′ = clip(x + std · ε, 0, 255),  ε ~ N(0, 1),  x in grey levels
 
-  VPPO's released code has it with std 189 (`add_gaussian_noise`), beside the patches that its runs
-  use; it then drops the fraction of x′, which is kept here. A still image is noisy before it is
-  repeated, so the frames within one temporal patch share ε, those of a video too.
+  The released code of VPPO has this corruption with std 189 (`add_gaussian_noise`), but its runs
+  use patches. It rounds x′ down to whole levels; this function does not. The frames of a temporal patch
+  share ε, because a still image becomes noisy before it is repeated.
 
   Args:
-    key: of jax.random; one, or one for each row.
+    key: a key of jax.random, or one key for each prompt.
     prompt: P prompts.
-    std: in grey levels.
-    black, white: f32[C·t·p·p]; `level_patch` of 0 and of 255.
+    std: standard deviation in grey levels.
+    black, white: f32[C·t·p·p]; `level_patch` of 0 and 255.
     patch_shape: (C, t, p, p) of one patch.
   """
   c, t, p, _ = patch_shape
@@ -175,29 +177,31 @@ def noise(
 
 
 def blur(prompt: Prompt, radius: float, patch_shape: PatchShape, merge_size: int) -> Prompt:
-  """Gaussian blur of every frame, across patches; the pixels at its border are repeated outwards.
+  """Blurs each frame with a Gaussian. The pixels at its border are repeated beyond the border.
 
       x′[i] = Σ_j w_j x[i + j],  w_j ∝ exp(−j² / 2 radius²),  |j| ≤ ⌈3 radius⌉
 
-  along rows, then along columns. Weights add up to 1 and the normalisation of pixels is affine, so
-  normalised or not makes no difference. VPPO's released code has it with radius 6
-  (`gaussian_blur`), beside the patches that its runs use: Pillow's filter, which approximates the
-  same Gaussian by three box filters, repeats the border anew for each, and rounds to whole levels.
+  along rows, then along columns. The weights add up to 1 and the normalization is affine, so the
+  blur applies to normalized pixels directly.
 
-  On the device: where a neighbouring patch stands follows from row, column and grid, so gathers
-  find it and no image is put together.
+  The released code of VPPO has this corruption with radius 6 (`gaussian_blur`), but its runs use
+  patches. It uses the filter of Pillow, which approximates the Gaussian by three box filters,
+  repeats the border for each of them, and rounds to whole levels.
+
+  The image is never assembled: the index of a neighbouring patch follows from row, column and grid,
+  and a gather reads it.
 
   Args:
     prompt: P prompts.
     radius: standard deviation in pixels.
     patch_shape: (C, t, p, p) of one patch.
-    merge_size: merge_size² patches of one visual token are adjacent.
+    merge_size: the merge_size² patches of a visual token are adjacent.
   """
   c, t, p, _ = patch_shape
   reach = math.ceil(3 * radius)
   weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / radius) ** 2)
-  weights = np.append(weights / weights.sum(), 0)  # what is out of reach weighs 0
-  far = math.ceil(reach / p)  # patches to either side
+  weights = np.append(weights / weights.sum(), 0)  # the weight of pixels out of reach
+  far = math.ceil(reach / p)  # patches on either side
 
   x = jnp.reshape(prompt.patches, (*prompt.patches.shape[:2], c * t, p, p))
   for axis, product in enumerate(("ij,pnxjk->pnxik", "ij,pnxkj->pnxki")):
@@ -225,12 +229,12 @@ def blur(prompt: Prompt, radius: float, patch_shape: PatchShape, merge_size: int
 
 
 def _row_keys(key: Array, prompt: Prompt) -> Array:
-  """A key for each row, so that the draws of a row do not depend on which others are beside it."""
+  """Returns one key per prompt, so that the mask of a prompt does not depend on other prompts."""
   return key if key.ndim else jax.random.split(key, prompt.patches.shape[0])
 
 
 def _replace(prompt: Prompt, where: Array | bool, patches: Array) -> Prompt:
-  """`patches` in place of those `where` it is true, bool[P, N], that are not padding."""
+  """Replaces the patches `where` is true, bool[P, N], except for padding."""
   chosen = (jnp.asarray(prompt.patch_segments) > 0) & where
   return dataclasses.replace(
     prompt, patches=jnp.where(chosen[..., None], patches, prompt.patches), features=None
@@ -238,14 +242,19 @@ def _replace(prompt: Prompt, where: Array | bool, patches: Array) -> Prompt:
 
 
 def _patch_index(prompt: Prompt, positions: Array, merge_size: int) -> Array:
-  """i32[P, N]; where in the row the patch at another position of the same frame stands.
+  """Returns the index of the patch at another position of the same frame: i32[P, N].
 
-  Within a frame the order is a formula (`data.layout.lay_out_patches`), so the distance to a
-  patch's own index is one too. positions: i32[P, N, 2], in the frame.
+  `data.layout.lay_out_patches` defines the order of the patches of a frame. The difference between
+  the ranks of two positions is the difference between their indices.
+
+  Args:
+    prompt: P prompts.
+    positions: i32[P, N, 2]; row and column in the frame.
+    merge_size: the merge_size² patches of a visual token are adjacent.
   """
   m = merge_size
 
-  def rank(at):  # in its frame
+  def rank(at):  # in the order of the frame
     row, col = at[..., 0], at[..., 1]
     token = row // m * (prompt.patch_grids[..., 1] // m) + col // m
     return token * m**2 + row % m * m + col % m
