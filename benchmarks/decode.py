@@ -5,8 +5,8 @@
 Both libraries use the same weights. The batch has 16 prompts of 64 visual tokens with 8 responses
 each. In the first case, all responses have 128 tokens. In the second case, their lengths have a
 long tail as in training: they are log-normal, and a few are ten times as long as most. `generate`
-continues until the longest response has ended. The computation is in float32 with 2 threads, and
-the libraries take turns in one process.
+continues until the longest response has ended. The computation is in float32 with 2 threads. The
+two libraries run alternately in one process.
 
 Results are stored in `decode.json`. A stored result is not measured again unless --again is given.
 The benchmark needs the extra `test` (torch).
@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "decode.json"
 PROMPTS, SIDE, REPEATS = 16, 224, 5
 ROWS = PROMPTS * GROUP
 TAIL = np.ceil(np.random.default_rng(0).lognormal(3.0, 0.9, (PROMPTS, GROUP))).clip(1, 256)
-# For each case, the tokens of each response [P, G] and the target of the ratio.
+# For each case: the number of tokens of each response [P, G], and the target speedup.
 CASES = {
   "128 tokens each": (np.full((PROMPTS, GROUP), 128), 3.0),
   "long tail": (TAIL.astype(int), 5.0),
@@ -69,8 +69,8 @@ def main():
       result = results.get(name, measure, "torch", "transformers", threads=speed.THREADS)
       print(
         f"{name}: {result['ours']:.0f} tokens/s; generate with a dynamic cache "
-        f"{result['dynamic']:.0f}, static {result['static']:.0f}: "
-        f"{result['ratio']:.1f} times the better one (target: {want:.0f})",
+        f"{result['dynamic']:.0f}, static {result['static']:.0f}; "
+        f"speedup over the faster of the two {result['ratio']:.1f} (target: {want:.0f})",
         flush=True,
       )
 
@@ -103,7 +103,7 @@ def compare(model, params, prompt, theirs, lengths):
 
 
 class Transformers:
-  """`generate` of transformers on a Prompt, which is repeated for each response."""
+  """`generate` of transformers. It receives each prompt of a batch G times, once per response."""
 
   def __init__(self, folder, prompt):
     self.model = transformers.AutoModelForImageTextToText.from_pretrained(

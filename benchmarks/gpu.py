@@ -1,4 +1,4 @@
-"""Measures how well updates and decoding use a GPU, and the time of each phase of an RL step.
+"""Measures the GPU utilization of updates and decoding, and the time of each phase of an RL step.
 
     python benchmarks/gpu.py                           # needs a GPU
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --tiny  # the same code on a very small model
@@ -7,15 +7,16 @@ The model has the architecture of Qwen2.5-VL-3B with random weights in bfloat16.
 parameters. A step has 32 prompts of 1,024 visual tokens with 8 responses of 256 tokens each. It
 decodes no image files and grades no responses.
 
-Everything runs on one GPU and takes turns, and the results are medians:
+All measurements run alternately on one GPU, and the results are medians:
 
 - The rate of a large bfloat16 matrix product, and the memory bandwidth when reading and writing a
   large array.
-- The MFU of an update, relative to this rate. It counts model FLOPs (`jaxrl_vlm/flops.py`), without
-  what the backward pass recomputes.
-- The time of a decoded token, from the difference between rollouts of 256 and of 32 tokens. It is
-  compared with the time of reading the necessary bytes at this bandwidth: the weights, the keys and
-  values of the prompts (once per group), and those of each response.
+- The MFU of an update, relative to the rate of the matrix product. It counts model FLOPs
+  (`jaxrl_vlm/flops.py`), without the recomputation in the backward pass.
+- The time to decode one token of all sequences, from the difference between rollouts of 256 and of
+  32 tokens. It is compared with the time of reading the necessary bytes at the measured bandwidth:
+  the weights, the keys and values of the prompts (once per group), and the keys and values of each
+  response.
 - The time of each phase of a step.
 
 The result is stored in `gpu.json` under the name of the GPU. It is not measured again unless
@@ -64,7 +65,7 @@ class Size:
     microbatches: Number of microbatches of an update.
     product: Side of the matrices whose product is timed.
     copied: Number of elements of the array that is read and written.
-    repeats: Number of turns.
+    repeats: Number of times that each measurement is repeated.
   """
 
   prompts: int = 32
@@ -94,13 +95,13 @@ TINY = Size(
 
 
 def decode_bytes(config: models.ModelConfig, params, prompt: int, size: Size) -> float:
-  """Returns the bytes that decoding one token of all sequences must read.
+  """Returns the bytes that must be read to decode one token of all sequences.
 
-  This is the mean over the tokens of a response after the first `size.short`.
+  The number is the mean over the tokens of a response after the first `size.short`.
 
   Args:
     config: Config of the model.
-    params: Its parameters.
+    params: Parameters of the model.
     prompt: Number of tokens of each prompt.
     size: Sizes of the measurement.
   """
@@ -181,7 +182,7 @@ class Step:
 
 
 def measure(config: models.ModelConfig, size: Size) -> dict:
-  """Measures everything in turns."""
+  """Returns all measurements, which run alternately."""
   config = config.replace(stop_tokens=())
   step = Step(config, size)
   product, in_product = speed.matrix_product(size.product, config.dtype)

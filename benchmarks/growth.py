@@ -6,12 +6,13 @@
 The benchmark measures the seconds and the peak memory of a rollout and of an update, each in a
 separate process. It starts from a common point (4 prompts of 256 tokens, 8 responses of 64 tokens,
 a vocabulary of 2,048) and varies one axis at a time. The model has 4.6 million parameters and
-computes in float32 with 2 threads. Prompts contain only text, because visual tokens cost the
-decoder the same as text.
+computes in float32 with 2 threads. Prompts contain only text, because the decoder computes the same
+for visual tokens and text tokens.
 
-Memory is the peak while the process works, minus its memory before. It excludes parameters and
-compiled programs. A slope is the slope of a straight line fitted to the logarithms. Predicted
-slopes are fitted to model FLOPs (`jaxrl_vlm/flops.py`) at the same points.
+The memory of a measurement is the peak of the resident memory during the work, minus the resident
+memory before it. It excludes parameters and compiled programs. Slopes are the slopes of straight
+lines fitted to the logarithms: of seconds, of memory and, as a prediction, of model FLOPs
+(`jaxrl_vlm/flops.py`) at the same points.
 
 Results are stored in `growth.json` as soon as they are measured, and docs/images/growth.png is
 drawn at the end. A stored result is not measured again unless --again is given.
@@ -94,7 +95,13 @@ def model_flops(work: str, point: Point) -> float:
 
 
 def measure(work: str, point: Point, repeats: int = REPEATS) -> dict[str, float]:
-  """Measures seconds and memory in this process, which must not have done other work before."""
+  """Measures seconds and memory in this process, which must not have done other work before.
+
+  Args:
+    work: "rollout" or "update".
+    point: Sizes of the measurement.
+    repeats: Number of repetitions. The seconds are their median, and the memory is their peak.
+  """
   import jax
   import jax.numpy as jnp
   import optax
@@ -238,7 +245,10 @@ def table(values: dict) -> str:
 
 
 def draw(values: dict, path: pathlib.Path) -> None:
-  """Draws measured points, and lines that grow like model FLOPs through their mean height."""
+  """Plots the measured points, and dashed lines that are proportional to model FLOPs.
+
+  Each dashed line is scaled to the geometric mean of the measured seconds.
+  """
   from matplotlib.figure import Figure
 
   figure = Figure(figsize=(12, 5.6), layout="constrained")

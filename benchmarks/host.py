@@ -4,16 +4,17 @@
 
 The benchmark measures:
 
-- Images of 1024 x 768 pixels preprocessed per second on one core, from JPEG files and from decoded
-  images, compared with the Pillow-based processor of transformers. The patches are equal.
-- Responses graded per second in worker processes.
-- In a small RL run, the time of each step in which the main thread reads, preprocesses and collates
-  images, decodes tokens to text, submits responses for grading, or waits for rewards. It also
-  measures for how much of this time the device was idle. A call counts entirely as idle if the
-  device finished before the call did. On a CPU, the host's work takes processors away from the
-  device even if nothing waits for it.
-- The time of each phase of a step, in a second run that waits for every program. The result is
-  drawn in docs/images/step.png.
+- The number of images of 1024 x 768 pixels that are preprocessed per second on one core, from JPEG
+  files and from decoded images, compared with the Pillow-based processor of transformers. Both
+  compute equal patches.
+- The number of responses that worker processes grade per second.
+- In a small RL run, the share of each step in which the main thread reads, preprocesses and
+  collates images, decodes tokens to text, submits responses for grading, or waits for rewards. It
+  also measures how much of this time the device is idle. If the device finishes before a call ends,
+  the whole call counts as idle time. On a CPU, the work of the host takes processors away from the
+  device, even if the device does not wait for the host.
+- The time of each phase of a step, in a second run that waits for every program to finish. The
+  result is drawn in docs/images/step.png.
 
 Results are stored in `host.json`. A stored result is not measured again unless --again is given.
 """
@@ -46,11 +47,11 @@ from jaxrl_vlm.stages import rl  # noqa: E402
 from jaxrl_vlm.stages.run import StageRun  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "host.json"
-ASKED = 1.0  # target of the ratio to the images per second of transformers
-# For each run: side of the images in pixels, prompts per step.
+ASKED = 1.0  # target for the images per second, relative to transformers
+# For each run: width and height of the images in pixels, and prompts per step.
 RUNS = {"64 visual tokens": (224, 16), "1024 visual tokens": (896, 4)}
 PICTURE = ROOT / "docs" / "images" / "step.png"
-# The phases of a step, and the calls that belong to them.
+# The phases of a step, and the calls that belong to each phase.
 PARTS = {
   "images on the host": ("read", "preprocess", "collate"),
   "vision tower": ("see",),
@@ -61,7 +62,10 @@ PARTS = {
 
 
 def picture(seed: int, size: tuple[int, int] = (1024, 768)) -> Image.Image:
-  """Returns an image of large shapes with a little noise, whose JPEG is as large as a photo's."""
+  """Returns an image with large shapes and a little noise.
+
+  Compressed as JPEG, it has about the size of a photo.
+  """
   rng = np.random.default_rng(seed)
   small = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
   large = np.asarray(small.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
@@ -85,11 +89,12 @@ def one_core():
 
 
 def preprocessing(count: int = 16, repeats: int = 7) -> dict:
-  """Measures the images per second of both processors on one core."""
+  """Measures how many images per second both processors preprocess on one core."""
   import transformers
 
   theirs, settings = transformers.Qwen2VLImageProcessorPil(), ImageSettings()
-  # The processor has no bounds by default, so it gets those of the published checkpoints.
+  # By default, the processor has no minimum and maximum size. It gets the sizes of the published
+  # checkpoints.
   bounds = {"size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels}}
   decoded = [picture(i) for i in range(count)]
   results = {}
@@ -121,9 +126,9 @@ def preprocessing(count: int = 16, repeats: int = 7) -> dict:
 
 
 def responses(prompts: int, group: int) -> tuple[list[Example], list[list[str]]]:
-  """Returns examples and responses with reasoning, half of which are right.
+  """Returns examples, and for each of them responses with reasoning. Half of them are right.
 
-  Right responses to examples whose answer is a fraction write it in another notation.
+  If the answer of an example is a fraction, the right responses write it in another notation.
   """
   examples, texts = [], []
   for i in range(prompts):
@@ -145,10 +150,10 @@ def responses(prompts: int, group: int) -> tuple[list[Example], list[list[str]]]
 def grading(
   verifier: str, workers: int, prompts: int = 64, group: int = 8, repeats: int = 7
 ) -> dict:
-  """Measures the responses graded per second."""
+  """Measures how many responses per second `workers` processes grade with a verifier."""
   examples, texts = responses(prompts, group)
   with RewardPool({verifier: 1.0}, workers, timeout_s=60.0) as pool:
-    rewards = pool.grade(examples, texts)  # the workers have started
+    rewards = pool.grade(examples, texts)  # starts the workers before the measurement
     seconds = speed.take_turns({"pool": lambda: pool.grade(examples, texts).total}, repeats)
   assert not sum(rewards.failures.values()), rewards.messages
   return {
@@ -159,12 +164,12 @@ def grading(
 
 
 class Trace:
-  """The time that the main thread spends in certain calls, for each step.
+  """Records for each step how long the main thread is in the watched calls.
 
   Attributes:
     steps: Seconds of each finished step, from its beginning to the beginning of the next one.
-    inside: For each step, the seconds spent in calls, by name.
-    idle: Like `inside`, but only for calls at whose end the device had no work.
+    inside: For each step, the seconds in watched calls, by name.
+    idle: Like `inside`, but only the calls at whose end the device had no work.
     in_flight: Function that returns whether the device has work.
   """
 
@@ -182,7 +187,10 @@ class Trace:
     self._begun, self._current = now, (collections.Counter(), collections.Counter())
 
   def watch(self, name: str, function, wait: bool = False):
-    """Returns the function with timing. With `wait`, it waits until its result is computed."""
+    """Returns `function` with timing added, under the given name.
+
+    If `wait` is true, the returned function also waits until its result is computed.
+    """
 
     def watched(*args, **kwargs):
       start = time.perf_counter()
@@ -197,7 +205,10 @@ class Trace:
     return watched
 
   def shares(self, warm_up: int) -> dict:
-    """Returns the median share of a step's time, by name, without the first `warm_up` steps."""
+    """Returns for each name the median share of the time of a step.
+
+    The first `warm_up` steps do not count.
+    """
 
     def share(name, of):
       return statistics.median(
@@ -213,7 +224,7 @@ class Trace:
 
 
 class Watched:
-  """A wrapper of an iterator or a callable in which `watched` replaces the call."""
+  """Wraps an iterator or a callable. `watched` replaces its `__next__` or `__call__`."""
 
   def __init__(self, inner, watched):
     self._inner, self._watched = inner, watched
@@ -233,10 +244,10 @@ def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) ->
 
   Args:
     config: Config of the run.
-    folder: Its workdir.
-    watch: Function of the trace and the StageRun that adds timing to further calls.
+    folder: Workdir of the run.
+    watch: Function that receives the trace and the StageRun, and adds timing to further calls.
     steps: Number of steps to measure.
-    warm_up: Number of steps before that.
+    warm_up: Number of steps before the measured ones.
   """
   trace = Trace()
 
@@ -266,7 +277,7 @@ def traced_run(config, folder: pathlib.Path, watch, steps: int, warm_up: int) ->
 
 
 def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2) -> dict:
-  """Measures in an RL run in `folder` how much of a step waits for the host."""
+  """Measures how much of a step the host takes, in an RL run in `folder`."""
 
   def watch(trace, loop):
     decode, decoding = loop.programs.rollout._decode, []
@@ -278,8 +289,8 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
 
     loop.programs.rollout._decode = decoded
     loop.programs.pack = trace.watch("pack", loop.programs.pack)
-    # Only updates and decoded chunks run while the host does something else. The host waits for
-    # everything else immediately.
+    # Only updates and the decoding of chunks run while the host does other work. The host waits
+    # for all other programs immediately.
     trace.in_flight = lambda: (
       not all(leaf.is_ready() for leaf in [*jax.tree.leaves(loop.state.params), *decoding])
     )
@@ -295,7 +306,7 @@ def critical_path(config, folder: pathlib.Path, steps: int = 7, warm_up: int = 2
 
 
 def parts_of_step(config, folder: pathlib.Path, steps: int = 5, warm_up: int = 2) -> dict:
-  """Measures the seconds of each phase of a step in an RL run that waits for every program."""
+  """Measures the seconds of each phase of a step, in an RL run that waits for every program."""
 
   def watch(trace, loop):
     for name in ("see", "rollout", "pack", "update"):
@@ -317,7 +328,7 @@ def parts_of_step(config, folder: pathlib.Path, steps: int = 5, warm_up: int = 2
 
 
 def draw(values: dict, path: pathlib.Path) -> None:
-  """Draws the phases of a step side by side, as one bar per run."""
+  """Draws one bar per run, which is divided into the phases of a step."""
   from matplotlib.figure import Figure
 
   runs = {name: values[f"parts, {name}"] for name in RUNS if f"parts, {name}" in values}
@@ -365,15 +376,15 @@ def main() -> None:
   for kind, r in get("preprocessing", preprocessing, "pillow", "transformers").items():
     if kind != "date":
       print(
-        f"{kind} images: {r['ours']:.1f} per second and core, transformers {r['theirs']:.1f}, "
-        f"ratio {r['ratio']:.2f} (target: {r['asked']:.0f})",
+        f"{kind} images: {r['ours']:.1f} images/s per core, transformers {r['theirs']:.1f}, "
+        f"speedup {r['ratio']:.2f} (target: {r['asked']:.0f})",
         flush=True,
       )
   for verifier in ("math", "exact"):
     for workers in (1, 2):
       r = get(f"{verifier}, {workers} workers", lambda v=verifier, w=workers: grading(v, w))
       print(
-        f"{verifier}: {r['samples_per_second']:.0f} responses per second, {workers} workers",
+        f"{verifier}: {r['samples_per_second']:.0f} responses/s with {workers} workers",
         flush=True,
       )
   with tempfile.TemporaryDirectory() as name:

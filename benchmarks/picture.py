@@ -73,7 +73,7 @@ def main() -> None:
     if EXACT(e, b)["total"] < 1 and EXACT(e, a)["total"] == 1
   ]
   print(f"{len(changed)} of {len(examples)} questions are right after RL and were wrong before")
-  # Draw the largest of these boards.
+  # Draw the largest board.
   draw(args.out / "board.png", *max(changed, key=lambda c: c[0].meta["rows"] * c[0].meta["cols"]))
 
   records = metrics.read(args.run)

@@ -3,9 +3,9 @@
     pip install -e '.[benchmarks]' && pip install --no-deps torchvision==0.28.0
     JAX_PLATFORMS=cpu python benchmarks/rl_step.py
 
-Both libraries train the same checkpoint on the same prompts and rewards, and take turns after each
-step. A step preprocesses images, generates and grades responses, and updates the parameters. The
-method is GRPO without a reference model, with G = 8, 64 tokens in every response, AdamW on all
+Both libraries train the same checkpoint on the same prompts and rewards. They run alternately, one
+step each. A step preprocesses images, generates and grades responses, and updates the parameters.
+The method is GRPO without a reference model, with G = 8, 64 tokens in every response, AdamW on all
 parameters, float32 and 2 threads.
 
 Results are stored in `rl_step.json`. A stored result is not measured again unless --again is given.
@@ -38,7 +38,8 @@ from jaxrl_vlm.stages.run import Run, StageRun  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "rl_step.json"
 GROUP, TOKENS, THREADS, WARM_UP = 8, 64, 2, 2
 QUESTION = "what is in the picture number 7"
-# For each case: side of images in pixels, prompts per step, measured steps, target of the ratio.
+# For each case: width and height of the images in pixels, prompts per step, number of measured
+# steps, and target speedup.
 CASES = {"64 visual tokens": (224, 16, 7, 3.0), "1024 visual tokens": (896, 4, 5, 10.0)}
 ARCHITECTURE = {  # 4.6 million parameters
   "tie_word_embeddings": True,
@@ -69,7 +70,7 @@ ARCHITECTURE = {  # 4.6 million parameters
 
 
 def reward(example, response):
-  """The same reward as in `trl_side.py`: the length of the text modulo 7."""
+  """Returns the length of the text modulo 7, as the reward of `trl_side.py` does."""
   del example
   return float(len(response) % 7)
 
@@ -100,7 +101,7 @@ def describe(name, result):
 
 
 def compare(folder, model, side, prompts, repeats, python):
-  """Measures the samples per second of both libraries. Each one waits while the other runs."""
+  """Measures the samples per second of both libraries. Each of them waits while the other runs."""
   spec = dict(
     threads=THREADS,
     model=str(model),
@@ -112,7 +113,7 @@ def compare(folder, model, side, prompts, repeats, python):
     output=str(folder / "trl"),
   )
   env = os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"}
-  log = open(folder / "trl.log", "w+")  # noqa: SIM115  # open as long as the process
+  log = open(folder / "trl.log", "w+")  # noqa: SIM115  # closed after the process ends
   other = subprocess.Popen(
     [python, str(ROOT / "benchmarks" / "trl_side.py"), json.dumps(spec)],
     env=env,
@@ -169,7 +170,10 @@ class Enough(Exception):
 
 
 def timed(after):
-  """Returns a StageRun that calls after(seconds) after every step, and stops if it returns True."""
+  """Returns a subclass of StageRun that measures steps.
+
+  It calls `after` with the seconds of each step. When `after` returns true, it raises Enough.
+  """
 
   class Timed(StageRun):
     def steps(self):
@@ -184,7 +188,7 @@ def timed(after):
 
 
 def train(config, workdir, stage_run):
-  """Runs an RL stage with another class in place of StageRun, until it raises Enough."""
+  """Runs an RL stage with `stage_run` in place of StageRun, until it raises Enough."""
   workdir.mkdir()
   run = Run(config, workdir)
   # Without stop tokens, every response has the full length, as in `trl_side.py`.
@@ -194,7 +198,7 @@ def train(config, workdir, stage_run):
 
 
 def our_config(folder, model, side, prompts):
-  """Writes a dataset with images of `side` pixels per side, and returns a config for GRPO on it."""
+  """Writes a dataset with square images of `side` pixels, and returns a GRPO config for it."""
   images = folder / f"images{side}"
   images.mkdir()
   rng = np.random.default_rng(0)
@@ -216,7 +220,7 @@ def our_config(folder, model, side, prompts):
   stage = base.rl()
   stage.steps, stage.prompts_per_step, stage.num_samples = 1000, prompts, GROUP
   stage.max_tokens = TOKENS
-  stage.part_tokens = 2048  # small enough for the caches of two cores
+  stage.part_tokens = 2048  # small enough for the caches of two CPU cores
   stage.data.name = str(data)
   stage.rewards[f"{__file__}:reward"] = 1.0
   stage.objective.kl_coef = 0.0

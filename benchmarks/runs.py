@@ -1,6 +1,6 @@
 """Executes the training runs of a benchmark, several at a time.
 
-A finished run is not repeated, and a run that was stopped is continued.
+A finished run is not repeated. A run that was stopped is resumed.
 """
 
 import concurrent.futures
@@ -31,10 +31,10 @@ class Job:
   """A run: `python -m jaxrl_vlm.train --config=<config> --workdir=<folder>/<name> <flags>`.
 
   Attributes:
-    name: Name of its directory, different for each run. It is an error if the directory contains a
-      run with another config or other flags (`Runner.check`).
+    name: Name of the directory of the run, different for each run. It is an error if the directory
+      contains a run with another config or other flags (`Runner.check`).
     config: Path of the config relative to the repository.
-    flags: Further flags of the command line.
+    flags: Further command-line flags.
   """
 
   name: str
@@ -47,15 +47,15 @@ class Failed(Exception):
 
 
 class Stopped(Exception):
-  """Raised if the benchmark is asked to stop. Its runs save their progress."""
+  """Raised when the benchmark receives SIGINT or SIGTERM. Its runs save their progress."""
 
 
 class Runner:
   """Executes jobs in `folder`, up to `at_once` at a time, each on separate processors.
 
-  with Runner(folder, at_once=2) as runner:
-    for job, seconds in runner.run(jobs):  # in the order in which they end
-      ...  # if a job failed, `seconds` is an exception
+      with Runner(folder, at_once=2) as runner:
+        for job, seconds in runner.run(jobs):  # in the order in which they end
+          ...  # if a job failed, `seconds` is an exception
 
   Raises:
     SystemExit: Another process executes jobs in this folder.
@@ -96,10 +96,10 @@ class Runner:
     self._lock.close()
 
   def _stop(self) -> None:
-    """Sends the signal to save and stop to all runs. Further calls have no effect."""
+    """Sends SIGTERM to all runs, so that they save and stop. Further calls have no effect."""
     if not self._stopping:
       self._stopping = True
-      print("stopping: runs finish their step and save", file=sys.stderr, flush=True)
+      print("stopping: each run finishes its current step and saves", file=sys.stderr, flush=True)
       for child in tuple(self._children):
         child.terminate()
 
@@ -107,7 +107,7 @@ class Runner:
     return self.folder / job.name
 
   def seconds(self, job: Job) -> float | None:
-    """Returns the seconds of a finished run, summed over all its starts, or None."""
+    """Returns the total seconds of all starts of a run, or None if the run is not finished."""
     path = self.path(job)
     if not (path / "model" / "config.json").exists():  # written last
       return None
@@ -116,8 +116,8 @@ class Runner:
   def settings(self, job: Job) -> dict[str, str]:
     """Returns the config and the flags of a job by name.
 
-    If a flag occurs several times, the last one counts. Paths inside the folder are relative to it,
-    so that the folder can be moved.
+    If a flag occurs several times, the last value counts. Paths inside the folder become relative
+    to it, so that the folder can be moved.
     """
     found, name = {"--config": job.config}, ""
     for word in job.flags:
@@ -129,7 +129,7 @@ class Runner:
     return {name: value.removeprefix(f"{self.folder}/") for name, value in found.items()}
 
   def check(self, jobs: Sequence[Job]) -> None:
-    """Checks that existing runs have the settings of their jobs, without running or writing.
+    """Checks that existing runs have the settings of their jobs. Runs nothing and writes nothing.
 
     A run without a settings file is accepted.
 
@@ -138,7 +138,7 @@ class Runner:
     """
     for job in jobs:
       path = self.path(job)
-      # Training writes config.json after it has accepted the config. Before that, it does no work.
+      # Training writes config.json once it has accepted the config, before it does any other work.
       begun = (path / "config.json").exists() or self.seconds(job) is not None
       if not begun or not (path / _SETTINGS).exists():
         continue
@@ -213,8 +213,8 @@ class Runner:
     with open(path / "log.txt", "a") as log:
       if self._stopping:
         raise Failed("not started")
-      # With a new session, Ctrl-C reaches only this process, which then stops the run. The run
-      # inherits the lock, so that the folder stays locked if the run outlives this process.
+      # In a new session, the run does not receive Ctrl-C. Only this process does, and it stops the
+      # run. The run inherits the lock. If it outlives this process, the folder stays locked.
       child = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -230,7 +230,7 @@ class Runner:
       self._children.discard(child)
     (path / _SECONDS).write_text(json.dumps([*_lives(path), time.monotonic() - began]))
     seconds = self.seconds(job)
-    if seconds is None:  # includes runs that were asked to stop
+    if seconds is None:  # also if the run was asked to stop
       lines = (path / "log.txt").read_text(errors="replace").split("\n")
       last = next((line for line in reversed(lines) if line.strip()), "")
       raise Failed(f"exit code {code}: {last[:200]}")
@@ -238,7 +238,7 @@ class Runner:
 
 
 def _lives(path: pathlib.Path) -> list[float]:
-  """Returns the seconds of each start of a run."""
+  """Returns the seconds of each start of a run. A resumed run has several."""
   if not (path / _SECONDS).exists():
     return []
   seconds = json.loads((path / _SECONDS).read_text())
@@ -262,9 +262,9 @@ def surroundings(at_once: int | None = None) -> dict:
 
 
 def main_of(work: Callable[[], None]) -> None:
-  """Calls `work`. If it is asked to stop, prints how to continue and exits with code 130."""
+  """Calls `work`. After SIGINT or SIGTERM, prints how to continue and exits with code 130."""
   try:
     work()
   except (Stopped, KeyboardInterrupt):
-    print("stopped; the same command continues", file=sys.stderr)
+    print("stopped; the same command continues the benchmark", file=sys.stderr)
     raise SystemExit(130) from None

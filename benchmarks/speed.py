@@ -1,4 +1,4 @@
-"""Shared code of the speed benchmarks: stored results, timing in turns, synthetic prompts."""
+"""Shared code of the speed benchmarks: stored results, timing, and synthetic prompts."""
 
 import argparse
 import datetime
@@ -24,7 +24,8 @@ from jaxrl_vlm.types import Params, Prompt
 
 FOLDER = pathlib.Path(__file__).parent
 THREADS = 2
-# Seconds before each side, in which the threads of the previous side stop waiting for more work.
+# Seconds of pause before each measurement. During the pause, the threads that the previous
+# measurement used stop waiting for more work.
 _PAUSE = 0.5
 
 
@@ -43,8 +44,8 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def use_threads(count: int = THREADS) -> None:
   """Limits this process to `count` processors.
 
-  Call this function before jax is first used, because jax starts as many threads as there are
-  processors that it may use.
+  It must be called before the first use of jax, because jax then starts one thread for each
+  processor that the process may use.
   """
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
@@ -53,8 +54,12 @@ def use_threads(count: int = THREADS) -> None:
 class Results:
   """Results by name, stored in a JSON file. A result that is in the file is not measured again.
 
-  Each result is written as soon as it is measured. The entry `about` of the file describes when and
-  with which versions the last one was measured.
+  Each result is written as soon as it is measured. The entry `about` of the file contains the date,
+  the machine and the package versions of the last measurement.
+
+  Args:
+    path: The JSON file.
+    again: Whether to discard the stored results.
   """
 
   def __init__(self, path: pathlib.Path, again: bool = False):
@@ -66,7 +71,7 @@ class Results:
   def get(
     self, name: str, measure: Callable[[], Mapping[str, Any]], *packages: str, **about: Any
   ) -> dict[str, Any]:
-    """Returns the stored result, or measures and stores it.
+    """Returns the stored result. If there is none, measures and stores it.
 
     Args:
       name: Name of the result.
@@ -84,22 +89,24 @@ class Results:
     return self.values[name]
 
   def picture(self, path: pathlib.Path) -> pathlib.Path:
-    """Returns `path`, or for results in another file (--out) a path next to that file."""
+    """Returns the path of a plot. With --out, it is next to the results instead of `path`."""
     return path if self.path.parent == FOLDER else self.path.with_suffix(".png")
 
 
 def take_turns(
   sides: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1
 ) -> dict[str, list[float]]:
-  """Measures the seconds of several sides, which run in turn so that they share conditions.
+  """Measures the seconds of several functions, which run alternately under the same conditions.
+
+  In each turn, every function runs once.
 
   Args:
     sides: Functions by name. The time of a function includes waiting for its jax results.
     repeats: Number of measured turns.
-    warm_up: Number of turns before that, which are not measured.
+    warm_up: Number of turns before the measured ones.
 
   Returns:
-    The seconds of each turn, by side.
+    The seconds of each measured turn, by name of the function.
   """
   seconds: dict[str, list[float]] = {name: [] for name in sides}
   for i in range(repeats + warm_up):
@@ -117,12 +124,12 @@ def median(seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
-  """Returns the median over turns of the time of side `slow` divided by that of side `fast`."""
+  """Returns the speedup of `fast` over `slow`: the median ratio of their times in a turn."""
   return statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
 
 
 def matrix_product(size: int, dtype: str = "float32") -> tuple[Callable[[], jax.Array], float]:
-  """Returns a function that multiplies two square matrices, and its number of FLOPs."""
+  """Returns a function that multiplies two `size` x `size` matrices, and its number of FLOPs."""
   a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
   product = jax.jit(jnp.matmul)
   return lambda: product(a, b), 2.0 * size**3
@@ -133,7 +140,7 @@ def one_device() -> Any:
 
 
 def random_params(shapes: Params) -> Params:
-  """Returns small random parameters of the given shapes and dtypes. Norm scales are 1."""
+  """Returns small random parameters of the given shapes and dtypes. The scales of norms are 1."""
 
   def one(path, key, shape):
     if "scale" in str(path[-1]):
@@ -196,14 +203,14 @@ def make_prompt(config: ModelConfig, prompts: int, text: int, side: int = 0) -> 
 def torch_inputs(
   prompt: Prompt, row: int, copies: int, image_token: int, more: Any = None
 ) -> dict[str, Any]:
-  """Returns the inputs of Qwen2.5-VL in transformers for copies of a prompt with one image.
+  """Returns inputs for Qwen2.5-VL in transformers: copies of a prompt with one image.
 
   Args:
     prompt: A batch of prompts.
     row: Index of the prompt.
     copies: Number of copies.
-    image_token: Id of visual tokens.
-    more: i[copies, n]; tokens to append to each copy, or None.
+    image_token: Token id of visual tokens.
+    more: Tokens i[copies, n] to append to the copies, or None.
   """
   import torch
 

@@ -1,18 +1,21 @@
-"""Measures how long the tests take: the seconds of each test file, cold, warm and exhaustive.
+"""Measures the seconds of each test file: with a cold cache, a warm cache, and exhaustively.
 
     python benchmarks/suite.py            # measure, then write the tables
     python benchmarks/suite.py --write    # write the tables again from benchmarks/suite.json
 
-The command runs the test command of the README twice in a row. The first run starts with an empty
-compilation cache (cold). The second run uses the cache that the first run left behind (warm). A
-third run executes the exhaustive tests, as CI does after the first one. For each test file it
-records the number of tests, the seconds they take, and how many of these seconds the test process
-spends in XLA compiling programs. The processes that a test starts are part of its seconds but not
-of its compile seconds.
+The benchmark runs the tests three times:
 
-Each run is recorded in `benchmarks/suite.json` when it ends. If the command is interrupted, run it
-again with `--only` and the names of the missing runs. The table of folders is written to
-CONTRIBUTING.md and the table of files to docs/testing.md, between their markers.
+- `cold`: the tests that run by default, with an empty compilation cache.
+- `warm`: the same tests, with the cache that the cold run has filled.
+- `exhaustive`: the exhaustive tests, with the same cache. CI also runs them after the other tests.
+
+For each test file, it records the number of tests, their seconds, and how many of these seconds the
+test process spends compiling in XLA. If a test starts other processes, its seconds include the time
+of these processes, but its compile seconds do not.
+
+The results of each run are stored in `benchmarks/suite.json` when the run ends. If the command is
+interrupted, run it again with `--only` and the names of the missing runs. The table of folders is
+written to CONTRIBUTING.md and the table of files to docs/testing.md, between the markers there.
 """
 
 import argparse
@@ -34,7 +37,7 @@ RESULT = ROOT / "benchmarks" / "suite.json"
 COMMAND = ("-m", "pytest", "-n", "2", "--dist", "loadfile")
 RUNS = ("cold", "warm", "exhaustive")
 BEGIN, END = "<!-- suite: benchmarks/suite.py -->", "<!-- end of suite -->"
-OUT = "JAXRL_VLM_SUITE_TIMES"  # environment variable that names the file the plugin writes
+OUT = "JAXRL_VLM_SUITE_TIMES"  # environment variable with the path of the file of the plugin
 
 # -- The pytest plugin (`-p benchmarks.suite`) -----------------------------------------------------
 
@@ -43,7 +46,7 @@ _files: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
 
 
 def _listen() -> None:
-  """Starts to add up the seconds that this process spends compiling."""
+  """Starts counting the seconds that this process spends compiling."""
   import jax.monitoring
 
   def add(event: str, seconds: float, **_) -> None:
@@ -64,7 +67,7 @@ def pytest_runtest_protocol(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item, call) -> None:
-  """Attaches the compile seconds of the test to the report of its last phase."""
+  """Adds the compile seconds of the test to the report of its last phase, `teardown`."""
   if call.when == "teardown":
     item.user_properties.append(("compiled", _compiled["seconds"] - item.compiled_before))
 
@@ -86,7 +89,12 @@ def pytest_sessionfinish(session) -> None:
 
 
 def measure(cache: str, *arguments: str) -> dict:
-  """Runs the tests with the compilation cache `cache`: total seconds, and those of each file."""
+  """Runs the tests and returns the total seconds and the results of each file.
+
+  Args:
+    cache: Directory of the compilation cache.
+    *arguments: Further arguments of pytest.
+  """
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder) / "times.json"
     environment = os.environ | {OUT: str(out), "JAX_COMPILATION_CACHE_DIR": cache}
@@ -109,7 +117,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def by_folder(files: dict[str, list[float]]) -> dict[str, list[float]]:
-  """Sums over the files of a folder; files directly in `tests/` count as one folder."""
+  """Returns the sums over the files of each folder. Files directly in `tests/` are one folder."""
   folders: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
   for name, row in files.items():
     folder = str(pathlib.PurePath(name).parent)
@@ -118,7 +126,7 @@ def by_folder(files: dict[str, list[float]]) -> dict[str, list[float]]:
 
 
 def tables(results: dict) -> tuple[str, str]:
-  """The table of folders and the table of files, as Markdown."""
+  """Returns the table of folders and the table of files, in Markdown."""
   runs = [results[name] for name in RUNS]
   cold, warm, rest = runs
   about = (
@@ -147,7 +155,7 @@ def tables(results: dict) -> tuple[str, str]:
 
 
 def replace(path: pathlib.Path, text: str) -> None:
-  """Replaces what stands between the markers of a page."""
+  """Replaces the text between the markers of a page."""
   head, found, rest = path.read_text(encoding="utf-8").partition(BEGIN)
   _, end, tail = rest.partition(END)
   if not found or not end:
@@ -159,8 +167,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--write", action="store_true", help="only write the tables again")
-  parser.add_argument("--only", nargs="+", choices=RUNS, default=RUNS, help="runs to measure")
+  parser.add_argument("--write", action="store_true", help="write the tables without running tests")
+  parser.add_argument(
+    "--only", nargs="+", choices=RUNS, default=RUNS, help="names of the runs to measure"
+  )
   parser.add_argument(
     "--cache",
     default="",
@@ -175,7 +185,9 @@ def main() -> None:
         results[name] = measure(options.cache or temporary, *arguments)
         RESULT.write_text(json.dumps(results, indent=1) + "\n")
   if missing := set(RUNS) - set(results):
-    raise SystemExit(f"not measured yet: {', '.join(sorted(missing))}; add --only with these names")
+    raise SystemExit(
+      f"{RESULT}: no results of {', '.join(sorted(missing))}; measure these runs with --only"
+    )
   short, long = tables(results)
   replace(ROOT / "CONTRIBUTING.md", short)
   replace(ROOT / "docs" / "testing.md", long)

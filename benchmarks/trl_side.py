@@ -12,8 +12,8 @@ import time
 import numpy as np
 import torch
 
-# torchvision registers operators that torch for the CPU does not have. This script does not use
-# them, so their registration is skipped.
+# torchvision registers operators that the CPU build of torch does not have. This script does not
+# use these operators, so it skips their registration.
 _register = torch.library.register_fake
 
 
@@ -43,7 +43,7 @@ class Stepwise(transformers.TrainerCallback):
 
 
 OUT = sys.stdout
-sys.stdout = sys.stderr  # for the output of the trainer
+sys.stdout = sys.stderr  # keeps the output of the trainer out of the protocol with rl_step.py
 
 
 def main(spec):
@@ -110,8 +110,8 @@ def main(spec):
     callbacks=[steps],
   )
 
-  # The trainer loads a batch before it calls `on_step_begin`. The clock starts in `training_step`,
-  # where the work of a step begins.
+  # The trainer loads a batch before it calls `on_step_begin`. The measurement of a step starts in
+  # `training_step`, where the work of the step begins.
   inner = trainer.training_step
 
   def timed(*args, **kwargs):

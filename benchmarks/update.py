@@ -2,25 +2,29 @@
 
     JAX_PLATFORMS=cpu python benchmarks/update.py
 
-The benchmark computes the gradient of GRPO in three ways: with a prompt shared by its 8 responses,
-with the same code and each prompt repeated for each response, and with transformers and torch on
-these separate sequences. Like the trainers that use transformers, the third way repeats images for
-each response. It computes logits only for responses. The norms of the three gradients must be
-equal. Prompts have 64 or 1,024 visual tokens. Responses have 64 tokens each, or lengths with a long
-tail. The computation is in float32 with 2 threads. The three ways take turns in one process, and
-the results are medians.
+The benchmark computes the gradient of GRPO in three ways:
+
+- `shared`: the 8 responses of a prompt share the prompt.
+- `separate`: the same code, but each prompt is repeated for each of its responses.
+- `torch`: transformers and torch, on the same separate sequences. As in the trainers that use
+  transformers, images are repeated for each response. Logits are computed only for responses.
+
+The norms of the three gradients must be equal. Prompts have 64 or 1,024 visual tokens. Responses
+have 64 tokens each, or lengths with a long tail. The computation is in float32 with 2 threads. The
+three ways run alternately in one process, and the results are medians.
 
 The benchmark records:
 
 - `seconds`: the seconds of each turn.
-- `faster` and `fewer_flops`: the ratios of the times and of the model FLOPs
-  (`jaxrl_vlm/flops.py`) of separate to shared prompts.
-- `share`: (faster - 1) / (fewer_flops - 1).
+- `faster`: the speedup of shared over separate prompts.
+- `fewer_flops`: the model FLOPs (`jaxrl_vlm/flops.py`) of separate prompts, divided by those of
+  shared prompts.
+- `share`: the realized saving, (faster - 1) / (fewer_flops - 1).
 - `padding`: the share of padding in the response tokens that go through the model.
 - `mfu`: model FLOPs per second, relative to a large float32 matrix product in the same process.
 
-Passes have 512 response tokens, because the batches are small. Runs use 4,096 by default. For
-these, the benchmark computes the padding in batches of 64 prompts without running the model.
+A pass has 512 response tokens, because the batches are small. Runs use 4,096 by default. For this
+size, the benchmark computes the padding in batches of 64 prompts, without running the model.
 
 Results are stored in `update.json`. A stored result is not measured again unless --again is given.
 The benchmark needs the extra `test` (torch).
@@ -80,9 +84,9 @@ class Case:
 
   Attributes:
     model: A key of ARCHITECTURES.
-    side: Side of the image of each prompt in patches.
+    side: Width and height of the image of each prompt, in patches.
     prompts: Number of prompts, P.
-    tail: Whether the lengths of responses have a long tail. Otherwise all have 64 tokens.
+    tail: Whether the lengths of responses have a long tail. Otherwise, each has 64 tokens.
     trains_vision: Whether the vision tower is trained. Otherwise it is frozen and runs once for
       each prompt.
   """
@@ -121,7 +125,7 @@ CASES += [Case("large", 64, 1, tail, trains_vision=False) for tail in (False, Tr
 
 
 class Ours:
-  """The update of a stage with learning rate 0, for P prompts and responses [P, G, T]."""
+  """The update of an RL stage with learning rate 0, on P prompts and responses [P, G, T]."""
 
   def __init__(self, model, params, prompt, tokens, mask, advantages, trains_vision):
     trainable = () if trains_vision else ("!vision",)
@@ -164,7 +168,10 @@ class Ours:
 
 
 class Torch:
-  """The model of transformers, applied to one group at a time, padded to its longest response."""
+  """The gradient by transformers. It processes one group at a time, padded to its longest response.
+
+  The gradients of the groups are accumulated.
+  """
 
   def __init__(self, folder, prompt, tokens, lengths, scale, trains_vision):
     import torch
@@ -229,13 +236,13 @@ def measure(
   """Measures one case.
 
   Args:
-    folder: Directory of its model.
+    folder: Directory of the model of the case.
     case: The case.
     repeats: Number of turns.
-    product: Side of the matrices whose product is timed.
+    product: Number of rows and columns of the matrices whose product is timed.
   """
   model, params, _ = jv.load_pretrained(folder)
-  # As in transformers, no token is suppressed.
+  # The model of transformers does not suppress any tokens, so this one must not either.
   model = model.clone(config=model.config.replace(suppressed_tokens=()))
   config = model.config
   prompt = speed.make_prompt(config, case.prompts, TEXT, case.side)
@@ -246,15 +253,15 @@ def measure(
   mask = np.arange(shape[2]) < lengths[..., None]
   advantages = np.broadcast_to(rng.standard_normal((*shape[:2], 1), np.float32), shape).copy()
 
-  def separate(a):
+  def split_groups(a):
     return a.reshape(-1, 1, *a.shape[2:])
 
   shared = Ours(model, params, prompt, tokens, mask, advantages, case.trains_vision)
-  apart = Ours(
+  separate = Ours(
     model,
     params,
     jax.tree.map(np.asarray, views.repeat_prompts(prompt, GROUP)),
-    *map(separate, (tokens, mask, advantages)),
+    *map(split_groups, (tokens, mask, advantages)),
     case.trains_vision,
   )
   weights = shared.programs.objective.prepare(shared.experience).weights
@@ -263,11 +270,11 @@ def measure(
 
   matmul, in_product = speed.matrix_product(product)
   seconds = speed.take_turns(
-    {"shared": shared, "separate": apart, "torch": torch, "product": matmul}, repeats
+    {"shared": shared, "separate": separate, "torch": torch, "product": matmul}, repeats
   )
-  norms = [float(shared()), float(apart()), torch.norm()]
+  norms = [float(shared()), float(separate()), torch.norm()]
   if not np.allclose(norms, norms[0], rtol=1e-3):
-    raise SystemExit(f"{case.name}: expected gradients of equal norm, got {norms}")
+    raise SystemExit(f"{case.name}: expected gradients of equal norm, got the norms {norms}")
 
   middle = speed.median(seconds)
   frames = [(case.side, case.side)]
@@ -302,10 +309,10 @@ def measure(
 
 def describe(name: str, r: dict) -> str:
   return (
-    f"{name}: {r['medians']['shared']:.2f} s, separate {r['medians']['separate']:.2f} s, "
-    f"torch {r['medians']['torch']:.2f} s; sharing is {r['faster']:.2f} times faster with "
-    f"{r['fewer_flops']:.2f} times fewer FLOPs, share {r['share']:.0%} (target: "
-    f"{r['asked']['share']:.0%}); padding {r['padding']:.0%}; MFU {r['mfu']['shared']:.0%} "
+    f"{name}: shared {r['medians']['shared']:.2f} s, separate {r['medians']['separate']:.2f} s, "
+    f"torch {r['medians']['torch']:.2f} s; speedup {r['faster']:.2f}, FLOP ratio "
+    f"{r['fewer_flops']:.2f}, realized saving {r['share']:.0%} (target: "
+    f"{r['asked']['share']:.0%}); padding {r['padding']:.0%}; MFU: shared {r['mfu']['shared']:.0%} "
     f"(target: {r['asked']['mfu']:.0%}), separate {r['mfu']['separate']:.0%}, torch "
     f"{r['mfu']['torch']:.0%}"
   )

@@ -1,12 +1,14 @@
-"""Reference of all config fields of a run, with their defaults. Recipes change a few of them.
+"""All config fields of a run, with their defaults. The other configs change some of them.
 
-`get_config()` returns a complete config without stages. A stage is one entry of `config.stages`,
-made with `sft()` or `rl()`, which set all fields of a stage.
+`get_config()` returns a config with all fields of a run, but without stages. A stage trains the
+model on one dataset with one objective. `sft()` (supervised) and `rl()` (reinforcement learning)
+return a stage with all its fields. Set `config.stages` to a tuple of stages.
 
 Every field is also a command-line flag:
 --config.seed=1 --config.stages[0].objective.name=vppo
 
-docs/glossary.md explains the terms, and docs/performance.md shows what affects speed and memory.
+docs/glossary.md explains the terms, and docs/performance.md explains which fields change speed and
+memory.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -29,8 +31,8 @@ def model() -> ConfigDict:
   # CPU. Frozen parameters are stored in this dtype too.
   c.dtype = "auto"
   # Attention kernel: "splash" (Pallas kernel for TPUs), "cudnn" (NVIDIA GPUs of compute capability
-  # 8.0 or more, with bfloat16), "xla" (no kernel), or "auto": the kernel that the devices and the
-  # model support, or "xla" if there is none. Decoding always uses "xla".
+  # 8.0 or more, with bfloat16) or "xla" (no kernel). "auto" selects the kernel that the devices and
+  # the model support, or "xla" if there is none. Decoding always uses "xla".
   c.attention = "auto"
   # Dtype of trained parameters and of their optimizer state: "float32" or "bfloat16".
   c.param_dtype = "float32"
@@ -54,7 +56,7 @@ def model() -> ConfigDict:
   # ("decoder", "!mlp") the decoder without its MLPs. Embeddings, experts and the router of a
   # mixture of experts never get an adapter.
   c.lora.targets = ("decoder",)
-  # PEFT directory with adapters to continue from. Its rank, alpha and targets must equal the fields
+  # PEFT directory with adapters to start from. Its rank, alpha and targets must equal the fields
   # above. The default "" starts with new adapters.
   c.lora.path = ""
 
@@ -72,8 +74,8 @@ def data() -> ConfigDict:
   # "digit_boards", the name of a TFDS dataset, or the path of a JSON-lines file. In a path, {split}
   # stands for train or test.
   c.name = ""
-  # Options of the kind of dataset, for example tasks, style and slips of digit_boards. OPTIONS in
-  # jaxrl_vlm/data/sources.py lists them.
+  # Options of the dataset, for example tasks, style and slips of digit_boards. OPTIONS in
+  # jaxrl_vlm/data/sources.py lists the options of each kind of dataset.
   c.options = ConfigDict()
   # Directory of prepared TFDS datasets. With the default "", digit_boards uses $JAXRL_VLM_CACHE or
   # ~/.cache/jaxrl_vlm, and other datasets use the default directory of TFDS.
@@ -140,16 +142,17 @@ def _common(kind: str) -> ConfigDict:
   c.max_tokens = 256
   c.data = data()
   c.optimizer = optimizer()
-  # Number of pieces of a minibatch whose gradients are accumulated. Increase it if an update does
-  # not fit into memory; the result stays the same except for rounding.
+  # Number of pieces of a minibatch whose gradients are accumulated (gradient accumulation). If an
+  # update does not fit into memory, increase it. The result stays the same except for rounding.
   c.microbatches = 1
-  # `name` of the objective, and overrides of its fields (jaxrl_vlm/objectives).
+  # `name` of the objective, and values of its fields. docs/objectives.md lists both.
   c.objective = ConfigDict()
   c.eval = evaluation()
-  # Verifiers and their weights in the reward, for example {"math": 0.9, "format": 0.1}. Training
-  # and evaluation use them. A verifier is math, exact, number, choice, format, or a function:
+  # Verifiers (reward functions) and their weights, for example {"math": 0.9, "format": 0.1}. The
+  # reward is the weighted sum of their values. Training and evaluation use it. The built-in
+  # verifiers are math, exact, number, choice and format. To use a function of your own, write
   # "package.module:function" or "path/to/file.py:function". An example of the dataset can replace
-  # them with its own `rewards`.
+  # the verifiers and weights by its own `rewards`.
   c.rewards = ConfigDict(allow_dotted_keys=True)
   # Verifier whose value is reported as accuracy. The default "" is the first one of `rewards`.
   c.accuracy = ""
@@ -170,28 +173,29 @@ def rl() -> ConfigDict:
   Each step samples G responses for each of P prompts, grades them, and updates the model.
   """
   c = _common("rl")
-  # Name of the objective: "grpo", "dapo", "gspo", "papo", "vppo" ... Other entries of this
-  # dictionary override fields of the objective, for example objective.clip_high=0.28.
+  # Name of the objective: "grpo", "dapo", "gspo", "papo", "vppo" ... All other entries of this
+  # dictionary are fields of the objective, for example objective.clip_high=0.28.
   # docs/objectives.md lists all names, fields and metrics.
   c.objective.name = "grpo"
   # Number of responses per prompt (G).
   c.num_samples = 8
   # Sampling temperature. Scores (log-probabilities and entropies) are computed at the same
-  # temperature. 0 is greedy decoding, with scores at temperature 1.
+  # temperature. With 0, decoding is greedy, and scores are computed at temperature 1.
   c.temperature = 1.0
   # Nucleus sampling: samples from the smallest set of most likely tokens whose probabilities sum to
   # at least this value. 1 keeps all tokens.
   c.top_p = 1.0
   # Samples from this many of the most likely tokens. 0 keeps all tokens.
   c.top_k = 0
-  # Number of updates per rollout, each with P / minibatches prompts.
+  # Number of updates per rollout. Each update uses P / minibatches prompts.
   c.minibatches = 1
   # Number of response tokens that pass through the model together on each device, in scores and
   # updates. With a larger value, weights that are sharded over fsdp are gathered less often. With a
   # smaller value, less memory is needed.
   c.part_tokens = 4096
-  # Number of response tokens to generate, including those of groups that dynamic sampling discards.
-  # The stage ends after the step that reaches this number, or after `steps`. 0 sets no limit.
+  # Number of response tokens that the stage generates, including those of groups that dynamic
+  # sampling discards. The stage ends after the step that reaches this number, or after `steps`
+  # steps. 0 sets no limit.
   c.token_budget = 0
   return c
 
@@ -202,40 +206,42 @@ def get_config() -> ConfigDict:
   # adapters, or a model from `model.scratch`).
   c.seed = 0
   c.model = model()
-  # Number of devices along each mesh axis; one of them may be -1, which takes all that are left.
+  # Number of devices along each mesh axis. One of the numbers may be -1: this axis gets all
+  # remaining devices.
   # `slice`: TPU slices that are connected by a slower network. It shards prompts only.
   # `fsdp`: shards prompts and parameters.
   # `tensor`: shards heads, hidden units and vocabulary.
   c.mesh = ConfigDict({"slice": 1, "fsdp": -1, "tensor": 1})
-  # Mesh axes that shard each kind of parameter axis: the vocabulary, `hidden` (heads and hidden
-  # units) and `width` (hidden size of the model). Mesh axes that do not divide an axis evenly are
-  # left out.
+  # Mesh axes that shard each kind of parameter axis: `vocab` (the vocabulary), `hidden` (heads and
+  # hidden units) and `width` (the hidden size of the model). A mesh axis that does not divide a
+  # parameter axis evenly does not shard it.
   c.sharding = ConfigDict({"vocab": ("fsdp", "tensor"), "hidden": ("tensor",), "width": ("fsdp",)})
-  # Memory of a device in GiB for which rollouts and updates are planned. 0 uses what the device
-  # reports (on CPU, the memory of the machine divided by the number of CPU devices). A run plans to
-  # fill 90% of it. Set it to use less, for example if other programs share the device.
+  # Memory of a device in GiB. Rollouts and updates are planned to fill at most 90% of it. 0 uses
+  # the value that the device reports (on CPU, the memory of the machine divided by the number of
+  # CPU devices). Set a smaller value if other programs use the device.
   c.device_memory = 0.0
-  # Sizes to which prompts are padded, in tokens, and their images, in patches. Each size compiles
-  # its own programs. Longer prompts and larger images are an error.
+  # Sizes to which prompts (in tokens) and their images (in patches) are padded. The programs are
+  # compiled for each size. A prompt or an image that is larger than the largest size is an error.
   c.prompt_buckets = (256, 512, 1024, 2048, 4096)
   c.patch_buckets = (256, 1024, 4096, 16384)
   # System prompt of every conversation. "" adds none.
   c.system_prompt = ""
 
   c.rollout = ConfigDict()
-  # Number of tokens that each response is decoded between two checks by the host for responses that
-  # have ended. With a small value, their place in the batch is reused earlier. With a large value,
-  # the device waits for the host less often.
+  # Number of tokens that the device generates for each response before the host checks which
+  # responses have ended. With a small value, the place of an ended response in the batch is reused
+  # earlier. With a large value, the device waits for the host less often.
   c.rollout.chunk = 32
   # Number of prompts, each with all its samples, that are decoded at once, over all devices. When
-  # they end, waiting prompts take their place. 0 decodes all prompts of a step, or as many as fit
-  # into device memory.
+  # the responses to a prompt have ended, a waiting prompt takes its place. 0 decodes all prompts of
+  # a step at once, or as many as fit into device memory.
   c.rollout.groups = 0
-  # Number of devices that share the weights during rollouts; a multiple of mesh.tensor that divides
-  # the number of devices of a slice. Each of these devices stores its shard of all heads, hidden
-  # units and vocabulary in the dtype of activations, in addition to the training weights, and
-  # prompts are sharded over the other mesh axes. 0 uses the sharding of training, in which weights
-  # that are sharded over fsdp are gathered for every token.
+  # Number of devices that share the weights during rollouts. 0 uses the sharding of training, in
+  # which weights that are sharded over fsdp are gathered for every token. Another value must be a
+  # multiple of mesh.tensor and divide the number of devices of a slice. The weights are then copied
+  # before each rollout: in addition to its training weights, each device stores its shard of all
+  # heads, hidden units and vocabulary in the dtype of activations. Prompts are sharded over the
+  # other mesh axes.
   c.rollout.tensor = 0
   # Dtype of the keys and values of prompts during rollouts: "auto" (the dtype of activations) or
   # "int8" (about half the memory of bfloat16). Rounding to int8 changes the distribution that
@@ -245,8 +251,8 @@ def get_config() -> ConfigDict:
 
   # "synchronous": a step updates the policy that generated its responses.
   # "one_step_off": the responses of the next step are generated before the update of the current
-  #   step, so that the device does not wait for the graders. These responses come from the policy
-  #   one update earlier, which objective.correction corrects for; its default is then "tis". The
+  #   step, so that the device does not wait for rewards. These responses come from the policy
+  #   before the update. objective.correction corrects for this, and its default is then "tis". The
   #   step after a checkpoint generates its own responses.
   c.pipeline = "synchronous"
   # The stages of the run, in order: a tuple of sft() and rl().
@@ -257,7 +263,8 @@ def get_config() -> ConfigDict:
   # Number of steps between checkpoints, counted over all stages. The last step of a stage is always
   # saved.
   c.checkpoint.every = 50
-  # Number of latest checkpoints to keep. The one with the best held-out accuracy is also kept.
+  # Number of latest checkpoints to keep. The checkpoint with the best held-out accuracy is kept in
+  # addition.
   c.checkpoint.keep = 2
   # Number of worker processes that grade responses, for each process of the run.
   c.reward_workers = 2
@@ -270,9 +277,9 @@ def get_config() -> ConfigDict:
   # Number of steps between two printed lines of metrics, if the output is not a terminal.
   # metrics.jsonl and TensorBoard always contain every step.
   c.log_every = 1
-  # Number of steps between two steps whose responses are saved for the report. The first and the
-  # last step of an RL stage are always saved.
+  # Number of steps between two steps whose responses are saved for the report. The responses of the
+  # first and of the last step of an RL stage are always saved.
   c.rollouts_every = 10
-  # Number of prompts, each with all its samples, that are saved each time.
+  # Number of prompts, each with all its samples, that are saved in such a step.
   c.rollouts_kept = 4
   return c

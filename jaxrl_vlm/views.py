@@ -157,8 +157,8 @@ def noise(
       x′ = clip(x + std · ε, 0, 255),  ε ~ N(0, 1),  x in grey levels
 
   The released code of VPPO has this corruption with std 189 (`add_gaussian_noise`), but its runs
-  use patches. It rounds x′ down to whole levels; this function does not. The frames of a temporal patch
-  share ε, because a still image becomes noisy before it is repeated.
+  use patches. It rounds x′ down to whole levels; this function does not. The frames of a temporal
+  patch share ε, because a still image becomes noisy before it is repeated.
 
   Args:
     key: a key of jax.random, or one key for each prompt.

@@ -1,10 +1,11 @@
-"""Compiles each program once per process, even if tests build the same program several times.
+"""Compiles each program once per process, even if several tests build the same program.
 
-Tests build many objects (samplers, updates, whole runs) around the same small models. Each object
-has `jax.jit` functions of its own, so JAX traces and compiles equal programs again. Tracing is
-cheap; XLA is not. This module keeps every compiled program under the key that JAX's cache on disk
-uses, which covers the program, the compiler's options and the devices. In contrast to the cache on
-disk it also works for programs of several CPU devices: nothing is written and read back.
+Many tests create samplers, updates or whole runs of the same small models. Each of these objects
+has its own `jax.jit` functions, so JAX would compile identical programs again. This module keeps
+every compiled program in memory. It uses the key of JAX's persistent compilation cache, which
+depends on the program, the compiler options and the devices. The tests do not use the persistent
+cache for programs of several CPU devices (`parallel.cache_compilations`). This module keeps those
+programs too, because it does not serialize them.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ _programs: dict[Any, Any] = {}
 
 
 def install() -> None:
-  """Makes JAX look for compiled programs in this process before it compiles for the CPU."""
+  """Patches JAX so that it reuses the CPU programs that this process has already compiled."""
   from jax._src import cache_key, compiler
 
   compile_ = compiler.compile_or_get_cached
@@ -22,7 +23,7 @@ def install() -> None:
     def compiled():
       return compile_(backend, module, devices, options, host_callbacks, *rest, **kwargs)
 
-    if backend.platform != "cpu" or host_callbacks:  # callbacks belong to one object
+    if backend.platform != "cpu" or host_callbacks:  # a callback belongs to one object
       return compiled()
     ids = tuple(device.id for device in devices.flatten())
     key = cache_key.get(module, devices, options, backend), ids

@@ -1,4 +1,4 @@
-"""The CPU, eight virtual devices and quick compiling, all set before jax is first used."""
+"""Configures JAX before its first use: the CPU, eight virtual devices and quick compilation."""
 
 import os
 import pathlib
@@ -12,8 +12,8 @@ from tests.ordinary import ORDINARY
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = tiny_run.xla_flags(8)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Compiled programs, for all test processes and the runs that they start; as in those, nothing is
-# kept of several CPU devices (`parallel.cache_compilations`).
+# All test processes and the runs that they start share a compilation cache on disk. As in a run,
+# programs of several CPU devices are not cached there (`parallel.cache_compilations`).
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/jaxrl_vlm/xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 for name in ("JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR"):
@@ -28,7 +28,7 @@ compile_once.install()
 
 @pytest.fixture
 def one_device():
-  """The runs of this process use one of its virtual devices."""
+  """Runs in this process use one of its virtual devices."""
   with tiny_run.one_device():
     yield
 
@@ -42,7 +42,7 @@ def few_compiled_programs():
   """
   before = compile_once.count()
   yield
-  if compile_once.count() == before:  # reading the maps of a large process takes long
+  if compile_once.count() == before:  # reading the maps of a large process is slow
     return
   maps = pathlib.Path("/proc/self/maps")
   if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
@@ -73,13 +73,14 @@ def _mark_exhaustive(items) -> None:
 
 def pytest_collection_modifyitems(config, items):
   if any("::" in argument for argument in config.args):
-    return  # tests that are named run, whatever their markers
+    return  # tests that are named on the command line always run
   _mark_exhaustive(items)
   if "exhaustive" not in config.option.markexpr:
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
-  # Files with slow tests first: where processes share the files, none of these starts last.
+  # Files with slow tests come first. If several processes share the files, none of these files is
+  # started last.
   slow = dict.fromkeys((item.path for item in items), 0)
   for item in items:
     slow[item.path] += item.get_closest_marker("slow") is not None

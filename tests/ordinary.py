@@ -1,31 +1,30 @@
-"""Which cases of the large parametrized tests the ordinary test run contains.
+"""Lists the cases of large parametrized tests that run by default.
 
-Full products of families, methods, dtypes and devices take most of the time and run the same lines
-again and again. The ordinary run therefore contains a covering set: every value at least once, and
-every combination that has ever failed. All other cases of the tests below carry the marker
-`exhaustive`, and run with `pytest -m exhaustive`.
+Some tests are parametrized over all combinations of families, methods, dtypes or devices. Most of
+these combinations execute the same code. By default, `pytest` therefore runs a covering set: each
+value occurs at least once, here or in another test, and every combination that has ever failed is
+included. All other cases of these tests get the marker `exhaustive`. `pytest -m exhaustive` runs
+them.
 
 Each key is a test, `file::function`, with the file relative to `tests/`. Each value lists the ids
-of its ordinary cases; an empty tuple makes the whole test exhaustive. Ids that no longer exist are
-an error (see `tests/conftest.py`).
+of the cases that run by default. With an empty tuple, the whole test is exhaustive. An id that does
+not exist is an error (`tests/conftest.py` checks this).
 """
 
 ORDINARY: dict[str, tuple[str, ...]] = {
-  # Every estimator, policy loss and view has tests of its own in tests/objectives and
-  # tests/stages/test_programs.py. A run adds how they are connected: a greedy baseline with
-  # importance weights, several rewards, tokens chosen over the minibatch, a gradient through two
-  # views, and a view for each sample with dynamic sampling off.
+  # tests/objectives and tests/stages/test_programs.py test each estimator, policy loss and view
+  # separately, and tests/test_train.py trains with VPPO. The runs of this test check that a stage
+  # connects them correctly.
   "stages/test_every_method_trains.py::test_every_method_trains_and_logs_its_metrics": (
-    "remax",
-    "gdpo",
-    "clip_cov",
-    "papo_d",
-    "vppo",
+    "remax",  # a greedy baseline and importance weights
+    "gdpo",  # several rewards
+    "papo_d",  # a gradient through two views, and a mask for each sample
   ),
-  "stages/test_every_method_trains.py::test_kl_to_the_model_without_adapters_is_zero_at_the_first_step": (
+  "stages/test_every_method_trains.py::test_new_adapters_have_zero_kl_to_the_reference": (
     "reward",
   ),
-  # The tiny run itself is a Qwen2.5-VL; these two have other layers, experts and another tower.
+  # Other tests train a tiny Qwen2.5-VL. These two families have different decoder layers, experts
+  # (Qwen3-VL-MoE) and a different vision tower (Gemma 3).
   "stages/test_every_family_trains.py::test_an_rl_stage_trains_and_saves_every_family": (
     "qwen3_vl_moe",
     "gemma3",
@@ -34,39 +33,41 @@ ORDINARY: dict[str, tuple[str, ...]] = {
     "papo_full-qwen2_5_vl",
     "grpo-qwen3_vl",
   ),
-  "stages/test_programs.py::test_gradient_is_that_of_separate_sequences_and_the_formula": (
+  "stages/test_programs.py::test_the_gradient_equals_that_of_the_formula_on_separate_sequences": (
     "papo_masked_gradient",
     "vppo",
   ),
   "stages/test_programs.py::test_microbatches_do_not_change_the_gradient": ("papo_per_sample",),
-  "stages/test_programs.py::test_images_of_the_host_go_with_their_prompts": ("sample",),
-  "stages/test_programs.py::test_dealt_to_devices_and_microbatches_prompts_stay_themselves": (
+  "stages/test_programs.py::test_images_masked_on_the_host_equal_images_masked_on_the_device": (
     "sample",
   ),
-  # Several microbatches and minibatches, and gradients through all views. test_packing.py checks
-  # the layout itself.
-  "stages/test_programs.py::test_packing_changes_nothing": (
+  "stages/test_programs.py::test_balancing_prompts_over_devices_does_not_change_an_update": (
+    "sample",
+  ),
+  # Several microbatches and minibatches, and gradients through all views. test_packing.py tests
+  # the packing itself.
+  "stages/test_programs.py::test_packing_does_not_change_scores_gradients_or_metrics": (
     "vppo-fields3-split3",
     "papo-fields6-split6",
   ),
-  "stages/test_programs.py::test_minibatches_are_updates_one_after_another": ("papo",),
-  "stages/test_programs.py::test_masked_views_are_the_same_on_four_devices": ("noise",),
-  # All three axes of the mesh at once.
+  "stages/test_programs.py::test_minibatches_equal_consecutive_updates": ("papo",),
+  "stages/test_programs.py::test_masked_views_are_equal_on_one_and_four_devices": ("noise",),
+  # All three axes of the mesh are larger than 1.
   "parallel/test_mesh.py::test_training_on_eight_devices_equals_one_device": (
     "slice2-fsdp2-tensor2",
   ),
   "parallel/test_mesh.py::test_parameters_and_optimizer_state_are_sharded": (
     "slice2-fsdp2-tensor2",
   ),
-  # Rollouts with their own sharding, and minibatches with microbatches.
+  # A rollout with another sharding than the update, and minibatches with microbatches.
   "parallel/test_collectives.py::test_devices_gather_only_weights_of_one_layer_and_small_arrays": (
     "fsdp x tensor-axes1-4-1",
     "fsdp, minibatches-axes3-0-2",
   ),
-  # libtpu compiles the programs of PAPO in the same file, and those of VPPO in test_plan.py.
-  "parallel/test_tpu.py::test_programs_of_specific_objectives_compile": ("full KL",),
+  # The programs of PAPO and VPPO compile for TPUs in other tests of this file and of test_plan.py.
+  "parallel/test_tpu.py::test_programs_of_specific_objectives_compile": (),
   "parallel/test_tpu.py::test_every_family_compiles": ("Qwen3-VL-30B-A3B",),
-  # Every family, and both embeddings (tied, and with a head of their own).
+  # Every family. Both kinds of output layer: tied to the input embedding, and a separate head.
   "models/test_models.py::test_greedy_generation_equals_transformers": (
     "qwen2_vl-tied",
     "qwen2_5_vl-head",
@@ -74,21 +75,21 @@ ORDINARY: dict[str, tuple[str, ...]] = {
     "qwen3_vl_moe-head",
     "gemma3-tied",
   ),
-  # Qwen2-VL has the decoder of Qwen2.5-VL.
+  # Qwen2-VL is left out, because it has the same decoder as Qwen2.5-VL.
   "models/test_models.py::test_remat_does_not_change_gradients": (
     "qwen2_5_vl-head-dots",
     "qwen3_vl-tied-full",
     "qwen3_vl_moe-head-full",
     "gemma3-tied-dots",
   ),
-  # Gemma 3 has sliding windows besides; the other tests of the file use Qwen2.5-VL.
+  # The other tests of the file use Qwen2.5-VL. Gemma 3 also has sliding-window attention.
   "rollout/test_sampler.py::test_responses_do_not_depend_on_the_schedule": ("gemma3",),
-  "stages/test_resume.py::test_moments_of_another_kind_are_resumed": ("host",),
-  "stages/test_resume.py::test_asked_within_a_step_it_stops_there": (
+  "stages/test_resume.py::test_a_run_with_moments_on_the_host_or_in_bfloat16_resumes": ("host",),
+  "stages/test_resume.py::test_a_signal_within_a_step_stops_the_run_before_its_update": (
     "in the first rollout",
     "before the update",
   ),
-  # Sums, sorts and choices over the minibatch.
+  # Objectives that sum, sort or select over the whole minibatch.
   "objectives/test_properties.py::test_eight_devices_equal_one": (
     "clip_cov",
     "gmpo",
@@ -97,12 +98,15 @@ ORDINARY: dict[str, tuple[str, ...]] = {
     "vppo_gspo",
   ),
   "test_train.py::test_every_method_trains": ("vppo",),
-  # Runs of two processes cover the same code. Another test of the file starts four processes.
+  # A search compiles the plan of each mesh. Two other tests of the file compile a plan.
+  "test_plan.py::test_a_search_finds_a_mesh_for_all_stages_and_prints_its_flags": (),
+  # The tests with two processes execute the same code, and another test of the file starts four
+  # processes.
   "parallel/test_processes.py::test_four_processes_with_dynamic_sampling_equal_one": (),
   "parallel/test_processes.py::test_two_processes_equal_one_in_other_configs": (
     "adapters, greedy baseline",
   ),
-  # The test after this one also kills process 0, the coordinator, without a training run.
+  # The next test also kills process 0, which is the coordinator, but without a training run.
   "parallel/test_processes.py::test_the_other_process_names_a_killed_process_and_the_run_resumes": (
     "1-in a save",
   ),

@@ -1,4 +1,4 @@
-"""Every token of every response stands in exactly one block, and few blocks hold nothing."""
+"""Tests packing: every token of the responses is in exactly one block, and padding is rare."""
 
 import dataclasses
 
@@ -25,37 +25,39 @@ from tests import tiny_run
   st.integers(1, 3),
   st.integers(0, 2**31),
 )
-def test_every_token_once(splits, devices, here, group, size, tile, seed):
+def test_every_token_is_in_exactly_one_block(splits, devices, share, group, size, tile, seed):
+  """Each device has `share` prompts of each piece of the batch."""
   rng = np.random.default_rng(seed)
   longest = 13
-  each = -(-longest // size)
-  lengths = rng.integers(0, longest + 1, (splits * devices * here, group))
+  each = -(-longest // size)  # blocks of the longest response
+  lengths = rng.integers(0, longest + 1, (splits * devices * share, group))
   room = -(-(each + int(rng.integers(0, 5))) // tile) * tile
   packer = Packer(splits, devices, size, room, tile)
   index, used = packer(lengths, longest)
-  # By hand: prompt i·splits + piece; a device has neighbouring i.
+  # A piece has the prompts i·splits + piece. A device has consecutive i.
   for piece in range(splits):
-    prompts = np.arange(piece, len(lengths), splits).reshape(devices, here)
+    prompts = np.arange(piece, len(lengths), splits).reshape(devices, share)
     for device in range(devices):
-      mine = index[piece, :, device]
-      assert (mine[used[piece] :] == here * group * each).all()
-      for part in mine:
-        held = part[part < here * group * each]
-        # Those of a response are all there, one after another, from its first.
-        for response in np.unique(held // each):
+      passes = index[piece, :, device]
+      empty = share * group * each  # the number that stands for an empty block
+      assert (passes[used[piece] :] == empty).all()
+      for one_pass in passes:
+        filled = one_pass[one_pass < empty]
+        # All blocks of a response are in the same pass, consecutive and in order.
+        for response in np.unique(filled // each):
           i, g = divmod(int(response), group)
-          numbers = held[held // each == response] % each
-          wanted = -(-lengths[prompts[device, i], g] // size)
-          np.testing.assert_array_equal(numbers, np.arange(wanted))
-          assert (np.diff(np.flatnonzero(held // each == response)) == 1).all()
-        # No tile holds two prompts, and what holds nothing stands behind the rest of it.
-        for blocks in part.reshape(-1, tile):
-          real = blocks < here * group * each
+          numbers = filled[filled // each == response] % each
+          expected = -(-lengths[prompts[device, i], g] // size)
+          np.testing.assert_array_equal(numbers, np.arange(expected))
+          assert (np.diff(np.flatnonzero(filled // each == response)) == 1).all()
+        # A tile has blocks of one prompt. Its empty blocks come last.
+        for blocks in one_pass.reshape(-1, tile):
+          real = blocks < empty
           assert len(set((blocks[real] // each // group).tolist())) <= 1
           assert (np.diff(real.astype(int)) <= 0).all()
-      held = mine[mine < here * group * each]
-      assert len(set(held.tolist())) == len(held)
-      assert len(held) == (-(-lengths[prompts[device]] // size)).sum()
+      filled = passes[passes < empty]
+      assert len(set(filled.tolist())) == len(filled)
+      assert len(filled) == (-(-lengths[prompts[device]] // size)).sum()
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -63,8 +65,10 @@ def test_every_token_once(splits, devices, here, group, size, tile, seed):
 @pytest.mark.parametrize(
   ("devices", "microbatches", "prompts"), [(1, 1, 64), (1, 4, 64), (8, 1, 128), (8, 4, 512)]
 )
-def test_little_is_padding(devices, microbatches, prompts, most, kernel, monkeypatch):
-  """Of what a stage computes with its defaults; log-normal lengths, a quarter of the limit."""
+def test_less_than_15_percent_of_the_computed_tokens_is_padding(
+  devices, microbatches, prompts, most, kernel, monkeypatch
+):
+  """Uses the defaults of a stage, and log-normal lengths with a mean of about `most` / 4."""
   config = dataclasses.replace(
     scratch.model_config(tiny_run.ARCHITECTURE), attention="splash" if kernel else "xla"
   )
@@ -85,14 +89,14 @@ def test_little_is_padding(devices, microbatches, prompts, most, kernel, monkeyp
   for seed in range(3):
     lengths = np.random.default_rng(seed).lognormal(np.log(most) - 1.62, 0.8, (prompts, 8, 1))
     masks.append(np.arange(most) < lengths)
-  dealt = np.mean([padding(mask) for mask in masks])
-  assert dealt < 0.15
-  if devices > 1:
+  balanced_padding = np.mean([padding(mask) for mask in masks])
+  assert balanced_padding < 0.15
+  if devices > 1:  # without balancing over devices, there is more padding
     monkeypatch.setattr(programs, "balanced", lambda loads, *_: np.arange(len(loads)))
-    assert np.mean([padding(mask) for mask in masks]) > dealt + 0.02
+    assert np.mean([padding(mask) for mask in masks]) > balanced_padding + 0.02
 
 
-def test_room_for_the_longest():
+def test_a_pass_must_have_room_for_the_longest_response():
   with pytest.raises(ValueError, match="room=3: expected a multiple of tile=1, at least the 4 blo"):
     Packer(1, 1, 16, 3)(np.ones((2, 2), int), 64)
 
@@ -101,17 +105,20 @@ def test_room_for_the_longest():
 @given(
   st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(0, 2**31)
 )
-def test_balanced_moves_nobody_to_another_minibatch(devices, microbatches, minibatches, here, seed):
-  loads = np.random.default_rng(seed).integers(0, 1000, devices * microbatches * minibatches * here)
+def test_balancing_keeps_every_prompt_in_its_minibatch(
+  devices, microbatches, minibatches, share, seed
+):
+  count = devices * microbatches * minibatches * share
+  loads = np.random.default_rng(seed).integers(0, 1000, count)
   order = balanced(loads, devices, microbatches, minibatches)
   np.testing.assert_array_equal(np.sort(order), np.arange(len(loads)))
   np.testing.assert_array_equal(order % minibatches, np.arange(len(loads)) % minibatches)
 
 
-def test_balanced_by_hand():
-  """Two devices, two microbatches: the long ones first, 9 and 6 beside 8 and 7."""
+def test_balancing_deals_prompts_in_order_of_decreasing_load():
+  """Two devices and two microbatches: the first microbatch has 9 and 6 beside 8 and 7."""
   loads = np.array([1, 9, 2, 8, 3, 7, 4, 6])
-  # Of a device: prompt i of its share, microbatch by microbatch.
+  # Axes: device, prompt of the device in a microbatch, microbatch.
   by_device = loads[balanced(loads, 2, 2)].reshape(2, 2, 2)
   assert by_device[:, :, 0].tolist() == [[9, 6], [8, 7]]
   assert by_device[:, :, 1].tolist() == [[4, 1], [3, 2]]

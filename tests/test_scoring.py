@@ -1,4 +1,4 @@
-"""The divergence of two views against its definition on full logits."""
+"""Compares the full KL between two views with its definition on all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,10 @@ SUPPRESSED = (3, 17, 49)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "head"])
 def setup(request):
-  """A model of which only the unembedding is used, its parameters, hidden states of two views."""
+  """A model, parameters of its unembedding, and hidden states of two views.
+
+  The tests use only the unembedding of the model.
+  """
   vision = VisionConfig(
     depth=1,
     hidden_size=8,
@@ -52,17 +55,17 @@ def setup(request):
 
 
 def slow_kl(table, hidden, hidden_masked, temperature):
-  """f32[P, G, T] from all logits of the tokens that can be sampled."""
+  """Computes the KL f32[P, G, T] from all logits of the tokens that can be sampled."""
   allowed = np.setdiff1d(np.arange(V), SUPPRESSED)
   clean, masked = (h @ table[allowed].T / temperature for h in (hidden, hidden_masked))
-  # log softmax, for probabilities leave float32's range.
+  # Uses log_softmax, because probabilities can be too small for float32.
   p, q = jax.nn.log_softmax(clean), jax.nn.log_softmax(masked)
   return (jnp.exp(p) * (p - q)).sum(axis=-1)
 
 
 @pytest.mark.parametrize("chunk", [128, 3, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_full_kl_and_its_gradients_are_those_of_the_definition(setup, chunk, temperature):
+def test_full_kl_and_its_gradients_equal_the_definition(setup, chunk, temperature):
   model, params, table, hidden, hidden_masked = setup
   weights = jnp.asarray(np.random.default_rng(1).normal(size=(P, G, T)), jnp.float32)
 
@@ -82,7 +85,7 @@ def test_full_kl_and_its_gradients_are_those_of_the_definition(setup, chunk, tem
     grads[name], kl[name] = run(params, hidden, hidden_masked)
   assert kl["fast"].shape == (P, G, T) and kl["fast"].dtype == jnp.float32
   assert np.asarray(kl["fast"]).min() > 0.1
-  # float32 sums over the vocabulary in another order.
+  # float32 sums over the vocabulary are in another order.
   np.testing.assert_allclose(kl["fast"], kl["slow"], rtol=1e-4)
 
   def close(a, b):
@@ -91,21 +94,22 @@ def test_full_kl_and_its_gradients_are_those_of_the_definition(setup, chunk, tem
   jax.tree.map(close, grads["fast"], grads["slow"])
 
 
-def test_full_kl_of_equal_views_is_zero_and_so_is_its_gradient(setup):
+def test_full_kl_of_equal_views_and_its_gradient_are_zero(setup):
   model, params, _, hidden, _ = setup
   kl = scoring.full_kl(model, params, hidden, params, hidden, 0.8, 3)
   np.testing.assert_array_equal(kl, np.zeros((P, G, T)))
   grads = jax.grad(lambda a, b: scoring.full_kl(model, params, a, params, b).sum(), argnums=(0, 1))(
     hidden, hidden
   )
-  for grad in grads:  # the minimum; float32 rounding of p − q
+  for grad in grads:  # 0 at the minimum, up to the rounding of p − q in float32
     np.testing.assert_allclose(grad, np.zeros_like(grad), atol=1e-5)
 
 
-def test_full_kl_stays_finite_where_a_suppressed_token_would_be_certain(setup):
+def test_full_kl_is_finite_if_a_suppressed_token_has_almost_all_probability(setup):
   model, params, table, hidden, hidden_masked = setup
-  loud = 20 * table[SUPPRESSED[0]]  # both views would all but surely produce it
-  hidden, hidden_masked = loud + hidden, loud + hidden_masked
+  # Without suppression, both views would give this token a probability close to 1.
+  offset = 20 * table[SUPPRESSED[0]]
+  hidden, hidden_masked = offset + hidden, offset + hidden_masked
 
   def total(params, hidden, hidden_masked):
     return scoring.full_kl(model, params, hidden, params, hidden_masked, 1.0, 2).sum()
@@ -119,11 +123,11 @@ def test_full_kl_stays_finite_where_a_suppressed_token_would_be_certain(setup):
   np.testing.assert_array_equal(of_table[np.array(SUPPRESSED)], 0)
 
 
-def test_no_array_holds_the_vocabulary_for_all_response_tokens(setup):
-  """In values and gradients; `token_stats` likewise."""
-  model, params, _, *two = setup
+def test_logits_never_exist_for_all_response_tokens_at_once(setup):
+  """Checks the shapes in the forward and backward pass of `full_kl` and `token_stats`."""
+  model, params, _, *both = setup
   length, chunk = 24, 4
-  hidden, hidden_masked = (jnp.tile(h[:, :, :1], (1, 1, length, 1)) for h in two)
+  hidden, hidden_masked = (jnp.tile(h[:, :, :1], (1, 1, length, 1)) for h in both)
   tokens = jnp.zeros((P, G, length), jnp.int32)
 
   def divergence(params, hidden):
@@ -141,7 +145,7 @@ def test_no_array_holds_the_vocabulary_for_all_response_tokens(setup):
 
 
 def shapes_in(jaxpr):
-  """Of every value of a jaxpr, those within its loops too."""
+  """Yields the shape of every value in a jaxpr and in the jaxprs that it contains."""
   for equation in jaxpr.eqns:
     yield from (out.aval.shape for out in equation.outvars)
     for inner in jax.tree.leaves(list(equation.params.values())):

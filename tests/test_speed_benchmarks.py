@@ -1,5 +1,6 @@
-"""Tests the arithmetic of the speed benchmarks, and that each runs on a model of a few thousand
-parameters. No test asserts a speed.
+"""Tests the calculations of the speed benchmarks, and runs each of them on a tiny model.
+
+No test asserts a speed.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ TEXTS = [f"the word {i}" for i in range(400)]
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly():
-  """Turns off most of XLA's optimizations, because these programs run only once or twice."""
+  """Turns off most optimizations of XLA, because these programs run only once or twice."""
   before = jax.config.read("jax_disable_most_optimizations")
   jax.config.update("jax_disable_most_optimizations", True)
   yield
@@ -55,7 +56,7 @@ def test_stored_results_are_not_measured_again(tmp_path):
   assert speed.Results(path, again=True).get("one", measure)["value"] == 3
 
 
-def test_sides_take_turns_and_warm_up_turns_do_not_count():
+def test_measured_functions_run_alternately_and_warm_up_turns_are_not_counted():
   order = []
   seconds = speed.take_turns({name: lambda n=name: order.append(n) for name in "ab"}, 2)
   assert order == list("ababab")
@@ -66,7 +67,7 @@ def test_sides_take_turns_and_warm_up_turns_do_not_count():
 
 
 @pytest.mark.parametrize("side", [0, 4])
-def test_synthetic_prompts_have_the_form_of_a_processors_prompts(config, side):
+def test_synthetic_prompts_have_the_structure_of_real_prompts(config, side):
   prompt = speed.make_prompt(config, 2, 10, side)
   tokens, image = side**2 // 4, json.loads(config.hf)["image_token_id"]
   assert prompt.tokens.shape == (2, 10 + tokens) and (prompt.length == 10 + tokens).all()
@@ -91,16 +92,16 @@ def folder(tmp_path_factory):
 def test_update_benchmark(folder, monkeypatch):
   monkeypatch.setattr(update, "GROUP", 2)
   case = update.Case("small", side=4, prompts=2)
-  # The benchmark fails if the norms of the three gradients differ.
+  # `measure` raises an error if the norms of the three gradients differ.
   result = update.measure(folder, case, repeats=1, product=64)
-  text = [64] * 2
+  lengths = [64] * 2
   config = models.from_directory(folder)
-  whole = 2 * flops.forward_backward(config, update.TEXT + 4, text, [(4, 4)])
-  assert result["model_flops"]["shared"] == whole
-  apart = 4 * flops.forward_backward(config, update.TEXT + 4, text[:1], [(4, 4)])
-  assert result["fewer_flops"] == pytest.approx(apart / whole)
+  shared = 2 * flops.forward_backward(config, update.TEXT + 4, lengths, [(4, 4)])
+  assert result["model_flops"]["shared"] == shared
+  separate = 4 * flops.forward_backward(config, update.TEXT + 4, lengths[:1], [(4, 4)])
+  assert result["fewer_flops"] == pytest.approx(separate / shared)
   assert result["share"] == pytest.approx((result["faster"] - 1) / (result["fewer_flops"] - 1))
-  assert result["padding"] == 0  # 256 response tokens fill a pass of 256
+  assert result["padding"] == 0  # the 256 response tokens fill a pass of 256 tokens
   assert "target: 70%" in update.describe(case.name, result)
 
 
@@ -113,16 +114,18 @@ def test_padding_is_the_share_of_computed_tokens_outside_responses():
 
 
 def test_preprocessing_and_grading_benchmarks():
-  found = host.preprocessing(count=1, repeats=1)  # fails if patches differ from transformers
+  # `preprocessing` raises an error if the patches differ from those of transformers.
+  found = host.preprocessing(count=1, repeats=1)
   assert set(found) == {"decoded", "JPEG"}
   graded = {
     name: host.grading(name, 1, prompts=4, group=2, repeats=1) for name in ("math", "exact")
   }
-  assert graded["math"]["mean_reward"] == 0.5  # accepts any notation
+  # Half of the responses are right. `math` accepts any notation of a fraction, and `exact` does not.
+  assert graded["math"]["mean_reward"] == 0.5
   assert graded["exact"]["mean_reward"] == 0.25
 
 
-def test_the_trace_distinguishes_calls_with_an_idle_device():
+def test_the_trace_counts_calls_with_an_idle_device_separately():
   trace = host.Trace()
   busy = iter([True, False, True])
   trace.in_flight = lambda: next(busy)
@@ -139,7 +142,7 @@ def test_the_trace_distinguishes_calls_with_an_idle_device():
   assert text.startswith("RL step, tiny, 1.00 s: grade ")
 
 
-def test_drawing_the_phases_of_a_step(tmp_path):
+def test_the_phases_of_a_step_are_drawn(tmp_path):
   parts = {part: 0.5 + i for i, part in enumerate([*host.PARTS, "everything else"])}
   values = {
     f"parts, {name}": {"parts": parts, "step_seconds": sum(parts.values())} for name in host.RUNS
@@ -148,7 +151,7 @@ def test_drawing_the_phases_of_a_step(tmp_path):
   assert (tmp_path / "step.png").stat().st_size > 5_000
 
 
-def test_growth_benchmark_of_one_point(config, monkeypatch):
+def test_growth_benchmark_measures_a_point(config, monkeypatch):
   monkeypatch.setattr(growth, "ARCHITECTURE", tiny_run.ARCHITECTURE)
   point = growth.Point(prompts=2, group=2, prompt=16, response=8, vocabulary=320)
   found = growth.measure("rollout", point, repeats=1)
@@ -157,7 +160,7 @@ def test_growth_benchmark_of_one_point(config, monkeypatch):
   assert growth.model_flops("rollout", point) == 2 * flops.forward(config, 16, [8, 8])
 
 
-def test_the_table_and_the_plot_of_growth(tmp_path, monkeypatch, capsys):
+def test_growth_benchmark_prints_its_table_and_draws_its_plot(tmp_path, monkeypatch, capsys):
   assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
   values = {}
   for axis, sizes in growth.AXES.items():
@@ -174,7 +177,7 @@ def test_the_table_and_the_plot_of_growth(tmp_path, monkeypatch, capsys):
   growth.main()
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) == 2 + 2 * len(growth.AXES)
-  # These seconds are proportional to model FLOPs, so the slopes must be equal.
+  # The seconds of this test are proportional to model FLOPs, so the slopes must be equal.
   cells = [[c.strip() for c in line.split("|")[1:-1]] for line in lines[2:]]
   assert all(row[6] == row[7] for row in cells)
   assert cells[0][:4] == ["responses of a prompt (G)", "1", "32", "rollout"]
@@ -201,7 +204,8 @@ def test_gpu_benchmark_on_a_very_small_model(config, tmp_path, monkeypatch):
 
   params = models.abstract_params(config)
   weights = sum(x.size for x in jax.tree.leaves((params["decoder"], params["head"])))
-  kv = 2 * 2 * 2 * 8 * 4  # keys and values of 2 layers, 2 heads of 8 numbers, float32
+  # Bytes of a position: keys and values, 2 layers, 2 heads of size 8, float32.
+  kv = 2 * 2 * 2 * 8 * 4
   step = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params)
   want = 4 * weights + size.prompts * kv * (12 - 1 + size.group * 6)
   assert gpu.decode_bytes(config, step, 12, size) == want
@@ -211,7 +215,7 @@ def test_gpu_benchmark_on_a_very_small_model(config, tmp_path, monkeypatch):
     gpu.main()
 
 
-def test_the_gpu_benchmark_chooses_the_kernels_of_its_gpu():
+def test_gpu_benchmark_chooses_the_attention_kernel_of_the_gpu():
   class Card:
     platform, device_kind, compute_capability = "gpu", "a card", "9.0"
 

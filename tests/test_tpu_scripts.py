@@ -37,7 +37,7 @@ FLAGS = [
 #   ["do", command] to run a shell command before the call goes on as usual.
 # Calls without an answer act on a small cloud with two workers. The bucket and the home directories
 # of the workers are directories in $WORLD.
-FAKE_PROGRAM = r"""#!PYTHON
+FAKE_PROGRAM = r"""#!PYTHON -SE
 import fcntl, json, os, pathlib, re, shutil, subprocess, sys
 
 world = pathlib.Path(os.environ["WORLD"])
@@ -150,7 +150,7 @@ FAKE_PYTHON = r"""#!/usr/bin/env bash
 set -eu
 for word in "$@"; do case $word in --workdir=*) workdir=${word#*=};; esac; done
 mkdir -p "$HOME/launches"
-PYTHON -c 'import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))' \
+PYTHON -SE -c 'import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))' \
   "$@" >>"$HOME/launches/all"
 what=$(sed -n "$(wc -l <"$HOME/launches/all")p" "$WORLD/behaviour")
 if [ -z "$what" ]; then what=$(tail -n 1 "$WORLD/behaviour"); fi

@@ -1,4 +1,4 @@
-"""Corruptions of images against slow ones, written on whole images from their definitions."""
+"""Compares the corruptions of images with slow versions that work on whole images."""
 
 import dataclasses
 import functools
@@ -19,9 +19,9 @@ from jaxrl_vlm.data.layout import lay_out_patches
 from jaxrl_vlm.types import Prompt
 from tests import tiny
 
-SIDE, N = 4, 160  # pixels of a patch, patches of a row
-# (frames, rows, columns) of patches: two images and a video of two temporal patches; a single
-# large image; text only.
+SIDE, N = 4, 160  # side of a patch in pixels, number of patches in a row
+# For each merge size, the grids (temporal patches, rows, columns) of the images of three prompts:
+# two images and a video of two temporal patches, one large image, text only.
 GRIDS = {
   2: ([(1, 6, 4), (1, 2, 10), (2, 4, 6)], [(1, 12, 8)], []),
   4: ([(1, 4, 8), (1, 8, 4), (2, 4, 4)], [(1, 12, 8)], []),
@@ -30,7 +30,10 @@ GRIDS = {
 
 @functools.cache
 def make(merge: int, frames: int = 2):
-  """(settings, prompt, videos): the prompt and the pixels [T·t, H, W, 3] it was made of."""
+  """Returns (settings, prompt, videos) with the pixels [T·t, H, W, 3] of each image of the prompt.
+
+  T is the number of temporal patches, and t the number of frames in a temporal patch.
+  """
   settings = PatchSettings(patch_size=SIDE, temporal_patch_size=frames, merge_size=merge)
   rng = np.random.default_rng(merge)
   fields = {
@@ -47,7 +50,7 @@ def make(merge: int, frames: int = 2):
       shape = (t * frames, height * SIDE, width * SIDE, 3)
       pixels = rng.integers(0, 256, shape).astype(np.uint8)
       if t == 1:
-        pixels[:] = pixels[:1]  # a still image is repeated
+        pixels[:] = pixels[:1]  # an image fills a temporal patch by repetition
       videos[-1].append(pixels)
     patches = [patchify(v, settings) for v in videos[-1]]
     laid = lay_out_patches(grids, merge, SIDE, None)
@@ -84,16 +87,16 @@ def shape(settings: PatchSettings) -> tuple[int, int, int, int]:
 
 
 def frames_of(settings: PatchSettings, prompt: Prompt, row: int) -> list[np.ndarray]:
-  """Grey levels [t, H, W, 3] of each frame of a row, put together by patch_positions."""
+  """Assembles the patches of a row into the grey levels [t, H, W, 3] of each temporal patch."""
   t, p = settings.temporal_patch_size, settings.patch_size
   mean, std = (np.array(a)[:, None, None, None] for a in (settings.image_mean, settings.image_std))
   segments = np.asarray(prompt.patch_segments[row])
   out = []
   for segment in range(1, segments.max() + 1):
-    at = np.flatnonzero(segments == segment)
-    rows, cols = np.asarray(prompt.patch_grids[row, at[0]])
+    index = np.flatnonzero(segments == segment)
+    rows, cols = np.asarray(prompt.patch_grids[row, index[0]])
     frame = np.full((t, rows * p, cols * p, 3), np.nan)
-    for i in at:
+    for i in index:
       r, c = np.asarray(prompt.patch_positions[row, i]) * p
       patch = np.asarray(prompt.patches[row, i], np.float64).reshape(3, t, p, p)
       frame[:, r : r + p, c : c + p] = ((patch * std + mean) * 255).transpose(1, 2, 3, 0)
@@ -109,7 +112,7 @@ def assert_only_patches_of_images_changed(new: Prompt, old: Prompt) -> None:
   np.testing.assert_array_equal(np.asarray(new.patches)[padding], old.patches[padding])
 
 
-def test_level_patch_is_what_the_processor_makes_of_an_image_of_one_level():
+def test_level_patch_equals_a_processed_image_of_one_grey_level():
   settings, *_ = make(2)
   for level in (0, 128, 255):
     pixels = np.full((2, 8, 8, 3), level, np.uint8)
@@ -117,15 +120,15 @@ def test_level_patch_is_what_the_processor_makes_of_an_image_of_one_level():
       np.testing.assert_array_equal(level_patch(settings, level), patch)
 
 
-def draws(key, rate: float, prompt: Prompt) -> np.ndarray:
-  """bool[P, N]; each row with a key of its own."""
+def selected_patches(key, rate: float, prompt: Prompt) -> np.ndarray:
+  """Selects each patch with probability `rate`: bool[P, N]. Each row has its own random key."""
   keys, count = jax.random.split(key, prompt.patches.shape[0]), prompt.patches.shape[1]
   return np.stack([jax.random.bernoulli(key, rate, (count,)) for key in keys])
 
 
 @pytest.mark.parametrize("merge", [2, 4])
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 20])
-def test_black_patches_are_squares_of_the_grid_drawn_at_their_corners(merge, block):
+def test_black_squares_are_selected_by_their_upper_left_patch(merge, block):
   settings, prompt, _ = make(merge)
   black, _ = levels(settings)
   key = jax.random.key(3)
@@ -133,30 +136,30 @@ def test_black_patches_are_squares_of_the_grid_drawn_at_their_corners(merge, blo
     lambda prompt: views.black_patches(key, prompt, 0.4, black, block=block, merge_size=merge)
   )(prompt)
   assert_only_patches_of_images_changed(new, prompt)
-  drawn = draws(key, 0.4, prompt)
+  selected = selected_patches(key, 0.4, prompt)
   for row, grids in enumerate(GRIDS[merge]):
-    frames, places = frames_of(settings, new, row), frames_of(settings, prompt, row)
-    # The draw of each patch, laid over the frames.
-    index = prompt.replace(
-      patches=np.broadcast_to(drawn[..., None], prompt.patches.shape).astype("f4")
+    frames, clean_frames = frames_of(settings, new, row), frames_of(settings, prompt, row)
+    # Frames that show which patches are selected. Patches of 0 and 1 become the grey levels
+    # mean·255 and (mean + std)·255.
+    selection = prompt.replace(
+      patches=np.broadcast_to(selected[..., None], prompt.patches.shape).astype("f4")
     )
-    # patches of 0 and 1 come back as grey levels mean·255 and (mean + std)·255
     hits = [
       f > 255 * (np.array(settings.image_mean) + np.array(settings.image_std) / 2)
-      for f in frames_of(settings, index, row)
+      for f in frames_of(settings, selection, row)
     ]
     assert len(frames) == sum(grid[0] for grid in grids)
     square = block * SIDE
-    for frame, expected, hit in zip(frames, places, hits, strict=True):
+    for frame, expected, hit in zip(frames, clean_frames, hits, strict=True):
       for y in range(0, frame.shape[1], square):
         for x in range(0, frame.shape[2], square):
           if hit[0, y, x, 0]:
             expected[:, y : y + square, x : x + square] = 0
-      # float32 pixels of up to 255.
+      # Grey levels of up to 255 in float32.
       np.testing.assert_allclose(frame, expected, atol=1e-4)
 
 
-def test_black_patches_are_as_many_as_the_rate_and_follow_the_key():
+def test_the_share_of_black_patches_is_the_rate_and_the_key_selects_them():
   settings, prompt, _ = make(2)
   black, _ = levels(settings)
   many = views.repeat_prompts(prompt, 200)
@@ -170,35 +173,34 @@ def test_black_patches_are_as_many_as_the_rate_and_follow_the_key():
     hit = darkened(0)
     np.testing.assert_array_equal(hit, darkened(0))
     assert (hit != darkened(1)).any()
-    assert (hit[0] != hit[1]).any()  # copies of a prompt are drawn each for itself
-    # Five standard deviations of the mean of independent squares of equal size.
+    assert (hit[0] != hit[1]).any()  # copies of a prompt have different masks
+    # Five standard deviations of the mean over independent squares of equal size.
     spread = 5 * np.sqrt(0.3 * 0.7 / (200 * per_sample))
     assert abs(hit[real].mean() - 0.3) < spread
 
 
-def test_one_patch_a_square_needs_no_layout_and_is_the_plain_draw():
+def test_squares_of_one_patch_are_selected_independently_without_a_merge_size():
   settings, prompt, _ = make(2)
   black, _ = levels(settings)
   key = jax.random.key(7)
-  drawn = draws(key, 0.5, prompt)
-  chosen = drawn & (prompt.patch_segments > 0)
+  chosen = selected_patches(key, 0.5, prompt) & (prompt.patch_segments > 0)
   expected = np.where(chosen[..., None], black, prompt.patches)
   np.testing.assert_array_equal(views.black_patches(key, prompt, 0.5, black).patches, expected)
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_solid_is_what_the_processor_makes_of_a_grey_image(level):
+def test_solid_equals_a_processed_grey_image(level):
   settings, prompt, videos = make(2)
   new = views.solid(prompt, level, *levels(settings))
   assert_only_patches_of_images_changed(new, prompt)
   for row, pixels in enumerate(videos):
     expected = [patchify(np.full_like(v, level), settings) for v in pixels]
     expected = np.concatenate([np.zeros((0, settings.patch_dim)), *expected])
-    # Two roundings of float32.
+    # Two float32 operations are rounded.
     np.testing.assert_allclose(new.patches[row, : len(expected)], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_noise_is_gaussian_in_grey_levels_and_cut_at_black_and_white():
+def test_noise_is_gaussian_in_grey_levels_and_clipped_at_black_and_white():
   settings, prompt, _ = make(2)
   black, white = levels(settings)
   many = views.repeat_prompts(prompt, 40)
@@ -211,7 +213,7 @@ def test_noise_is_gaussian_in_grey_levels_and_cut_at_black_and_white():
   np.testing.assert_array_equal(new.patches, noisy(0, 189.0).patches)
   assert (np.asarray(new.patches) != noisy(1, 189.0).patches).any()
 
-  # The same draws at a 1000th of the size tell ε wherever nothing is cut.
+  # The same key with a thousandth of the std gives ε, wherever nothing is clipped.
   cases = [
     (row, *pair)
     for row in (0, 40)
@@ -219,28 +221,31 @@ def test_noise_is_gaussian_in_grey_levels_and_cut_at_black_and_white():
       *(frames_of(settings, p, row) for p in (many, new, noisy(0, 0.189))), strict=True
     )
   ]
-  drawn = []
+  samples = []
   for row, before, after, little in cases:
     assert after.min() > -1e-4 and after.max() < 255 + 1e-4
     free = (before > 1) & (before < 254)
     added = (little - before) * 1000
-    drawn.append(added[0][free[0]])
-    # float32 of values near 255, times 1000.
+    samples.append(added[0][free[0]])
+    # The tolerance is the float32 precision of values near 255, times 1000.
     expected = np.clip(before + added, 0, 255)
     np.testing.assert_allclose(after[free], expected[free], atol=0.2)
-    # One draw for the frames within a temporal patch.
+    # The frames within a temporal patch have the same noise.
     both = free.all(axis=0)
     np.testing.assert_allclose(added[0][both], added[1][both], atol=0.2)
-    if row == 40:  # every channel has draws of its own
+    if row == 40:  # the noise of the channels is independent
       assert abs(np.corrcoef(added[0, ..., 0].ravel(), added[0, ..., 1].ravel())[0, 1]) < 0.15
-  drawn = np.concatenate([d.ravel() for d in drawn])
-  # Five standard errors of a mean and of a standard deviation.
-  assert abs(drawn.mean()) < 5 * 189 / np.sqrt(len(drawn))
-  assert abs(drawn.std() / 189 - 1) < 5 / np.sqrt(2 * len(drawn))
+  samples = np.concatenate([s.ravel() for s in samples])
+  # Five standard errors of the mean and of the standard deviation.
+  assert abs(samples.mean()) < 5 * 189 / np.sqrt(len(samples))
+  assert abs(samples.std() / 189 - 1) < 5 / np.sqrt(2 * len(samples))
 
 
 def slow_blur(frame: np.ndarray, radius: float) -> np.ndarray:
-  """[t, H, W, 3]: every pixel a weighted mean of the pixels around it, repeated at the border."""
+  """Blurs a frame [t, H, W, 3]. Every pixel becomes a Gaussian mean of the pixels around it.
+
+  The pixels at the border are repeated outwards.
+  """
   reach = int(np.ceil(3 * radius))
   weights = {j: np.exp(-(j**2) / (2 * radius**2)) for j in range(-reach, reach + 1)}
   total = sum(weights.values())
@@ -254,7 +259,7 @@ def slow_blur(frame: np.ndarray, radius: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("merge", "frames", "radius"), [(2, 2, 0.5), (2, 2, 6.0), (4, 1, 1.7)])
-def test_blur_is_that_of_whole_frames(merge, frames, radius):
+def test_blur_across_patches_equals_blur_of_whole_frames(merge, frames, radius):
   settings, prompt, _ = make(merge, frames)
   new = jax.jit(lambda prompt: views.blur(prompt, radius, shape(settings), settings.merge_size))(
     prompt
@@ -263,43 +268,43 @@ def test_blur_is_that_of_whole_frames(merge, frames, radius):
   for row in range(2):
     pairs = zip(frames_of(settings, prompt, row), frames_of(settings, new, row), strict=True)
     for before, after in pairs:
-      # Sums of some tens of float32 up to 255.
+      # Sums of some tens of float32 values of up to 255.
       np.testing.assert_allclose(after, slow_blur(before, radius), atol=1e-3)
       assert np.abs(after - before).max() > 10
 
 
-def test_blur_is_close_to_pillows_away_from_the_border():
+def test_blur_is_close_to_pillow_away_from_the_border():
   settings, prompt, videos = make(2)
   new = views.blur(prompt, 2.0, shape(settings), settings.merge_size)
   image = Image.fromarray(videos[1][0][0])
   theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(2.0)), np.float64)
   ours = frames_of(settings, new, 1)[0][0]
-  # Pillow's is three box filters, rounded to whole levels; the image is white noise, with a spread
-  # of 74 levels before and about 10 after. Closer to the border each of the three repeats it anew.
+  # Pillow applies three box filters and rounds to whole levels. Each of them repeats the border
+  # again, so this comparison leaves the border out. The image is white noise with a standard
+  # deviation of 74 levels before and about 10 levels after the blur.
   inside = (slice(8, -8), slice(8, -8))
   np.testing.assert_allclose(ours[inside], theirs[inside], atol=3)
   assert ours[inside].std() > 8
 
 
-# ------------------------------------------------------------------------------------------------
-# The most salient squares
-# ------------------------------------------------------------------------------------------------
+# -- The most salient squares ---------------------------------------------------------------------
 
 
 def slow_salient(prompt: Prompt, row: int, saliency: np.ndarray, rate: float, block: int):
-  """bool[N]; which patches of a row go black."""
+  """Returns which patches of a row become black: bool[N]."""
   hit = np.zeros(prompt.patches.shape[1], bool)
-  segments, places = prompt.patch_segments[row], prompt.patch_positions[row]
+  segments, positions = prompt.patch_segments[row], prompt.patch_positions[row]
   for segment in range(1, segments.max() + 1):
     squares: dict[tuple, list[int]] = {}
     for i in np.flatnonzero(segments == segment):
-      squares.setdefault(tuple(places[i] // block), []).append(i)
+      squares.setdefault(tuple(positions[i] // block), []).append(i)
     means = {
-      at: np.mean(saliency[row, members], dtype=np.float64) for at, members in squares.items()
+      square: np.mean(saliency[row, members], dtype=np.float64)
+      for square, members in squares.items()
     }
     count = int(np.ceil(round(rate * len(squares), 9)))
-    for at in sorted(squares, key=lambda at: (-means[at], at))[:count]:
-      hit[squares[at]] = True
+    for square in sorted(squares, key=lambda square: (-means[square], square))[:count]:
+      hit[squares[square]] = True
   return hit
 
 
@@ -308,20 +313,20 @@ def slow_salient(prompt: Prompt, row: int, saliency: np.ndarray, rate: float, bl
   ("block", "rate"),
   [(1, 0.5), (1, 0.33), (1, 1.0), (2, 0.3), (3, 0.6), (4, 0.01), (5, 0.4), (20, 0.5)],
 )
-def test_the_most_salient_squares_of_every_image_go_black(merge, block, rate):
+def test_the_most_salient_squares_of_every_image_become_black(merge, block, rate):
   settings, prompt, _ = make(merge)
   black, _ = levels(settings)
   rng = np.random.default_rng(block)
-  # Few whole values: means are exact, and many are equal.
+  # With few integer values, means are exact, and many are equal.
   few = rng.integers(0, 3, prompt.patches.shape[:2]).astype("f4")
-  apart = rng.permutation(few.size).reshape(few.shape).astype("f4")
-  scaled = apart * 10.0 ** -(prompt.patch_segments % 3)  # images of all magnitudes
+  distinct = rng.permutation(few.size).reshape(few.shape).astype("f4")
+  scaled = distinct * 10.0 ** -(prompt.patch_segments % 3)  # a different magnitude for each image
   fast = jax.jit(
     lambda prompt, saliency: views.salient_patches(
       prompt, saliency, rate, black, block=block, merge_size=merge
     )
   )
-  for saliency in (few, apart, scaled.astype("f4"), np.zeros_like(few)):
+  for saliency in (few, distinct, scaled.astype("f4"), np.zeros_like(few)):
     saliency = np.where(prompt.patch_segments > 0, saliency, 1e9).astype("f4")
     new = fast(prompt, saliency)
     assert_only_patches_of_images_changed(new, prompt)
@@ -333,7 +338,7 @@ def test_the_most_salient_squares_of_every_image_go_black(merge, block, rate):
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
 def pair(request, tmp_path_factory):
-  """Family; transformers' model; our model and parameters; a mixed batch and its saliency."""
+  """Family, model of transformers, our model and parameters, a mixed batch and its saliency."""
   path = tmp_path_factory.mktemp("hf")
   theirs = tiny.make_hf(path, family=request.param)
   model, params, processor = jv.load_pretrained(path)
@@ -347,30 +352,30 @@ def saliency_of(model, params, prompt):
 
 
 def attention_of(theirs, prompt: Prompt, row: int, layer: int, monkeypatch) -> list[np.ndarray]:
-  """[H, n, n] probabilities in a layer of transformers' tower for each frame of a row."""
+  """Returns the attention [H, n, n] in a layer of the vision tower of transformers, by frame."""
   name = re.compile(rf"(visual\.blocks\.{layer}\.attn|vision_.*layers\.{layer}\.self_attn)$")
   (module,) = (m for n, m in theirs.named_modules() if name.search(n))
   file = sys.modules[type(module).__module__]
-  eager, seen = vars(file)["eager_attention_forward"], []
+  eager, recorded = vars(file)["eager_attention_forward"], []
 
-  def spy(here, *args, **kwargs):
-    out = eager(here, *args, **kwargs)
-    if here is module:
-      seen.extend(out[1])
+  def recording(caller, *args, **kwargs):
+    out = eager(caller, *args, **kwargs)
+    if caller is module:
+      recorded.extend(out[1])
     return out
 
   with monkeypatch.context() as patched:
-    patched.setattr(file, "eager_attention_forward", spy)
+    patched.setattr(file, "eager_attention_forward", recording)
     theirs.set_attn_implementation("eager")
     with torch.no_grad():
       theirs(**tiny.torch_inputs(theirs, prompt, row))
-  return [a.float().numpy() for a in seen]
+  return [a.float().numpy() for a in recorded]
 
 
-def test_saliency_is_the_attention_received_in_transformers(pair, monkeypatch):
+def test_saliency_is_the_attention_received_by_a_patch_in_transformers(pair, monkeypatch):
   family, theirs, model, _, prompt, ours = pair
   vision, ours = model.config.vision, np.asarray(ours)
-  layer = 1 if family == "qwen2_5_vl" else vision.depth - 1  # the last that attends fully
+  layer = 1 if family == "qwen2_5_vl" else vision.depth - 1  # the last layer with full attention
   assert vision.full_attention_layers in (None, (layer,))
   assert ours.dtype == np.float32
   frames = 0
@@ -379,9 +384,9 @@ def test_saliency_is_the_attention_received_in_transformers(pair, monkeypatch):
     if segments.any():
       for frame, weights in enumerate(attention_of(theirs, prompt, row, layer, monkeypatch)):
         index = np.flatnonzero(segments == frame + 1)
-        if family == "gemma3":  # reading order
+        if family == "gemma3":  # patches are in reading order
           order = prompt.patch_positions[row, index] @ [10**6, 1]
-        else:  # windows one after the other
+        else:  # patches are ordered by window
           order = prompt.patch_windows[row, index]
         index = index[np.argsort(order, kind="stable")]
         assert weights.shape == (vision.num_heads, len(index), len(index))
@@ -390,15 +395,15 @@ def test_saliency_is_the_attention_received_in_transformers(pair, monkeypatch):
     np.testing.assert_allclose(ours[row], expected, atol=1e-5, err_msg=f"row {row}")
     assert not ours[row, segments == 0].any()
   assert frames == sum(segments.max() for segments in prompt.patch_segments)
-  assert np.ptp(ours[1][prompt.patch_segments[1] > 0]) > 1e-3  # not all the same
+  assert np.ptp(ours[1][prompt.patch_segments[1] > 0]) > 1e-3  # patches differ
 
 
 def test_saliency_does_not_depend_on_padding_or_other_images(pair):
   _, _, model, params, prompt, expected = pair
   segments = np.array(prompt.patch_segments)
-  gone = np.zeros(segments.shape, bool)
-  gone[2] = segments[2] == 2  # the second image of a row becomes padding
-  assert gone.any()
+  removed = np.zeros(segments.shape, bool)
+  removed[2] = segments[2] == 2  # the second image of a row becomes padding
+  assert removed.any()
 
   fields = {}
   for name, fill in {
@@ -409,29 +414,31 @@ def test_saliency_does_not_depend_on_padding_or_other_images(pair):
     "patch_windows": 0,
   }.items():
     field = np.array(getattr(prompt, name))
-    field[gone] = fill
+    field[removed] = fill
     field = np.pad(field, [(0, 0), (0, 40), (0, 0)][: field.ndim], constant_values=fill)
     fields[name] = field
   other = prompt.replace(**fields)
   found = np.asarray(saliency_of(model, params, other))
   assert not found[other.patch_segments == 0].any()
-  np.testing.assert_allclose(found[:, : segments.shape[1]], np.where(gone, 0, expected), atol=1e-6)
+  np.testing.assert_allclose(
+    found[:, : segments.shape[1]], np.where(removed, 0, expected), atol=1e-6
+  )
 
 
-def test_saliency_in_bfloat16_with_recomputed_layers(pair):
+def test_saliency_in_bfloat16_with_remat_is_close_to_float32(pair):
   _, _, model, params, prompt, expected = pair
   coarse = models.VLM(model.config.replace(dtype="bfloat16", remat="full"))
   found, expected = np.asarray(saliency_of(coarse, params, prompt)), np.asarray(expected)
   assert found.dtype == np.float32
-  # A frame's adds up to 1 all the same: probabilities are not rounded before they are summed.
+  # The saliency of a frame still adds up to 1, because the sum is over unrounded probabilities.
   np.testing.assert_allclose(found.sum(axis=1), prompt.patch_segments.max(axis=1), atol=1e-4)
-  # Eight bits of activations through up to three layers of large weights.
+  # Activations have eight bits of precision, and there are up to three layers with large weights.
   real = prompt.patch_segments > 0
   assert np.corrcoef(found[real], expected[real])[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("pair", ["qwen2_5_vl"], indirect=True)
-def test_saliency_within_a_gradient_has_none(pair):
+def test_saliency_has_no_gradient(pair):
   _, _, model, params, prompt, _ = pair
   model = models.VLM(model.config.replace(remat="full"))
 
@@ -446,7 +453,7 @@ def test_saliency_within_a_gradient_has_none(pair):
   assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
-def test_saliency_without_patches_or_without_full_attention():
+def test_saliency_requires_a_layer_with_full_attention_but_no_patches():
   vision = models.VisionConfig(
     depth=2,
     hidden_size=16,

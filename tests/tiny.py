@@ -1,4 +1,4 @@
-"""Tiny models of every family with random weights, as directories that transformers saved."""
+"""Makes tiny models of every family with random weights, saved by transformers."""
 
 import json
 import pathlib
@@ -15,12 +15,12 @@ from tests import tiny_processor
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
 
-# Models this small only lose by threads, ten times over where another process has the cores.
+# With several threads, models of this size run slower, above all if another process uses the cores.
 torch.set_num_threads(1)
 
 
 def hf_config(family: str, processor_config: dict[str, Any], tied: bool) -> Any:
-  """A small architecture around the token ids and vision sizes of a processor's config.json."""
+  """Returns a small config with the token ids and vision sizes of a processor's config.json."""
   given = processor_config
   vision = dict(given["vision_config"])
   text: dict[str, Any] = dict(
@@ -101,7 +101,7 @@ def make_hf(
   dtype: torch.dtype = torch.float32,
   **saving,
 ):
-  """Writes the directory; returns the torch model."""
+  """Writes a checkpoint directory with processor and model. Returns the torch model."""
   tiny_processor.make_processor_dir(path, family=family)
   generation = (path / "generation_config.json").read_text()
   config = hf_config(family, json.loads((path / "config.json").read_text()), tied)
@@ -109,8 +109,9 @@ def make_hf(
   model = transformers.AutoModelForImageTextToText.from_config(config).eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      # transformers starts biases at 0 and scales at 1, behind which a wrong name would hide;
-      # and its small weights would give answers that hardly depend on the image.
+      # transformers initializes biases to 0 and scales to 1. A test would not notice if such a
+      # parameter were loaded under a wrong name. And with its small initial weights, outputs would
+      # hardly depend on the image.
       if parameter.ndim == 1 or not parameter.any():
         parameter.add_(0.1 * torch.randn_like(parameter))
       elif "embed_tokens" not in name or not tied:
@@ -121,13 +122,13 @@ def make_hf(
 
 
 def images(*sizes: tuple[int, int], seed: int = 0) -> list[np.ndarray]:
-  """Random pictures of (height, width)."""
+  """Returns random images uint8[height, width, 3] of the given (height, width)."""
   rng = np.random.default_rng(seed)
   return [rng.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in sizes]
 
 
 def turn(*content: str | None):
-  """A user's message; None is an image, "<video>" a video."""
+  """Returns a user message. None stands for an image, and "<video>" for a video."""
   parts = [
     {"type": "image"}
     if c is None
@@ -140,7 +141,7 @@ def turn(*content: str | None):
 
 
 def conversations(seed: int = 0):
-  """A mixed batch: text only, one image, several images of different sizes."""
+  """Returns messages and images: text only, one image, several images of different sizes."""
   messages = [
     turn("what is three plus four"),
     turn(None, "what digit is this"),
@@ -150,8 +151,12 @@ def conversations(seed: int = 0):
 
 
 def mixed_batch(processor: Processor, family: str):
-  """A Prompt of text only, one image, several of all shapes, the smallest and the largest image
-  allowed and, where the family has them, a video and a video beside an image."""
+  """Returns a Prompt whose rows differ in their images and videos.
+
+  The rows have only text, one image, several images of different shapes, the smallest image and the
+  largest image that are allowed. If the family supports videos, one more row has a video, and
+  another one a video and an image.
+  """
   messages, pictures = conversations()
   side = int(getattr(processor.image_settings, "max_pixels", 0) ** 0.5)
   messages += [turn(None, "small"), turn(None, "large"), turn("wide", None, "and tall", None)]
@@ -166,7 +171,7 @@ def mixed_batch(processor: Processor, family: str):
 
 
 def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
-  """What transformers' model takes, from the patches and token ids of one row of a Prompt."""
+  """Converts the patches and token ids of one row of a Prompt to inputs of transformers."""
   config = model.config
   length = int(prompt.length[row])
   ids = np.asarray(prompt.tokens[row, :length]).astype(np.int64)
@@ -176,26 +181,26 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
   real = np.asarray(prompt.patch_segments[row]) > 0
   patches, grids = np.asarray(prompt.patches[row])[real], np.asarray(prompt.patch_grids[row])[real]
   segments = np.asarray(prompt.patch_segments[row])[real]
-  where = np.asarray(prompt.patch_positions[row])[real]
+  positions = np.asarray(prompt.patch_positions[row])[real]
   if config.model_type == "gemma3":
     size, p = config.vision_config.image_size, config.vision_config.patch_size
     pixels = np.zeros((segments.max(initial=0), 3, size, size), np.float32)
-    for patch, segment, (r, c) in zip(patches, segments, where, strict=True):
+    for patch, segment, (r, c) in zip(patches, segments, positions, strict=True):
       pixels[segment - 1, :, r * p : (r + 1) * p, c * p : (c + 1) * p] = patch.reshape(3, p, p)
     inputs["token_type_ids"] = torch.tensor(image.astype(np.int64))[None]
     return inputs | ({"pixel_values": torch.tensor(pixels)} if len(pixels) else {})
   inputs["mm_token_type_ids"] = torch.tensor(image + 2 * video.astype(np.int64))[None]
   merge = config.vision_config.spatial_merge_size**2
-  start = 0  # of the visual tokens of this run, in patches
+  start = 0  # index of the first patch of the current image or video
   found: dict[bool, list] = {False: [], True: []}
   kinds = np.where(image, 1, np.where(video, 2, 0))
   edges = np.flatnonzero(np.diff(kinds, prepend=0, append=0))
   for begin, end in zip(edges[::1], edges[1:], strict=False):
     if kinds[begin]:
-      part = slice(start, start + (end - begin) * merge)
-      frames = len(np.unique(segments[part]))
-      found[bool(kinds[begin] == 2)].append((patches[part], (frames, *grids[start])))
-      start = part.stop
+      span = slice(start, start + (end - begin) * merge)
+      frames = len(np.unique(segments[span]))
+      found[bool(kinds[begin] == 2)].append((patches[span], (frames, *grids[start])))
+      start = span.stop
   for is_video, pixels, grid in (
     (False, "pixel_values", "image_grid_thw"),
     (True, "pixel_values_videos", "video_grid_thw"),
@@ -204,7 +209,7 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
       inputs[pixels] = torch.tensor(np.concatenate([a for a, _ in found[is_video]]))
       inputs[grid] = torch.tensor([[int(n) for n in g] for _, g in found[is_video]])
   if video.any() and config.model_type == "qwen2_5_vl":
-    # The seconds between temporal patches, from the ids of the first two of each video.
+    # The seconds between temporal patches, from the positions of the first two of each video.
     times = np.asarray(prompt.positions[row, :length, 0])
     per_second = config.vision_config.tokens_per_second
     starts = [b for b in edges[:-1] if kinds[b] == 2]
@@ -218,18 +223,23 @@ def torch_inputs(model, prompt, row: int) -> dict[str, torch.Tensor]:
 
 
 def torch_logits(model, prompt, row: int):
-  """Logits [L, V] of one row of a Prompt by transformers, from its patches and token ids alone."""
+  """Computes the logits [length, V] of one row of a Prompt with transformers.
+
+  It uses only the patches and token ids of the row. transformers computes the positions itself.
+  """
   with torch.no_grad():
     return model(**torch_inputs(model, prompt, row)).logits[0].float().numpy()
 
 
 def torch_greedy(model, prompt, row: int, config: ModelConfig, max_tokens: int):
-  """The likeliest tokens [<= max_tokens] after one row of a Prompt, as transformers decodes.
+  """Decodes greedily with transformers. Returns at most max_tokens tokens after a row of a Prompt.
 
-  `config` is that of our model: its stop tokens (there may be none), pad and suppressed tokens.
+  `config` is the config of our model. It has the pad token, the suppressed tokens and the stop
+  tokens, of which there may be none.
   """
   inputs = torch_inputs(model, prompt, row)
-  # The model's own settings: they would fill in what is None in settings that `generate` is given.
+  # The settings are stored in the model. Given as an argument of `generate`, settings that are None
+  # would be filled in from those of the model.
   model.generation_config = transformers.GenerationConfig(
     max_new_tokens=max_tokens,
     do_sample=False,
@@ -237,7 +247,7 @@ def torch_greedy(model, prompt, row: int, config: ModelConfig, max_tokens: int):
     eos_token_id=list(config.stop_tokens) or None,
     suppress_tokens=list(config.suppressed_tokens),
   )
-  # Without a mask, pad tokens that stand in the prompt would be taken for padding.
+  # Without a mask, `generate` would treat pad tokens within the prompt as padding.
   mask = torch.ones_like(inputs["input_ids"])
   with torch.no_grad():
     tokens = model.generate(**inputs, attention_mask=mask)[0]

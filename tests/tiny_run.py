@@ -1,4 +1,4 @@
-"""A whole run in seconds: a supervised and an RL stage of an untrained, very small model."""
+"""A run that takes seconds: a supervised stage and an RL stage with a tiny untrained model."""
 
 import contextlib
 import functools
@@ -54,13 +54,16 @@ def xla_flags(devices: int) -> str:
 
 
 def variety(example, text: str) -> float:
-  """A reward that random text earns in different amounts, so that groups have advantages."""
+  """A reward that differs between random responses, so that the advantages are not all 0."""
   del example
   return len(set(text)) / 32
 
 
 def get_config():
-  """PAPO after SFT: it needs the reference parameters, the masked view and its random key."""
+  """Returns the config of an SFT stage and a PAPO stage.
+
+  PAPO needs the reference parameters, the masked view and a random key for the masks.
+  """
   spec = importlib.util.spec_from_file_location("base_config", ROOT / "configs" / "base.py")
   assert spec is not None and spec.loader is not None
   base = importlib.util.module_from_spec(spec)
@@ -88,14 +91,17 @@ def get_config():
   c.checkpoint.every = 2
   c.checkpoint.keep = 3
   c.reward_workers = 1
-  c.reward_timeout = 60.0  # a busy machine must not cost a reward
+  c.reward_timeout = 60.0  # long enough that a busy machine does not cause a timeout
   c.max_bad_steps = 2
   return c
 
 
 def get_lora_config():
-  """The RL stage twice, training adapters alone: the first compares with the model without them,
-  the second with those that the first trained."""
+  """Returns the config of two RL stages that train only adapters.
+
+  The reference of the first stage is the model without adapters. The reference of the second stage
+  is the model with the adapters that the first stage trained.
+  """
   c = get_config()
   c.model.lora.rank, c.model.lora.alpha = 4, 8.0
   c.model.lora.targets = ("decoder", "vision/blocks")
@@ -109,19 +115,19 @@ def get_lora_config():
 
 
 def use_one_device() -> None:
-  """From now on meshes have the first of this process's devices, and programs are kept on disk."""
+  """Limits meshes to the first device of this process and turns on JAX's compilation cache."""
   import jax
 
   from jaxrl_vlm import parallel
 
   parallel.make_mesh = functools.partial(parallel.make_mesh, devices=jax.devices()[:1])
   parallel.cache_compilations = lambda: None
-  _keep_programs(True)
+  _cache_programs(True)
 
 
 @contextlib.contextmanager
 def one_device() -> Iterator[None]:
-  """`use_one_device` for as long as it is entered."""
+  """A context manager that applies `use_one_device` and undoes it at the end."""
   from jaxrl_vlm import parallel
 
   before = parallel.make_mesh, parallel.cache_compilations
@@ -130,28 +136,30 @@ def one_device() -> Iterator[None]:
     yield
   finally:
     parallel.make_mesh, parallel.cache_compilations = before
-    _keep_programs(False)
+    _cache_programs(False)
 
 
-def _keep_programs(keep: bool) -> None:
+def _cache_programs(enabled: bool) -> None:
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  jax.config.update("jax_enable_compilation_cache", keep)
-  compilation_cache.reset_cache()  # else what was found at the first program holds
+  jax.config.update("jax_enable_compilation_cache", enabled)
+  # JAX reads this setting once, when it compiles the first program.
+  compilation_cache.reset_cache()
 
 
 def signal_at_step() -> None:
-  """With SIGNAL_AT_STEP="SIGTERM:5" this process gets that signal once step 5 is in its metrics.
+  """Makes this process send itself a signal at a step, as the variable SIGNAL_AT_STEP says.
 
-  SIGKILL comes as soon as the checkpoint of that step is complete: no later line of code runs.
+  With SIGNAL_AT_STEP="SIGTERM:5", the process sends SIGTERM after it has written the metrics of
+  step 5. With "SIGKILL:5", it sends SIGKILL as soon as the checkpoint of step 5 is complete.
   """
-  wanted = os.environ.get("SIGNAL_AT_STEP")
-  if not wanted:
+  setting = os.environ.get("SIGNAL_AT_STEP")
+  if not setting:
     return
   from jaxrl_vlm import checkpoint, metrics
 
-  name, at = wanted.split(":")
+  name, at = setting.split(":")
   write, save = metrics.MetricsWriter.write, checkpoint.Checkpoints.save
 
   def write_then_signal(self, step, stage, values):

@@ -1,8 +1,8 @@
 """Advantage estimators: rewards [P, G] and mask [P, G, T] to advantages.
 
 Estimators with one value per response return f32[P, G, 1], the others f32[P, G, T]. Both broadcast
-against [P, G, T]. Group statistics are over axis 1. A group of one has mean 0 and
-standard deviation 1, as in verl. Groups of equal rewards have advantages of exactly 0. To achieve
+against [P, G, T]. Group statistics are over axis 1. A group of one has mean 0 and standard
+deviation 1, as in verl. Groups of equal rewards have advantages of exactly 0. To achieve
 this, the rewards of a group are first shifted by its first reward: a rounding error of the mean,
 divided by a standard deviation close to 0, would be large.
 
@@ -92,7 +92,7 @@ def grpo_passk(rewards: Array, mask: Array | None = None) -> Array:
   """
   del mask
   if rewards.shape[1] == 1:
-    raise ValueError("config.objective.advantage='grpo_passk': needs at least 2 samples a prompt")
+    raise ValueError("config.objective.advantage='grpo_passk': needs at least 2 samples per prompt")
   best = jnp.arange(rewards.shape[1])[None] == jnp.argmax(rewards, axis=1, keepdims=True)
   second = jnp.max(jnp.where(best, -jnp.inf, rewards), axis=1, keepdims=True)
   return jnp.where(best, (rewards - second) / (_std(rewards) + EPSILON), 0.0)[..., None]
@@ -152,7 +152,7 @@ def reinforce_pp(
 ) -> Array:
   """A_i,t = R_i − Σ_{t'≥t} penalty_t', whitened over all tokens. Hu 2025, arXiv 2501.03262.
 
-  The reward stands on the last token and returns are not discounted.
+  The reward belongs to the last token, and returns are not discounted.
   """
   tokens = given(mask, "advantage", "reinforce_pp")
   returns = _returns(rewards, penalty)
@@ -192,6 +192,6 @@ WITHOUT_GROUP = ("remax", "reinforce_pp")
 
 
 def needs(estimator: str) -> tuple[str, ...]:
-  """Returns the names of the other arguments of the estimator, see the module docstring."""
+  """Returns the names of the estimator's keyword-only arguments (see the module docstring)."""
   parameters = inspect.signature(ESTIMATORS[estimator]).parameters.values()
   return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY)

@@ -16,15 +16,15 @@ MASKS = ("patches", "semantic", "blank", "solid", "noise", "blur")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """Base class of all objectives. It weights tokens, and has no loss.
+  """Base class of all objectives. It computes the weights of tokens, but no loss.
 
   A training loop uses an objective like this. `experience` holds everything about a minibatch that
   needs no gradient, and `stats` the log-probabilities of its tokens under the current policy:
 
       experience = objective.prepare(experience)         # once per minibatch
       metrics = objective.prepare_metrics(experience)    # once per minibatch
-      for part, stats in microbatches:                   # any split along P
-        loss, sums = objective.loss(stats, part)         # losses, gradients and sums add up
+      for piece, stats in microbatches:                  # any split of `experience` along P
+        loss, sums = objective.loss(stats, piece)        # losses, gradients and sums add up
       state = objective.next_state(experience, metrics | sums)  # scalars for the next minibatch
 
   Fields:
@@ -154,8 +154,8 @@ class Objective:
     """Selects the groups to train on, on the host: numpy bool[P].
 
     A group is kept if filter_low < mean over the group < filter_high for one of `filter_keys`. All
-    groups are kept if `filter_groups` is False. The mean is NaN if a verifier does not grade the
-    samples, and then the verifier keeps no group.
+    groups are kept if `filter_groups` is False. The mean is NaN if the verifier does not grade the
+    samples of this group. It then does not keep the group.
 
     Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, with the bounds of EasyR1's online filtering.
 
@@ -209,7 +209,7 @@ class Objective:
     return dict(experience.state)
 
   def prepare(self, experience: Experience) -> Experience:
-    """Computes what needs the whole minibatch and no gradient: weights, among others.
+    """Computes what needs the whole minibatch and no gradient, such as the weights.
 
     Raises:
       ValueError: the experience has been prepared before.

@@ -85,8 +85,8 @@ def choose_for_clip(
   )
   clipped = clips["clip_high"] | clips["clip_low"]
   eligible = mask & ~clipped & (covariance > cov_low) & (covariance < cov_high)
-  draws = jnp.where(eligible, _hash(old_logp), 2.0)
-  return eligible & _smallest(draws, _count(mask, cov_share))
+  hashes = jnp.where(eligible, _hash(old_logp), 2.0)
+  return eligible & _smallest(hashes, _count(mask, cov_share))
 
 
 def _covariance(now: Array, advantages: Array, mask: Array) -> Array:

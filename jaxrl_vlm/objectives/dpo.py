@@ -73,11 +73,12 @@ class DPO(Objective):
     return 2
 
   def prepare(self, experience: Experience) -> Experience:
-    """`weights` are those of the NLL: 0 on rejected responses.
+    """Sets `weights` to the weights of the NLL, which are 0 on rejected responses.
 
-    extras["pairs"] is 1 / number of pairs on every token of a pair that counts.
+    extras["pairs"] is 1 / number of pairs for all tokens of the pairs that count, and 0 elsewhere.
 
-    Raises ValueError if there are not two samples of each prompt.
+    Raises:
+      ValueError: there are not two samples of each prompt.
     """
     shape = jnp.shape(experience.mask)
     if len(shape) != 3 or shape[1] != 2:

@@ -1,7 +1,8 @@
 """Per-token estimators of KL(π ‖ π_ref) from tokens that π sampled.
 
-Source: Schulman, "Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html; the
-clamps are those of verl and EasyR1 (`core_algos.py`, there called kl, mse, low_var_kl, abs).
+Source: Schulman, "Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html. The
+clamps are those of verl and EasyR1 (`core_algos.py`), where k1, k2, k3 and abs are called kl, mse,
+low_var_kl and abs.
 """
 
 from collections.abc import Callable
@@ -15,19 +16,22 @@ Estimator = Callable[[Array, Array], Array]
 
 
 def k1(logp: Array, ref_logp: Array) -> Array:
-  """log π − log π_ref: unbiased, high variance, may be negative."""
+  """log π − log π_ref. It is unbiased, has a high variance, and may be negative."""
   return logp - ref_logp
 
 
 def k2(logp: Array, ref_logp: Array) -> Array:
-  """½ (log π − log π_ref)²: biased, its gradient is an unbiased gradient of the KL."""
+  """½ (log π − log π_ref)². It is biased, but its gradient is an unbiased gradient of the KL."""
   return 0.5 * (logp - ref_logp) ** 2
 
 
 def k3(logp: Array, ref_logp: Array) -> Array:
-  """exp(d) − d − 1, d = clamp(log π_ref − log π, ±20), clamped to ±10: unbiased, not negative."""
+  """exp(d) − d − 1 with d = clamp(log π_ref − log π, ±20), clamped to ±10.
+
+  Apart from the clamps, it is unbiased. It is never negative.
+  """
   d = jnp.clip(ref_logp - logp, -20.0, 20.0)
-  # expm1 is exact for the small d of most tokens, for which exp(d) - 1 loses all digits.
+  # For most tokens, d is small. Then exp(d) - 1 loses all digits in float32, and expm1 does not.
   return jnp.clip(jnp.expm1(d) - d, -10.0, 10.0)
 
 
@@ -38,7 +42,7 @@ def absolute(logp: Array, ref_logp: Array) -> Array:
 
 def _with_gradient_of_k2(value: Estimator) -> Estimator:
   def estimator(logp: Array, ref_logp: Array) -> Array:
-    """Has the value of one estimator and the gradient of k2, which is that of the KL."""
+    """Has the value of `value` and the gradient of k2, an unbiased gradient of the KL."""
     slope = k2(logp, ref_logp)
     return jax.lax.stop_gradient(value(logp, ref_logp) - slope) + slope
 

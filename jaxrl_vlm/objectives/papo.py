@@ -42,8 +42,8 @@ class PAPO(PolicyGradient):
     perception_clip: K is clipped to [0, perception_clip], without gradient outside. None: no clip.
       The code has 0.2.
     perception_share: only the tokens of a response whose K is at least the (1 − share) quantile
-      count in Σ w K, with unchanged w. These are 1 + ⌊share (n − 1)⌋ of n tokens, and ties. None:
-      all tokens. The code has 0.2.
+      count in Σ w K, with unchanged w. These are 1 + ⌊share (n − 1)⌋ of n tokens, or more if there
+      are ties. None: all tokens. The code has 0.2.
     entropy_penalty, masked_entropy_penalty: η₁, η₂.
     masked_gradient: l′ is scored with the current policy and has a gradient.
 
@@ -94,7 +94,7 @@ class PAPO(PolicyGradient):
     return self._anneal(experience) * super()._entropy_coefficient(experience)
 
   def _anneal(self, experience: Experience) -> Array:
-    """What γ and η are multiplied by."""
+    """Returns the factor of γ, η₁ and η₂ in this update."""
     if self.anneal_updates is None:
       return jnp.float32(1)
     done = experience.state.get("updates", jnp.float32(0))

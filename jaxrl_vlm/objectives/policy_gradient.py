@@ -124,7 +124,7 @@ class PolicyGradient(Objective):
     )  # fmt: skip
     self._refuse(self.cov_low >= self.cov_high, "cov_low", f"less than cov_high={self.cov_high!r}")
     if self.advantage == "gdpo":
-      why = "because advantage='gdpo' normalises each reward alone and has no use for their sum"
+      why = "because advantage='gdpo' normalizes each reward separately and does not use their sum"
       self._refuse(self._kl_in_reward, "kl_in", f"'loss', {why}")
       self._refuse(self.overlong_buffer is not None, "overlong_buffer", f"None, {why}")
 
@@ -167,7 +167,7 @@ class PolicyGradient(Objective):
 
   @property
   def min_samples(self) -> int:
-    # The filter wants groups that are mixed.
+    # filter_groups keeps groups with both right and wrong responses, which need two samples.
     alone = self.advantage in advantages.WITHOUT_GROUP and not self.filter_groups
     return 1 if alone else 2
 

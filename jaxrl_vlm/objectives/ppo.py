@@ -1,11 +1,11 @@
-"""Token losses of the PPO family, as functions of the log-ratio of current and sampling policy.
+"""Token losses of the PPO family: functions of the log-ratio of current and sampling policy.
 
 A policy loss is `f(logp, old_logp, advantages, mask, *, ...) -> (token loss, token metrics)`. All
 arrays are f32[P, G, T] and 0 where the mask is false. The keyword arguments are fields of the
 objective.
 
-Notation: l, o log-probability of the token under the current and the sampling policy,
-Δ = clamp(l − o, ±20), r = exp Δ, A advantage, sg stop-gradient.
+Notation: l and o are the log-probabilities of the token under the current and the sampling policy,
+Δ = clamp(l − o, ±20), r = exp Δ, A is the advantage, and sg is stop-gradient.
 """
 
 import jax
@@ -17,7 +17,7 @@ TokenLoss = tuple[Array, dict[str, Array]]
 
 
 def log_ratio(logp: Array, old_logp: Array) -> Array:
-  """Δ = clamp(l − o, ±20); exp(20) · A still is far from float32's largest number."""
+  """Returns Δ = clamp(l − o, ±20). The clamp keeps exp(Δ) · A far below the float32 maximum."""
   return jnp.clip(logp - old_logp, -20.0, 20.0)
 
 
@@ -54,14 +54,16 @@ def dual_clip(
   clip_high: float,
   clip_dual: float | None,
 ) -> TokenLoss:
-  """PPO's clipped surrogate with the dual clip: A < 0 ? min(L, −A c) : L.
+  """PPO's clipped surrogate with the dual clip. The loss is min(L, −A c) if A < 0, otherwise L.
 
       L = max(−A r, −A clip(r, 1−ε_l, 1+ε_h))
 
   EasyR1 clips Δ to [log(1−ε_l), log(1+ε_h)] and verl clips r. Values and gradients are the same.
 
-  Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2019, arXiv 1912.09729
-  (dual clip, c = `clip_dual`, None: without); separate ε_l, ε_h: DAPO, arXiv 2503.14476.
+  c is `clip_dual`. If it is None, there is no dual clip.
+
+  Source: Schulman et al. 2017, arXiv 1707.06347, eq. 7. Dual clip: Ye et al. 2019, arXiv
+  1912.09729. Separate ε_l and ε_h: DAPO, arXiv 2503.14476.
   """
   del mask
   return clipped_surrogate(log_ratio(logp, old_logp), advantages, clip_low, clip_high, clip_dual)
@@ -76,9 +78,9 @@ def cispo(
   clip_low: float,
   clip_high: float,
 ) -> TokenLoss:
-  """L = −sg[clip(r, 1−ε_l, 1+ε_h)] · A · l: a clipped token keeps its gradient.
+  """L = −sg[clip(r, 1−ε_l, 1+ε_h)] · A · l. Unlike in PPO, a clipped token keeps its gradient.
 
-  Source: MiniMax-M1, arXiv 2506.13585, which leaves the lower side open: ε_l = 1.
+  Source: MiniMax-M1, arXiv 2506.13585, which has no lower bound: ε_l = 1.
   """
   del mask
   ratio = jnp.exp(log_ratio(logp, old_logp))
@@ -96,7 +98,9 @@ def sapo(
   tau_positive: float,
   tau_negative: float,
 ) -> TokenLoss:
-  """L = −A · (4/τ) σ(τ (r − 1)), τ by the sign of A: a smooth gate where PPO clips.
+  """L = −A · (4/τ) σ(τ (r − 1)). The sigmoid is a smooth gate in place of the clip of PPO.
+
+  τ is `tau_positive` if A > 0, otherwise `tau_negative`.
 
   Source: Gao et al. 2025 (SAPO), arXiv 2511.20347, as in verl and EasyR1.
   """
@@ -107,6 +111,6 @@ def sapo(
 
 
 def policy_gradient(logp: Array, old_logp: Array, advantages: Array, mask: Array) -> TokenLoss:
-  """L = −A · l, no ratio. Chu et al. 2025 (GPG), arXiv 2504.02546."""
+  """L = −A · l, without importance ratio. Chu et al. 2025 (GPG), arXiv 2504.02546."""
   del old_logp, mask
   return -advantages * logp, {}

@@ -129,7 +129,13 @@ class VPPO(PolicyGradient):
     return dataclasses.replace(experience, advantages=advantages, weights=weights, extras=extras)
 
   def prepare_metrics(self, experience: Experience) -> Metrics:
-    """kept_share of tokens; mean dependency of all, kept and rejected tokens; shaping factors."""
+    """Returns the metrics of PolicyGradient and those of the token filter and the shaping.
+
+    kept_share: share of tokens that have policy gradient.
+    dependency, dependency_kept, dependency_rejected: mean dependency of all tokens, of the tokens
+      that have policy gradient, and of the other tokens.
+    shaping_mean, shaping_min, shaping_max: mean, minimum and maximum of α over responses.
+    """
     mask, extras = experience.mask, experience.extras
     keep = extras["keep"] > 0
     metrics = dict(super().prepare_metrics(experience), kept_share=masked.masked_mean(keep, mask))
@@ -141,7 +147,7 @@ class VPPO(PolicyGradient):
       valid = jnp.any(mask, axis=-1)
       factors = extras["shaping"][..., 0]
       metrics["shaping_mean"] = masked.masked_mean(factors, valid)
-      # A minibatch without a single token shapes nothing: 1, not an infinity.
+      # If the minibatch has no tokens, minimum and maximum would be infinite. Then they are 1.
       some = jnp.any(valid)
       lowest = jnp.min(jnp.where(valid, factors, jnp.inf))
       highest = jnp.max(jnp.where(valid, factors, -jnp.inf))

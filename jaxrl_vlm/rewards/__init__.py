@@ -1,7 +1,10 @@
-"""Rewards: plain functions of an example and a response, named in a config and weighted.
+"""Rewards: weighted sums of verifiers, which are functions that grade a response.
 
-A verifier is `(example: Example, text: str) -> float | dict[str, float]`. Nothing here imports
-jax: worker processes that must never touch an accelerator import it (`rewards.pool`).
+A verifier is a function `(example: Example, text: str) -> float | dict[str, float]`. `text` is the
+response. A config names verifiers and gives each one a weight.
+
+This package does not import jax, because the worker processes of `rewards.pool` import it, and they
+must not use an accelerator.
 """
 
 import difflib
@@ -34,7 +37,7 @@ __all__ = ["Reward", "Verifier", "create", "metric_names", "resolve"]
 
 
 class Reward:
-  """A weighted sum of verifiers. Made by `create`."""
+  """A weighted sum of verifiers. Use `create` to make one."""
 
   def __init__(self, weights: Mapping[str, float]):
     _parts(weights)
@@ -44,18 +47,19 @@ class Reward:
     """Grades one response.
 
     Args:
-      example: the task; its `rewards`, unless None, replace this reward's verifiers and weights.
+      example: the example that the response answers. If its `rewards` are not None, they replace
+        the verifiers and weights of this reward.
       text: the response.
 
     Returns:
-      Each verifier's value under its metric name and their weighted sum under `total`. A verifier
-      that returns a dict is weighted by the entry with its own name; the other entries are
-      reported as `name/entry`.
+      The value of each verifier under its metric name, and their weighted sum under `total`. If a
+      verifier returns a dict, the entry with the verifier's own name is its value. The other
+      entries are reported as `name/entry` and do not count in the sum.
 
     Raises:
-      ValueError: a verifier returned something else than finite numbers, or a number is too large
-        for float32.
-      Exception: whatever a verifier raises, with a note that names the verifier.
+      ValueError: a verifier returned something other than finite numbers, or a value or the
+        weighted sum is too large for float32.
+      Exception: the exception that a verifier raised, with a note that names the verifier.
     """
     weights = self.weights if example.rewards is None else example.rewards
     result, total = {}, 0.0
@@ -64,7 +68,9 @@ class Reward:
         value = verifier(example, text)
         values = dict(value) if isinstance(value, Mapping) else {name: value}
         if name not in values:
-          raise ValueError(f"returned {sorted(values)}, expected the weighted {name!r} as well")
+          raise ValueError(
+            f"returned the entries {sorted(values)}, expected also the entry {name!r}"
+          )
         for entry, number in values.items():
           result[name if entry == name else f"{name}/{entry}"] = _finite(entry, number)
       except BaseException as error:
@@ -72,32 +78,34 @@ class Reward:
         raise
       total += weight * result[name]
     if not _fits_float32(total):
-      raise ValueError(f"the weighted sum of the rewards is {total}, expected a finite number")
+      raise ValueError(
+        f"the weighted sum of the rewards is {total}, expected a number that float32 can hold"
+      )
     return {**result, "total": total}
 
 
 def create(weights: Mapping[str, float]) -> Reward:
-  """The reward that weights verifiers: `create({"math": 0.9, "format": 0.1})`.
+  """Makes a reward from verifiers and their weights: `create({"math": 0.9, "format": 0.1})`.
 
-  A key is the name of a built-in verifier (choice, exact, format, math, number) or says where a
-  function is: "package.module:function" or "path/to/file.py:function"; the metric of such a
-  function has the function's name.
+  A key is the name of a built-in verifier (choice, exact, format, math, number) or the location of
+  a function: "package.module:function" or "path/to/file.py:function". The metric of a function has
+  the name of the function.
 
   Raises:
-    ValueError: no weights, a weight that is no finite number, a key that names no verifier, or
-      two keys with the same metric name.
+    ValueError: there are no weights, a weight is not a finite number in float32, a key does not
+      name a verifier, or two keys have the same metric name.
   """
   return Reward(weights)
 
 
 def metric_names(weights: Mapping[str, float]) -> tuple[str, ...]:
-  """The metric name of each weighted verifier, in order. Raises as `create` does."""
+  """Returns the metric name of each verifier, in order. Raises the same errors as `create`."""
   return tuple(name for name, _, _ in _parts(weights))
 
 
 @functools.cache
 def resolve(key: str) -> Verifier:
-  """The verifier that a key names (see `create`); ValueError when there is none."""
+  """Returns the verifier that a key names (see `create`). Raises ValueError if there is none."""
   if key in _BUILTIN:
     return _BUILTIN[key]
   where, colon, name = key.rpartition(":")
@@ -106,7 +114,7 @@ def resolve(key: str) -> Verifier:
     raise ValueError(
       f"rewards: {key!r}: no such verifier;"
       + (f" did you mean {guess[0]!r}?" if guess else "")
-      + f" known: {', '.join(_BUILTIN)}, or 'package.module:function', 'path/to/file.py:function'"
+      + f" known: {', '.join(_BUILTIN)}, 'package.module:function' and 'path/to/file.py:function'"
     )
   try:
     module = _load_file(where) if where.endswith(".py") else importlib.import_module(where)
@@ -117,13 +125,17 @@ def resolve(key: str) -> Verifier:
   verifier = getattr(module, name, None)
   if not callable(verifier):
     known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
-    problem = "no such function" if verifier is None else f"a {type(verifier).__name__}"
+    problem = (
+      "no such function"
+      if verifier is None
+      else f"expected a function, got {type(verifier).__name__}"
+    )
     raise ValueError(f"rewards: {key!r}: {problem}; {where} has: {', '.join(known) or 'none'}")
   return cast(Verifier, verifier)
 
 
 def _parts(weights: Mapping[str, float]) -> tuple[tuple[str, float, Verifier], ...]:
-  """(metric name, weight, verifier) of each weighted verifier."""
+  """Returns (metric name, weight, verifier) for each key. Raises the same errors as `create`."""
   if not isinstance(weights, Mapping) or not weights:
     raise ValueError(f"rewards={weights!r}: expected a mapping such as {{'math': 0.9}}")
   for key, weight in weights.items():
@@ -133,7 +145,7 @@ def _parts(weights: Mapping[str, float]) -> tuple[tuple[str, float, Verifier], .
       shown = (
         f"an integer of {weight.bit_length()} bits" if isinstance(weight, int) else repr(weight)
       )
-      raise ValueError(f"rewards[{key!r}]={shown}: expected a finite number, the weight")
+      raise ValueError(f"rewards[{key!r}]={shown}: expected a weight that is finite in float32")
   return _cached_parts(tuple(weights.items()))
 
 
@@ -147,7 +159,9 @@ def _cached_parts(
     verifier = resolve(key)
     name = key.rpartition(":")[2]
     if name in keys:
-      raise ValueError(f"rewards: {key!r}: its metric name {name!r} is taken by {keys[name]!r}")
+      raise ValueError(
+        f"rewards: {key!r}: its metric name {name!r} is already used by {keys[name]!r}"
+      )
     keys[name] = key
     parts.append((name, float(weight), verifier))
   return tuple(parts)
@@ -160,9 +174,14 @@ def _finite(entry: str, value: object) -> float:
   try:
     number = float(value)  # type: ignore[arg-type]
   except OverflowError:  # an integer that even float64 cannot hold
-    number = math.inf
+    raise ValueError(
+      f"returned {entry} of type {type(value).__name__} that is too large, expected a number that "
+      "float32 can hold"
+    ) from None
   except TypeError:
-    raise ValueError(f"returned {entry}={type(value).__name__}, expected a number") from None
+    raise ValueError(
+      f"returned {entry} of type {type(value).__name__}, expected a number"
+    ) from None
   if not math.isfinite(number):
     raise ValueError(f"returned {entry}={number}, expected a finite number")
   if not _fits_float32(number):
@@ -171,8 +190,8 @@ def _finite(entry: str, value: object) -> float:
 
 
 def _fits_float32(number: float) -> bool:
-  """Whether the number stays finite when it is stored in an array of rewards, which is float32."""
-  return abs(number) <= _FLOAT32_MAX  # false for NaN too
+  """Returns whether the number is finite in float32, the type of the arrays of rewards."""
+  return abs(number) <= _FLOAT32_MAX  # also False for NaN
 
 
 def _load_file(path: str):
@@ -184,7 +203,7 @@ def _load_file(path: str):
     return sys.modules[name]
   spec = importlib.util.spec_from_file_location(name, path)
   assert spec is not None and spec.loader is not None
-  module = sys.modules[name] = importlib.util.module_from_spec(spec)  # Dataclasses look it up.
+  module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look it up
   try:
     spec.loader.exec_module(module)
   except BaseException:

@@ -1,9 +1,14 @@
-r"""The answer in a response, and the verifiers that look at text: exact, number, choice, format.
+r"""Extracts the answer of a response, and defines the verifiers exact, number, choice and format.
 
-The answer of a response is, in what follows its last `</think>` (all of it when there is none):
-the last balanced `\boxed{...}`; without a box the last `<answer>...</answer>`; without either,
-everything. An empty answer earns nothing. Every regular expression here takes linear time:
-repetitive text of any length is cheap.
+The answer of a response is taken from the text after its last `</think>`, or from the whole text if
+there is no `</think>`. In this text, the answer is the first of these that exists:
+
+1. the content of the last `\boxed{...}` with balanced braces;
+2. the content of the last `<answer>...</answer>`;
+3. the whole text.
+
+An empty answer has reward 0. All regular expressions in this file take linear time, also for long
+repetitive text.
 """
 
 import math
@@ -37,7 +42,7 @@ _CLAIM = re.compile(
 
 
 def after_thinking(text: str) -> str:
-  """What follows the last `</think>`; the whole text when nothing closes the thinking."""
+  """Returns the text after the last `</think>`, or the whole text if there is no `</think>`."""
   end = 0
   for tag in _THINK_TAG.finditer(text):
     if tag.group(1):
@@ -46,12 +51,12 @@ def after_thinking(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-  r"""The content of the last `\boxed{...}` whose braces balance, or None.
+  r"""Returns the content of the last `\boxed{...}` with balanced braces, or None.
 
-  The last is the one that opens last, so a box in a box gives the inner one. `\{` and `\}` are
-  characters of the answer, not braces.
+  The last box is the one that opens last. Of nested boxes, this is the inner one. `\{` and `\}` are
+  characters of the answer and do not count as braces.
   """
-  opened: list[int | None] = []  # for each open brace: where a box's content starts, or None
+  opened: list[int | None] = []  # for each open brace, the start of the box's content, or None
   start, content = -1, None
   for token in _BRACES.finditer(text):
     if token.group().startswith(r"\boxed"):
@@ -66,7 +71,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str:
-  """The answer of a response (see the module's text), stripped; empty when there is none."""
+  """Returns the stripped answer of a response (see the module docstring). It may be empty."""
   text = after_thinking(text)
   boxed = last_boxed(text)
   if boxed is not None:
@@ -79,30 +84,31 @@ def final_answer(text: str) -> str:
 
 
 def normalise(answer: str) -> str:
-  r"""Drops what does not change an answer: case, spacing, `$...$`, `\text{}`, the final stop."""
+  r"""Removes differences of notation: case, spacing, `$...$`, `\text{}` and a final period."""
   return _plain(answer).removesuffix(".").rstrip().casefold()
 
 
 def ground_truth(example: Example) -> str:
-  """The example's answer; ValueError when it is empty, for nothing can be compared with it."""
+  """Returns the answer of the example. Raises ValueError if it is empty."""
   if not example.answer.strip():
     raise ValueError(f"example.answer={example.answer!r} of id={example.id!r}: expected an answer")
   return example.answer
 
 
 def exact(example: Example, text: str) -> float:
-  """1 if the response's answer and the ground truth are the same string once normalised."""
+  """Returns 1 if answer and ground truth are the same string after normalisation, otherwise 0."""
   truth, answer = normalise(ground_truth(example)), normalise(final_answer(text))
   return float(answer == truth != "")
 
 
 def number(example: Example, text: str) -> float:
-  r"""1 if the response's answer is the ground truth's number.
+  r"""Returns 1 if the answer is a number that is close enough to the ground truth, otherwise 0.
 
-  |answer - truth| ≤ tolerance · |truth|, with `example.meta["tolerance"]` (default 1e-6; charts are
-  often judged with 0.05). Understood: 1,234.5; -2e3; 3/4; \frac{3}{4}; $12; 12%; x=12. When one
-  side only has a percent sign, both readings of it count (12% is 12 and 0.12). Anything besides
-  the number (a unit, a second number) earns nothing.
+  The condition is |answer - truth| ≤ tolerance · |truth|, with `example.meta["tolerance"]` (default
+  1e-6; charts are often judged with 0.05). Numbers may be written as 1,234.5; -2e3; 3/4;
+  \frac{3}{4}; $12; 12%; x=12. If only one of answer and truth has a percent sign, both meanings of
+  it are accepted: 12% is 12 or 0.12. The result is 0 if the answer contains anything else, such as
+  a unit or a second number.
 
   Raises:
     ValueError: the ground truth is not a number.
@@ -119,11 +125,12 @@ def number(example: Example, text: str) -> float:
 
 
 def choice(example: Example, text: str) -> float:
-  r"""1 if the response chooses the ground truth's letter.
+  r"""Returns 1 if the response chooses the letter of the ground truth, otherwise 0.
 
-  Understood as the answer: B, b, (B), B., [B], \boxed{B}, "B. a cat", "(B) a cat"; in a response
-  with neither box nor answer tags also "the answer is B." if it claims one letter only. A word
-  that begins with the letter ("Because", "A cat") is no choice, nor are two letters.
+  The answer may be B, b, (B), B., [B], \boxed{B}, "B. a cat" or "(B) a cat". It may also be a
+  sentence such as "The answer is B.", if all sentences of this form name the same letter. A word
+  that begins with the letter ("Because", "A cat") does not choose it, and two letters choose
+  neither.
 
   Raises:
     ValueError: the ground truth is not a letter.
@@ -134,18 +141,19 @@ def choice(example: Example, text: str) -> float:
   answer = final_answer(text)
   letter = _letter(answer)
   if letter is None:
-    # In a box or tags these words are as much a claim as outside of them.
+    # A sentence such as "the answer is B" counts inside a box or tags as well.
     claims = set(_CLAIM.findall(answer))
     letter = claims.pop() if len(claims) == 1 else None
   return float(letter == truth)
 
 
 def response_format(example: Example, text: str) -> float:
-  r"""1 if the response is `<think>...</think>`, then text with exactly one, filled `\boxed{...}`.
+  r"""Returns 1 if the response is `<think>...</think>`, then text with one `\boxed{...}`, else 0.
 
-  The pattern of EasyR1's `math` reward (`<think>.*</think>.*\\boxed\{.*\}.*`, spaces in and around
-  tags ignored), but stricter: one pair of tags, one box after it, its braces balanced and not
-  empty. EasyR1 credits a second box, an empty box, and a box before `</think>` closes again.
+  This is the pattern of EasyR1's `math` reward (`<think>.*</think>.*\\boxed\{.*\}.*`, spaces in and
+  around tags ignored) with more conditions: there is exactly one pair of tags and exactly one box
+  after it, whose braces are balanced and whose content is not empty. EasyR1 also accepts a second
+  box, an empty box, and a box before a second `</think>`.
   """
   del example
   text = text.strip()
@@ -157,7 +165,7 @@ def response_format(example: Example, text: str) -> float:
 
 
 def _plain(answer: str) -> str:
-  """Without font commands, dollar signs around it, emphasis and superfluous spaces."""
+  """Removes font commands, surrounding dollar signs, emphasis and superfluous spaces."""
   answer = unicodedata.normalize("NFC", answer)
   for latex, char in _LATEX_CHARS:
     answer = answer.replace(latex, char)
@@ -166,7 +174,7 @@ def _plain(answer: str) -> str:
 
 
 def _number(answer: str) -> tuple[float, bool] | None:
-  """The value of an answer that is one number, and whether a percent sign follows it."""
+  """Returns the number that the answer is, and whether it has a percent sign, or None."""
   answer = normalise(answer).rsplit("=", 1)[-1].strip()
   percent = answer.endswith("%")
   answer = answer.removesuffix("%").rstrip("$ ")

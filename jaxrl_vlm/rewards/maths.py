@@ -1,4 +1,4 @@
-r"""The `math` verifier: symbolic equality of answers, by the `math-verify` library."""
+r"""The verifier `math`: symbolic equality of answers, computed by the library `math-verify`."""
 
 import functools
 import logging
@@ -7,22 +7,23 @@ import re
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards import answers
 
-# Longer than any ground truth; parsing takes about half a millisecond per character.
+# Longer answers are wrong, because no ground truth is that long. Parsing takes about half a
+# millisecond per character.
 _MAX_CHARS = 1000
 _WORDS = re.compile(r"[a-z]{3,}(?:[ ,.'-]+[a-z]+)*")
 
 
 def math(example: Example, text: str) -> float:
-  r"""1 if the response's answer equals the ground truth as mathematics.
+  r"""Returns 1 if the answer of the response is mathematically equal to the ground truth, else 0.
 
-  Both are read as LaTeX by `math_verify.parse` and compared by `math_verify.verify`: 0.5 equals
-  \frac{1}{2}, 50\% and x=1/2; {1, 2} equals {2, 1} but not 1. A ground truth in words is compared
-  as `exact` does, since LaTeX reads "yes" as the product y·e·s.
+  `math_verify.parse` reads both as LaTeX, and `math_verify.verify` compares them: 0.5 equals
+  \frac{1}{2}, 50\% and x=1/2; {1, 2} equals {2, 1} but not 1. A ground truth that consists of words
+  is compared as `exact` does, because LaTeX reads "yes" as the product y·e·s.
 
-  The library's own time limits are off: they are signals, which exist in a main thread only and
-  do not interrupt one long operation on integers (9^{9^{9^{9}}} is one). Run model text in a
-  `RewardPool`, which sets limits from outside. Its plain-expression reader is off as well, because
-  that one calls `eval`.
+  The library's own time limits are disabled. They use signals, which work in the main thread only
+  and do not interrupt a single long integer operation such as 9^{9^{9^{9}}}. Use a `RewardPool` to
+  grade model output, because it enforces limits from outside the process. The library's parser for
+  plain expressions is disabled too, because it calls `eval`.
   """
   truth, answer = answers.ground_truth(example), answers.final_answer(text)
   if not answer or len(answer) > _MAX_CHARS:
@@ -41,8 +42,8 @@ def math(example: Example, text: str) -> float:
 
 @functools.cache
 def _library():
-  import math_verify  # Half a second: only where it is used.
+  import math_verify  # imported on first use, because the import takes half a second
 
-  for module in ("parser", "grader"):  # They warn that their time limits are off.
+  for module in ("parser", "grader"):  # They would warn that their time limits are disabled.
     logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
   return math_verify, [math_verify.LatexExtractionConfig(boxed_match_priority=0)]

@@ -1,8 +1,8 @@
-"""Grades responses in worker processes, where a response can cost no more than its own reward.
+"""Grades responses in worker processes, so that a bad response loses only its own reward.
 
-Model text makes graders hang inside one C call (9^{9^{9^{9}}}), exhaust memory and crash. Signals
-and threads do not stop that, so workers are separate processes with a memory limit, killed from
-outside when an answer takes too long, and started anew.
+Model output can make a verifier hang inside a single C call (9^{9^{9^{9}}}), exhaust the memory or
+crash. Signals and threads cannot stop such a call. Therefore workers are separate processes with a
+memory limit. If a response takes too long, its worker is killed from outside and replaced.
 """
 
 import contextlib
@@ -24,11 +24,17 @@ from jaxrl_vlm import rewards
 from jaxrl_vlm.example import Example
 
 if TYPE_CHECKING:
-  import numpy as np  # Not in the workers: its BLAS starts a thread per core.
+  import numpy as np  # not imported in the workers, where its BLAS would start a thread per core
 
-_CHUNK = 16  # answers per task: enough to hide the cost of a task, few enough to balance
-_MAX_TASKS = 1000  # per worker, so that what verifiers leak never adds up to the memory limit
-_MAX_LOST = 3  # times that a task may be lost with a whole pool before it counts as the reason
+# Maximum number of responses per task. More would balance the workers worse, and fewer would make
+# the overhead of tasks noticeable.
+_CHUNK = 16
+# Number of tasks after which a worker is replaced, so that memory leaks of verifiers do not add up
+# to the memory limit.
+_MAX_TASKS = 1000
+# Number of times that a task is scheduled again after the whole pool died while it ran. If the pool
+# dies once more, the task counts as the cause.
+_MAX_LOST = 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,11 +43,12 @@ class RewardBatch:
 
   Attributes:
     total: float32 [P, G], the weighted sums; 0 where grading failed.
-    components: metric name -> float32 [P, G]; 0 where grading failed, NaN where the example's own
-      `rewards` do not name this verifier.
-    failures: how many responses failed by "timeout" (time limit), "crash" (their worker died) and
-      "error" (a verifier raised, ran out of memory, or returned something not finite).
-    messages: kind of failure -> what the first failure of this kind was, for the log.
+    components: metric name -> float32 [P, G]; 0 where grading failed, NaN where the rewards of the
+      example do not use this verifier.
+    failures: number of responses by kind of failure. "timeout": the time limit was exceeded.
+      "crash": the worker died. "error": a verifier raised an exception, ran out of memory, or
+      returned something other than finite float32 numbers.
+    messages: kind of failure -> description of its first failure, for the log.
   """
 
   total: "np.ndarray"
@@ -51,17 +58,20 @@ class RewardBatch:
 
 
 class RewardPool:
-  """Worker processes that grade. Use as a context manager, or `close` it.
+  """A pool of worker processes that grade responses. Use it as a context manager or call `close`.
 
   Args:
-    weights: verifiers and weights, as for `rewards.create`; an example's own `rewards` go first.
-    workers: number of processes; None means half of the cores, at most 16.
-    timeout_s: seconds that one response may take, all its verifiers together.
-    memory_gb: GiB that a worker may allocate beyond what it has at its start.
-    max_chars: longer responses lose their beginning, and with it their `format` reward.
+    weights: verifiers and weights, as for `rewards.create`. If an example has its own `rewards`,
+      they are used instead.
+    workers: number of processes. None means half of the cores, at most 16.
+    timeout_s: time limit in seconds for grading one response with all its verifiers.
+    memory_gb: memory limit in GiB that a worker may allocate in addition to what it has at its
+      start.
+    max_chars: maximum length of a response. Only the end of longer responses is graded, so they
+      get no `format` reward.
 
   Raises:
-    ValueError: as `rewards.create` does, or a limit is not positive.
+    ValueError: as in `rewards.create`, or a limit is not positive.
   """
 
   def __init__(
@@ -81,22 +91,22 @@ class RewardPool:
     self._memory = int(memory_gb * 2**30)
     self._weights = _portable(rewards.create(weights).weights)
     self._named = {*weights, *self._weights}
-    self._preload = list(self._weights)  # verifiers that a worker imports before its first task
+    self._preload = list(self._weights)  # verifiers that workers import before their first task
     self._lock = threading.Lock()
     self._executor: pebble.ProcessPool | None = None
     self._closed = False
-    self._schedule([])  # Starts the workers, which takes them about a second, in the background.
+    self._schedule([])  # starts the workers in the background, which takes about a second
 
   def submit(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> "Grading":
-    """Starts grading and returns at once.
+    """Starts grading and returns without waiting for the results.
 
     Args:
-      examples: [P] tasks. Workers get them without images; `meta` must be picklable.
+      examples: [P] examples. Workers receive them without images. `meta` must be picklable.
       texts: [P][G] responses.
 
     Raises:
-      ValueError: shapes that do not fit, or an example's `rewards` name no verifier, or a function
-        that this pool's own weights do not name.
+      ValueError: the shapes do not match, the `rewards` of an example name an unknown verifier, or
+        they name a function that is not among the weights of the pool.
       TypeError: a response is not a string.
     """
     group = len(texts[0]) if len(texts) else 0
@@ -105,15 +115,15 @@ class RewardPool:
     return grading
 
   def begin(self, prompts: int, group: int) -> "Grading":
-    """A grading of P prompts with G responses each, to which they are added as they come."""
+    """Makes an empty `Grading` for P prompts with G responses each. Use `add` to add responses."""
     return Grading(self, (prompts, group), list(rewards.metric_names(self._weights)))
 
   def grade(self, examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> RewardBatch:
-    """`submit(examples, texts).result()`."""
+    """Grades responses and waits for the result. See `submit` for the arguments."""
     return self.submit(examples, texts).result()
 
   def close(self) -> None:
-    """Stops the workers. Responses not graded yet never will be."""
+    """Stops the workers. Responses that have not been graded yet will not be graded."""
     with self._lock:
       self._closed = True
       self._stop()
@@ -125,15 +135,15 @@ class RewardPool:
     self.close()
 
   def _chunk(self, responses: int) -> int:
-    """How many responses a task holds."""
+    """Returns the number of responses per task."""
     return max(1, min(_CHUNK, -(-responses // (4 * self._workers))))
 
   def _schedule(self, jobs: list[tuple[Example, str]]) -> tuple[futures.Future, pebble.ProcessPool]:
-    """Hands one task to the workers; all of it may take as long as one response."""
+    """Schedules one task, with the time limit of a single response for all its responses."""
     with self._lock:
       if self._closed:
-        raise RuntimeError("RewardPool: closed")
-      # A worker that dies idle (the system's out-of-memory killer) breaks a whole pebble pool.
+        raise RuntimeError("RewardPool: the pool is closed")
+      # If an idle worker dies, for example by the out-of-memory killer, the pebble pool is broken.
       if self._executor is None or not self._executor.active:
         self._stop()
         self._executor = pebble.ProcessPool(
@@ -148,21 +158,23 @@ class RewardPool:
       return executor.schedule(_grade, args=args, timeout=self._timeout_s), executor
 
   def _prepared(self, example: Example) -> Example:
-    """Without images, and with the weights that judge it."""
+    """Returns the example without images and with the verifiers and weights to use for it."""
     own = example.rewards
     if own is not None:
-      # Data is not code: what a sample may run is built in or named by whoever made this pool.
+      # A dataset must not be able to run arbitrary code. So its examples may use only built-in
+      # verifiers and functions that the weights of the pool name.
       foreign = [key for key in own if ":" in str(key) and key not in self._named]
       if foreign:
         raise ValueError(
           f"example.rewards of id={example.id!r}: {foreign[0]!r} is neither built in nor among the"
-          " stage's own rewards; name it there (with weight 0.0 if other samples need none of it)"
+          " stage's own rewards; name it there (with weight 0.0 if other examples do not need it)"
         )
       try:
         own = _portable(rewards.create(own).weights)
       except ValueError as error:
         raise ValueError(f"example.rewards of id={example.id!r}: {error}") from error
-      # Only new workers know it: a slow import may cost the old ones their life, once.
+      # Only workers that start later import it in advance. In the others, a slow import can exceed
+      # the time limit once.
       self._preload += [key for key in own if key not in self._preload]
     return example.replace(images=(), rewards=self._weights if own is None else own)
 
@@ -174,7 +186,7 @@ class RewardPool:
 
 
 class Grading:
-  """Responses that are being graded. Made by `RewardPool.submit` or `RewardPool.begin`."""
+  """Responses that are being graded. `RewardPool.submit` and `RewardPool.begin` return it."""
 
   def __init__(self, pool: RewardPool, shape: tuple[int, int], columns: list[str]):
     self._pool, self._shape, self._columns = pool, shape, columns
@@ -188,18 +200,18 @@ class Grading:
   def add(
     self, rows: Sequence[int], examples: Sequence[Example], texts: Sequence[Sequence[str]]
   ) -> None:
-    """Starts grading some of the prompts and returns at once; errors as of `RewardPool.submit`.
+    """Starts grading the responses to n of the prompts. Raises the errors of `RewardPool.submit`.
 
     Args:
-      rows: [n] numbers of the prompts, from 0; each once.
-      examples: [n] their tasks.
+      rows: [n] indices of the prompts in the result. Each prompt is added once.
+      examples: [n] examples of these prompts.
       texts: [n][G] responses.
     """
     group, sizes = self._shape[1], [len(row) for row in texts]
     if len(texts) != len(examples) or any(size != group for size in sizes):
       raise ValueError(
         f"RewardPool: texts has rows of {sizes} responses, expected {len(examples)} rows (one per"
-        f" example) of one length{f', {group}' if group else ''}"
+        f" example) of the same length{f', {group}' if group else ''}"
       )
     new = {}
     for row, example, responses in zip(rows, examples, texts, strict=True):
@@ -208,7 +220,9 @@ class Grading:
       self._columns += [name for name in names if name not in self._columns]
       for i, text in enumerate(responses):
         if not isinstance(text, str):
-          raise TypeError(f"RewardPool: a response to id={example.id!r} is {type(text).__name__}")
+          raise TypeError(
+            f"RewardPool: a response to id={example.id!r} is {type(text).__name__}, expected str"
+          )
         new[row * group + i] = example, text[-self._pool._max_chars :]
     self._jobs |= new
     indices, size = list(new), self._pool._chunk(len(self._values))
@@ -216,10 +230,10 @@ class Grading:
       self._schedule(indices[start : start + size])
 
   def result(self) -> RewardBatch:
-    """Waits for the rewards.
+    """Waits for the rewards and returns them.
 
     Raises:
-      RuntimeError: the pool was closed, or its workers do not stay alive.
+      RuntimeError: the pool was closed, or its workers die at start.
       ValueError: some prompts have not been added.
     """
     if len(self._jobs) < len(self._values):
@@ -228,7 +242,7 @@ class Grading:
       )
     while self._pending:
       done, _ = futures.wait(self._pending, timeout=1.0, return_when=futures.FIRST_COMPLETED)
-      # A pool that broke or was closed leaves futures that nobody will ever complete.
+      # The futures of a pool that is broken or closed are never completed.
       dead = [f for f, task in self._pending.items() if not task.executor.active]
       for future in done or dead:
         self._collect(future, self._pending.pop(future))
@@ -241,7 +255,7 @@ class Grading:
     self._pending[future] = _Task(indices, executor, lost)
 
   def _collect(self, future: futures.Future, task: "_Task") -> None:
-    """Takes the outcome of one task; whatever of it has none yet goes to the workers again."""
+    """Stores the results of a task, and schedules its responses without result again."""
     indices = task.indices
     try:
       if not future.done():
@@ -252,14 +266,14 @@ class Grading:
       if lost and task.lost < _MAX_LOST:
         self._schedule(indices, task.lost + 1)
       elif lost and not self._workers_start():
-        raise RuntimeError("RewardPool: the workers die before they grade anything") from error
-      elif len(indices) > 1:  # One of these is guilty: only alone it shows which.
+        raise RuntimeError("RewardPool: the workers die before they grade a response") from error
+      elif len(indices) > 1:  # Any of these responses can be the cause. Grade each one alone.
         for i in indices:
           self._schedule([i])
       elif lost:
-        self._fail(indices[0], "crash", "it took all workers with it")
+        self._fail(indices[0], "crash", "all workers died while it was graded")
       elif isinstance(error, TimeoutError):
-        self._fail(indices[0], "timeout", "its time is over")
+        self._fail(indices[0], "timeout", "grading it exceeded the time limit")
       elif isinstance(error, pebble.ProcessExpired):
         self._fail(indices[0], "crash", f"its worker died with exit code {error.exitcode}")
       else:
@@ -303,7 +317,13 @@ class Grading:
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-  """Responses that a worker grades one after the other; `lost` tasks like it came to nothing."""
+  """A task: responses that a worker grades one after another.
+
+  Attributes:
+    indices: positions of the responses in the flattened [P, G] result.
+    executor: the pool of processes that the task was given to.
+    lost: number of times that the task was scheduled before and its pool died.
+  """
 
   indices: list[int]
   executor: pebble.ProcessPool
@@ -311,7 +331,7 @@ class _Task:
 
 
 def _portable(weights: Mapping[str, float]) -> dict[str, float]:
-  """Weights with absolute file names: workers may start in another directory."""
+  """Makes the paths of files absolute, because workers may start in another directory."""
 
   def key(name: str) -> str:
     where, _, function = name.rpartition(":")
@@ -322,19 +342,19 @@ def _portable(weights: Mapping[str, float]) -> dict[str, float]:
   return {key(name): weight for name, weight in weights.items()}
 
 
-# ------------------------------------------------------------------ in the workers
+# ------------------------------------------------------------------ code that runs in the workers
 
 
 def _start_worker(preload: list[str], memory: int) -> None:
-  """Imports the verifiers, so that this takes nobody's time, and then limits the memory."""
+  """Imports the verifiers, so that no response pays for it, and then limits the memory."""
   signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pebble's handler cannot run inside a C call.
   os.environ["JAX_PLATFORMS"] = "cpu"  # A verifier that uses jax must not take the accelerator.
   for key in preload:
-    with contextlib.suppress(Exception):  # Who needs this verifier gets the error.
+    with contextlib.suppress(Exception):  # Responses that use this verifier raise it again.
       verifier = rewards.resolve(key)
       if key == "math":
         verifier(Example("", "", "1"), r"\boxed{\frac{2}{3}}")
-  with contextlib.suppress(ImportError, OSError, ValueError):  # Not every system has these limits.
+  with contextlib.suppress(ImportError, OSError, ValueError):  # Some systems lack these limits.
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -344,9 +364,10 @@ def _start_worker(preload: list[str], memory: int) -> None:
 
 
 def _grade(jobs: list[tuple[Example, str]], budget_s: float) -> list[dict[str, float] | str]:
-  """The values or the error message of each response, in order.
+  """Returns the values or the error message of each response, in order.
 
-  Gives the rest back when `budget_s` is over: slow graders are not yet hanging ones.
+  After `budget_s` seconds, it returns the results so far, and the caller schedules the other
+  responses again. So responses that are slow, but within the time limit, do not time out together.
   """
   start, outcomes = time.monotonic(), []
   for example, text in jobs:
@@ -354,7 +375,7 @@ def _grade(jobs: list[tuple[Example, str]], budget_s: float) -> list[dict[str, f
       break
     try:
       outcomes.append(rewards.create(example.rewards or {})(example, text))
-    except BaseException as error:  # A verifier's sys.exit() is an error as well.
+    except BaseException as error:  # includes sys.exit() in a verifier
       message = f"{type(error).__name__}: {error}"
       outcomes.append(" ".join([message, *getattr(error, "__notes__", ())])[:2000])
   return outcomes
@@ -366,10 +387,11 @@ def _grade(jobs: list[tuple[Example, str]], budget_s: float) -> list[dict[str, f
 class _Process(SpawnProcess):
   """A spawned process that does not import the parent's `__main__`.
 
-  Spawn runs the parent's script again in each child (under the name `__mp_main__`): with
-  `python -m jaxrl_vlm.train` or an unguarded script that would import jax, or start a second
-  training. A fork of a process with jax threads deadlocks, and a fork server belongs to whoever
-  in the process started it first.
+  The start method "spawn" runs the parent's script again in each child, under the name
+  `__mp_main__`. With `python -m jaxrl_vlm.train` or a script without the `__main__` guard, this
+  would import jax or start a second training. The other start methods are no alternative: a fork
+  of a process with jax threads can deadlock, and a process has only one fork server, which other code
+  may have started before.
   """
 
   def start(self) -> None:
@@ -378,7 +400,7 @@ class _Process(SpawnProcess):
 
       def without_main(name: str) -> dict[str, Any]:
         data = original(name)
-        if threading.get_ident() == thread:  # Other threads may be starting other processes.
+        if threading.get_ident() == thread:  # Other threads may start other processes.
           data.pop("init_main_from_name", None)
           data.pop("init_main_from_path", None)
         return data

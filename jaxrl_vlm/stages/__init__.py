@@ -1,4 +1,4 @@
-"""The stages of a run: one readable loop each."""
+"""The stages of a run, each with a training loop of its own, and the checks of a config."""
 
 import functools
 import pathlib
@@ -22,7 +22,7 @@ __all__ = ["KINDS", "MAY_CHANGE", "Run", "Stopped", "check", "run_all", "run_sta
 
 KINDS = {"sft": sft.train, "rl": rl.train}
 
-# What a resumed run may set otherwise without becoming another run.
+# Config fields that may be changed when a run is resumed. All others must stay the same.
 MAY_CHANGE = (
   "config.log_every",
   "config.reward_workers",
@@ -32,7 +32,8 @@ MAY_CHANGE = (
   "config.rollouts_kept",
   "config.rollout.groups",
   "config.device_memory",
-  # What another number of devices may ask for: how the same step is cut into pieces.
+  # How a step is computed, which may have to change on another number of devices. Except for
+  # rounding, the result of the step stays the same.
   "config.mesh",
   "config.rollout.tensor",
   "config.model.remat",
@@ -43,15 +44,15 @@ MAY_CHANGE = (
 
 
 def run_stage(run: Run, index: int) -> None:
-  """Runs one stage to its end; one that a checkpoint shows finished only hands on its params."""
+  """Runs a stage to its end, or restores its result if a checkpoint shows that it is finished."""
   KINDS[run.config.stages[index].kind](run, index)
 
 
 def run_all(config: ConfigDict, workdir: pathlib.Path) -> Run:
-  """Runs all stages, from where the newest checkpoint that can be read left them.
+  """Runs all stages, starting from the newest readable checkpoint if there is one.
 
   Raises:
-    Stopped: the run was asked to stop and has saved.
+    Stopped: the run was asked to stop, and has saved a checkpoint.
   """
   unreadable: frozenset[int] = frozenset()
   while True:
@@ -66,10 +67,11 @@ def run_all(config: ConfigDict, workdir: pathlib.Path) -> Run:
 
 
 def check(config: ConfigDict) -> None:
-  """Checks what can be checked before anything is built.
+  """Checks the fields of a config before a model is loaded or a program is compiled.
 
   Raises:
-    UserError: one line naming the field, its value and what was expected.
+    UserError: a field is invalid. The message is one line with the field, its value, and what was
+      expected.
   """
 
   def expect(ok: bool, field: str, value: object, wanted: str) -> None:
@@ -96,9 +98,16 @@ def check(config: ConfigDict) -> None:
   )
   expect(model.remat in REMAT, "config.model.remat", model.remat, " or ".join(map(repr, REMAT)))
   for name in ("min_pixels", "max_pixels"):
-    expect(model[name] >= 0, f"config.model.{name}", model[name], "at least 0 (not changed)")
+    expect(
+      model[name] >= 0,
+      f"config.model.{name}",
+      model[name],
+      "at least 0 (0 keeps the setting of the checkpoint)",
+    )
   settings = model.lora
-  expect(settings.rank >= 0, "config.model.lora.rank", settings.rank, "at least 0 (no adapters)")
+  expect(
+    settings.rank >= 0, "config.model.lora.rank", settings.rank, "at least 0 (0 adds no adapters)"
+  )
   expect(settings.alpha > 0, "config.model.lora.alpha", settings.alpha, "a number above 0")
   expect(
     not (settings.path and not settings.rank),
@@ -136,11 +145,16 @@ def check(config: ConfigDict) -> None:
     config.device_memory >= 0,
     "config.device_memory",
     config.device_memory,
-    "GiB, at least 0 (what the device says)",
+    "GiB, at least 0 (0 uses what the device reports)",
   )
   rollout = config.rollout
   expect(rollout.chunk >= 1, "config.rollout.chunk", rollout.chunk, "at least 1")
-  expect(rollout.groups >= 0, "config.rollout.groups", rollout.groups, "at least 0 (all)")
+  expect(
+    rollout.groups >= 0,
+    "config.rollout.groups",
+    rollout.groups,
+    "at least 0 (0 decodes all prompts at once, or as many as fit)",
+  )
   expect(
     rollout.prefix_dtype in PREFIX_DTYPES,
     "config.rollout.prefix_dtype",
@@ -154,7 +168,10 @@ def check(config: ConfigDict) -> None:
     "'synchronous' or 'one_step_off'",
   )
   expect(
-    config.reward_timeout > 0, "config.reward_timeout", config.reward_timeout, "seconds above 0"
+    config.reward_timeout > 0,
+    "config.reward_timeout",
+    config.reward_timeout,
+    "a number of seconds above 0",
   )
   with validation():
     parallel.rules_of(config.sharding.to_dict())
@@ -184,7 +201,7 @@ def check(config: ConfigDict) -> None:
       f"a multiple of minibatches x microbatches x mesh.slice x mesh.fsdp = {parts}",
     )
     budget = stage.get("token_budget", 0)
-    expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (no limit)")
+    expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (0 sets no limit)")
     with validation(f"{field}: "):
       evaluate.sampling(stage)
       objective_of(stage, config.pipeline)

@@ -1,4 +1,4 @@
-"""What a config says that is more than a number: the model, what of it trains, the objective."""
+"""Builds objects from a config: the model, the selection of trained parameters, the objective."""
 
 import pathlib
 from typing import Any
@@ -13,7 +13,7 @@ from jaxrl_vlm.types import Params
 
 
 def lora_of(config: ConfigDict) -> models.LoRA | None:
-  """`config.model.lora`; None for no adapters."""
+  """Returns the LoRA settings of `config.model.lora`, or None if the model has no adapters."""
   settings = config.model.lora
   if not settings.rank:
     return None
@@ -21,22 +21,31 @@ def lora_of(config: ConfigDict) -> models.LoRA | None:
 
 
 def trainable_of(config: ConfigDict) -> tuple[str, ...]:
-  """`config.model.trainable`, or its default: with LoRA the adapters, otherwise everything."""
+  """Returns the patterns of the trained parameters, from `config.model.trainable`.
+
+  By default, these are the adapters if there are any. Otherwise the result is (), which trains all
+  parameters.
+  """
   return tuple(config.model.trainable) or (("lora",) if config.model.lora.rank else ())
 
 
 def model_path(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
-  """The directory that a run begins with."""
+  """Returns the Hugging Face directory of the start model of a run."""
   return workdir / "scratch" if config.model.scratch else pathlib.Path(config.model.path)
 
 
 def load_model(
   config: ConfigDict, path: pathlib.Path, mesh: Any
 ) -> tuple[models.VLM, Params, Processor]:
-  """What a run begins with: the directory, with the adapters of the config, on a mesh.
+  """Loads the start model and its processor, with the adapters of the config.
+
+  Args:
+    config: config of the run.
+    path: Hugging Face directory of the model.
+    mesh: mesh that the parameters are sharded over.
 
   Raises:
-    UserError: one line naming the field or file.
+    UserError: a field is invalid, or a file cannot be read. The message names the field or file.
   """
   settings, adapters = config.model, lora_of(config)
   dtype = None if settings.dtype == "auto" else settings.dtype
@@ -61,7 +70,7 @@ def load_model(
       prompt_buckets=config.prompt_buckets,
       patch_buckets=config.patch_buckets,
     )
-  except (OSError, ValueError) as error:  # of the files; their messages name the file or field
+  except (OSError, ValueError) as error:  # the message names the file, or the field in it
     raise UserError(f"config.model.path={str(path)!r}: {one_line(str(error))}") from error
   if adapters is not None and settings.lora.path:
     try:
@@ -75,10 +84,15 @@ def load_model(
 
 
 def objective_of(stage: ConfigDict, pipeline: str = "synchronous") -> objectives.Objective:
-  """The stage's objective; ValueError names a field that is out of range.
+  """Creates the objective of a stage from `stage.objective`.
 
-  Unless it says otherwise its `max_length` is the stage's `max_tokens`, and with `config.pipeline`
-  "one_step_off" its `correction` is "tis": another policy than the one that is updated has sampled.
+  Two fields of the objective have a default that depends on the run. `max_length` is the
+  `max_tokens` of the stage. In an RL stage with `config.pipeline` "one_step_off", `correction` is
+  "tis", because the policy that sampled the responses is not the policy that is updated.
+
+  Raises:
+    ValueError: a field is out of range, or the objective does not fit the stage. The message names
+      the field.
   """
   settings = {"max_length": stage.max_tokens}
   if pipeline == "one_step_off" and stage.kind == "rl":
@@ -87,7 +101,7 @@ def objective_of(stage: ConfigDict, pipeline: str = "synchronous") -> objectives
   if objective.kind != stage.kind:
     raise ValueError(
       f"objective.name={stage.objective.name!r}: expected an objective of "
-      f"{stage.kind!r} stages, this is one of {objective.kind!r} stages"
+      f"{stage.kind!r} stages, got one of {objective.kind!r} stages"
     )
   samples = stage.get("num_samples", 1)
   if samples < objective.min_samples:

@@ -1,4 +1,4 @@
-"""AdamW as the config says, and what it keeps."""
+"""The optimizer: AdamW with gradient clipping, a schedule, and options for storing its state."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,15 @@ MOMENTS = ("float32", "bfloat16", "host")
 
 
 def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
-  """AdamW with clipping from `config.optimizer`; `steps` is the length of a decaying schedule."""
+  """Creates AdamW with global-norm gradient clipping.
+
+  Args:
+    config: `optimizer` of a stage.
+    steps: number of updates of the stage, after which a decaying learning rate is 0.
+
+  Raises:
+    ValueError: `moments` or `schedule` is unknown.
+  """
   if config.moments not in MOMENTS:
     raise ValueError(
       f"config.optimizer.moments={config.moments!r}: expected one of {', '.join(MOMENTS)}"
@@ -39,17 +47,23 @@ def make_optimizer(config: Any, steps: int) -> optax.GradientTransformation:
 
 
 class Rounded(NamedTuple):
-  """State of `in_bfloat16`: the other's, and how often it has been rounded."""
+  """State of `in_bfloat16`.
+
+  Attributes:
+    inner: state of the wrapped transformation.
+    count: i32 scalar; number of updates, from which the random numbers for rounding are derived.
+  """
 
   inner: Any
   count: Array
 
 
 def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-  """A transformation whose state is kept in bfloat16; it computes in float32.
+  """Wraps a transformation so that its state is stored in bfloat16. It still computes in float32.
 
-  Rounded to the nearest, a second moment would not move at all: what a step adds to it is less than
-  half of its last digit. So it is rounded up or down at random, and is right in the mean.
+  With `b2` = 0.999, an update typically changes a second moment by less than half of the last digit
+  of bfloat16, so rounding to the nearest value would discard the change. The state is therefore
+  rounded stochastically, up or down, so that its expected value is exact.
   """
 
   def wide(tree):
@@ -78,7 +92,10 @@ def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _rounded(key: Array, a: Array) -> Array:
-  """float32 as bfloat16, rounded to one of its neighbours; the nearer, the likelier."""
+  """Rounds float32 stochastically to bfloat16.
+
+  The result is one of the two neighbouring bfloat16 values, the closer one with higher probability.
+  """
   bits = jax.lax.bitcast_convert_type(a, jnp.uint32)
   bits = (bits + jax.random.bits(key, a.shape, jnp.uint16)) & jnp.uint32(0xFFFF0000)
   return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)

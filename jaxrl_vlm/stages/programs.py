@@ -1,4 +1,4 @@
-"""The compiled programs of a stage. Each states where its inputs and outputs live on the mesh."""
+"""The compiled programs of a stage, with the shardings of their inputs and outputs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +23,23 @@ from jaxrl_vlm.packing import Packer, balanced, block_shape
 from jaxrl_vlm.rollout import Sampling, make_sampler
 from jaxrl_vlm.types import Array, Experience, Params, Prompt, TokenStats
 
-_PARTS, _LEAST_PART = 16, 512  # of a full batch; tokens
+# A pass is the response tokens that go through the model together. `part_of` limits it to
+# 1 / `_PASSES` of the tokens of a microbatch of full-length responses, or to `_LEAST_TOKENS` tokens
+# if this is more.
+_PASSES, _LEAST_TOKENS = 16, 512
 
 
 @struct.dataclass
 class TrainState:
-  """What an update changes.
+  """The state of training, which an update changes.
 
   Attributes:
-    params, opt_state: pytrees; of the parameters that train, no others.
-    bad_steps: i32 scalar; updates in a row that were skipped, for a loss or gradient that was NaN
-      or infinite.
-    objective: scalars, `objective.initial_state()` and what has become of them.
+    params: pytree of the trained parameters. Frozen parameters are not included.
+    opt_state: pytree of the optimizer state of these parameters.
+    bad_steps: i32 scalar; number of consecutive updates that were skipped because the loss or the
+      gradient was NaN or infinite.
+    objective: scalars of the objective. They start as `objective.initial_state()`, and
+      `objective.next_state` changes them.
   """
 
   params: Params
@@ -45,15 +50,19 @@ class TrainState:
 
 @struct.dataclass
 class Packing:
-  """Which tokens of the responses pass through the model together, see `packing.Packer`.
+  """The assignment of response tokens to passes.
+
+  A pass is the response tokens that go through the model together. It consists of blocks, each a
+  fixed number of consecutive tokens of one response. `packing.Packer` computes the assignment for
+  each microbatch of the batch.
 
   Attributes:
-    index: i32[pieces, parts, R, N].
-    used: i32[pieces].
-    size: tokens of a block.
-    tile: blocks of one prompt that stand together.
-    order: i32[P]; how prompts are dealt to devices and pieces (`packing.balanced`); None: they are
-      not.
+    index: i32[microbatches, passes, R, N]; the blocks of each pass, see `models.decoder.Blocks`.
+    used: i32[microbatches]; number of passes that contain any blocks.
+    size: B, tokens per block.
+    tile: W, blocks per tile. The blocks of a tile belong to the same prompt.
+    order: i32[P]; the order of the prompts in which devices and microbatches have similar loads
+      (`packing.balanced`). None keeps the order of the batch.
   """
 
   index: Array
@@ -67,7 +76,7 @@ class Packing:
 
 
 class Program:
-  """A jitted function of which the last argument may be left out: None."""
+  """A jitted function whose last argument may be omitted, which passes None."""
 
   def __init__(self, function: Callable, in_shardings: tuple, out_shardings: Any, **options):
     self._count = len(in_shardings)
@@ -86,33 +95,59 @@ class Program:
 
 
 class Programs:
-  """rollout, score and its variants, advantages and update of one stage on one mesh.
+  """The programs of one stage on one mesh: rollout, scores, advantages and update.
 
-  Each is a `jax.jit` of a pure function. `params` and the optimizer's state lie as
-  `parallel.param_shardings` says, everything with a leading axis P as
-  `parallel.batch_sharding` says.
+  Each program is a `jax.jit` of a pure function. Parameters and optimizer state have the shardings
+  `parallel.param_shardings`, and arrays with a leading axis P have `parallel.batch_sharding`.
 
-  `see` gives prompts their visual tokens, so that no other needs the vision tower: all may have
-  such prompts but an update that trains it (`trains_vision`).
+  - `see` adds the visual tokens to prompts, so that the other programs need not run the vision
+    tower again. All of them accept such prompts, except an update that trains the vision tower
+    (`trains_vision`).
+  - `rollout` samples responses, and `rollout_greedy` one greedy response per prompt if the
+    objective uses it as baseline.
+  - `score` computes the log-probabilities and entropies of given responses. `score_base` takes
+    parameters without adapters. `score_masked` scores the view `masked`, and `score_reference` the
+    view `ref`; the latter takes the parameters of both the policy and the reference.
+  - `advantages` computes advantages, and `compare` the difference between scorer and sampler.
+  - `update(state, frozen, ...)` takes the two pytrees of `lora.split(params, trainable)`, the first
+    of them in `state`. It donates the buffers of `state` only. The other programs take all
+    parameters together, `lora.merge` of both.
 
-  `update(state, frozen, ...)` takes the parameters in the two parts of `lora.split(params,
-  trainable)` and gives only the first away; all others take them whole: `lora.merge` of both.
-  `score_base` takes them without adapters, `score_reference` takes the policy and the reference.
-  The `source` of a masked view is the random key with which to draw it, or the prompts under
-  images that the host has corrupted, a row for each prompt or for each sample. Every row is drawn
-  with a key of its own, so that no split of the batch changes it.
+  The `source` of the view `masked` is either a random key, or prompts with images that the host has
+  corrupted, one row for each prompt or for each sample. Each row gets a random key of its own, so
+  that the result does not depend on how the batch is divided.
 
-  The last argument of all scores and of update is a `Packing` (`pack`): padding is left out, and
-  `part_tokens` of the responses pass through the model at a time. None: all of them, padding too.
+  The last argument of the scores and of `update` is a `Packing` (`pack`). With it, padding is left
+  out, and `part_tokens` response tokens go through the model at a time (one pass). If it is None,
+  all response tokens and their padding go through the model at once.
 
-  `rollout`: further arguments of the `Sampler`. `capacity`: bytes of a device that may be used, 0
-  if that is not known; `room` is what weights and optimizer leave of it. With `state_on_host` the
-  optimizer's state lies in the hosts' memory.
+  Attributes:
+    scores_old: whether the scores `old` must be computed before the update.
+    trains_vision: whether the vision tower has trained parameters.
+    held: bytes on each device of weights, reference and optimizer state.
+    gradient: bytes on each device of one gradient.
+    room: bytes on each device that `held` leaves free, or 0 if unknown.
 
-  `fields` is what stands before the names of the stage's fields in errors.
+  Args:
+    model: the model.
+    mesh: the mesh.
+    objective: the objective.
+    optimizer: the optimizer.
+    abstract_params: shapes of all parameters.
+    trainable: patterns of the trained parameters. () trains all.
+    temperature: sampling temperature, at which responses are scored.
+    microbatches: number of pieces of a minibatch whose gradients are accumulated.
+    minibatches: number of updates per batch.
+    sampling: sampling parameters. None makes no rollout program.
+    rollout: further arguments of `Sampler`.
+    part_tokens: response tokens of a pass on each device.
+    capacity: bytes on each device that may be used, or 0 if unknown.
+    state_on_host: whether the optimizer state is in host memory between updates.
+    fields: prefix of the names of the stage's fields in error messages.
+    black, white: normalized patches of these colors (`views.level_patch`), for the view `masked`.
 
-  `black` and `white` are patches as the processor normalises them (`views.level_patch`): what the
-  masked view is made of.
+  Raises:
+    ValueError: the objective needs `white`, and it is None.
   """
 
   def __init__(
@@ -149,29 +184,32 @@ class Programs:
         f"objective.mask_kind={kind!r} needs one"
       )
 
-    # Of one update the policy that sampled is the policy that is updated.
+    # With one update per rollout, the update itself scores the policy before it changes, so `old`
+    # need not be scored separately.
     self.scores_old = minibatches > 1 or objective.needs_old
 
     trained, frozen = lora.split(abstract_params, trainable)
     self.trains_vision = bool(jax.tree.leaves(trained.get("vision", {})))
     state = jax.eval_shape(self._init_state, trained)
-    homes: Any = parallel.param_shardings(mesh, state, rules)
-    self._on_host, self._on_device = state_on_host, homes.opt_state
+    shardings: Any = parallel.param_shardings(mesh, state, rules)
+    self._on_host, self._on_device = state_on_host, shardings.opt_state
     if state_on_host:
-      homes = dataclasses.replace(
-        homes,
+      shardings = dataclasses.replace(
+        shardings,
         opt_state=jax.tree.map(
-          lambda x, place: place.with_memory_kind("pinned_host") if x.ndim else place,
+          lambda x, sharding: sharding.with_memory_kind("pinned_host") if x.ndim else sharding,
           state.opt_state,
-          homes.opt_state,
+          shardings.opt_state,
         ),
       )
-    self.state_shardings = homes
+    self.state_shardings = shardings
     self.abstract_state = jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, homes
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      state,
+      shardings,
     )
-    whole, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
-    params, frozen, places = (
+    replicated, batch = parallel.replicated(mesh), parallel.batch_sharding(mesh)
+    params, frozen, trained_shardings = (
       parallel.param_shardings(mesh, tree, rules) for tree in (abstract_params, frozen, trained)
     )
 
@@ -179,15 +217,16 @@ class Programs:
       lora.split(abstract_params, trainable)[1], frozen
     )
     if "ref" in (*objective.views, *objective.grad_views):
-      self.held += memory.held(trained, places)
-    self.gradient = memory.held(trained, places)
-    # Something to divide, even where the weights alone are too much.
+      self.held += memory.held(trained, trained_shardings)
+    self.gradient = memory.held(trained, trained_shardings)
+    # At least 1, even if the weights alone do not fit, because 0 means unknown.
     self.room = max(capacity - self.held, 1.0) if capacity else 0
     self._checked: set[tuple[int, ...]] = set()
 
     self.init_state = jax.jit(self._init_state, out_shardings=self.state_shardings)
     self.see = jax.jit(self._see, in_shardings=(params, batch), out_shardings=batch)
-    # None: as it comes; a key or prompts, a reference with or without adapters, a packing.
+    # A sharding of None keeps that of the argument: a random key or prompts, a reference with or
+    # without adapters, or a packing.
     self.score = Program(self._score, (params, batch, batch, batch, None), batch)
     self.score_base = Program(self._score, (lora.strip(params), batch, batch, batch, None), batch)
     self.score_masked = Program(
@@ -197,13 +236,15 @@ class Programs:
       self._score_reference, (params, None, batch, batch, batch, None), batch
     )
     self.advantages = jax.jit(
-      self._advantages, in_shardings=(batch, batch, batch, whole), out_shardings=batch
+      self._advantages, in_shardings=(batch, batch, batch, replicated), out_shardings=batch
     )
-    self.compare = jax.jit(self._compare, in_shardings=(batch, batch, batch), out_shardings=whole)
+    self.compare = jax.jit(
+      self._compare, in_shardings=(batch, batch, batch), out_shardings=replicated
+    )
     self.update = Program(
       self._update,
       (self.state_shardings, frozen, batch, batch, batch, None, None, None),
-      (self.state_shardings, whole),
+      (self.state_shardings, replicated),
       donate_argnums=0,
     )
     if sampling is not None:
@@ -216,12 +257,21 @@ class Programs:
   def update_bytes(
     self, prompts: int, length: int, patches: int, group: int, tokens: int, microbatches: int = 0
   ) -> float:
-    """What scores and update of P prompts need on each device beside weights and optimizer."""
+    """Returns the bytes on each device that scores and update need besides weights and optimizer.
+
+    Args:
+      prompts: P, the prompts of the batch.
+      length: Lp.
+      patches: number of patches of a prompt.
+      group: G.
+      tokens: T.
+      microbatches: number of microbatches, or 0 for that of this stage.
+    """
     count, objective = microbatches or self.microbatches, self.objective
     devices = parallel.rows(self.mesh)
-    here = prompts // (self.minibatches * count * devices)
+    prompts_per_device = prompts // (self.minibatches * count * devices)
     model = memory.Model(self.model.config, self.mesh.shape["tensor"])
-    part = self.part_of(tokens, here * group)
+    pass_tokens = self.part_of(tokens, prompts_per_device * group)
 
     def rows(view):
       return group if view == "masked" and objective.mask_per == "sample" else 1
@@ -230,42 +280,58 @@ class Programs:
       model,
       length,
       patches,
-      here,
+      prompts_per_device,
       group,
       tokens,
-      part,
+      pass_tokens,
       self.gradient,
       self.trains_vision,
       (1, *map(rows, objective.grad_views)),
     )
-    if self._on_host:  # the optimizer's state comes and goes when there is nothing else
+    if self._on_host:
+      # The optimizer state is on the device only when the gradient is complete. XLA then updates
+      # one parameter after another.
       moments = memory.held(self.abstract_state.opt_state, self._on_device)
-      need = max(need, self.gradient + moments)  # XLA takes a parameter after the other
+      need = max(need, self.gradient + moments)
     scores = [
-      memory.score(model, length, here, rows(view), tokens, part) for view in objective.views
+      memory.score(model, length, prompts_per_device, rows(view), tokens, pass_tokens)
+      for view in objective.views
     ]
-    given = memory.prompts(model, patches, prompts // devices)
-    if objective.mask_on == "original":  # the host's
-      given *= 1 + sum(map(rows, {"masked"} & {*objective.views, *objective.grad_views}))
-    working = max(need, memory.see(model, patches, here), *scores)
+    inputs = memory.prompts(model, patches, prompts // devices)
+    if objective.mask_on == "original":  # the prompts that the host has corrupted are inputs too
+      inputs *= 1 + sum(map(rows, {"masked"} & {*objective.views, *objective.grad_views}))
+    working = max(need, memory.see(model, patches, prompts_per_device), *scores)
     if devices == 1:
-      return given + working
-    # What is dealt is there, is taken and passes in two buffers (`parallel.reordered`); then it is
-    # there twice.
-    return max(4 * given, 2 * given + working)
+      return inputs + working
+    # `parallel.reordered` needs four times the inputs: the inputs, the result, and two buffers of
+    # shards that are passed on. Afterwards the inputs exist twice, in both orders.
+    return max(4 * inputs, 2 * inputs + working)
 
   def part_of(self, tokens: int, responses: int) -> int:
-    """Response tokens that pass through the model together on each device.
+    """Returns the number of response tokens of a pass on each device.
 
-    Where a batch is small, so are its parts: the last one is half empty on average.
+    It is `part_tokens`, or less for a small batch, because the last pass of a batch is half empty
+    on average.
+
+    Args:
+      tokens: T; a pass has at least this many tokens.
+      responses: number of responses of a microbatch on each device.
     """
-    return max(tokens, min(self.part_tokens, max(_LEAST_PART, responses * tokens // _PARTS)))
+    return max(tokens, min(self.part_tokens, max(_LEAST_TOKENS, responses * tokens // _PASSES)))
 
   def check_update(self, prompts: int, length: int, patches: int, group: int, tokens: int) -> None:
-    """Before an update of these sizes is compiled.
+    """Checks that an update of these sizes fits in the memory of a device, before it is compiled.
+
+    Args:
+      prompts: P, the prompts of the batch.
+      length: Lp.
+      patches: number of patches of a prompt.
+      group: G.
+      tokens: T.
 
     Raises:
-      UserError: it cannot fit into the memory of a device; names what would.
+      UserError: it does not fit. The message names the smallest number of microbatches that fits,
+        or else what to change.
     """
     sizes = prompts, length, patches, group, tokens
     if not self.room or sizes in self._checked:
@@ -288,37 +354,44 @@ class Programs:
       raise UserError(
         f"{self.fields}microbatches={self.microbatches}: an update with prompts of "
         f"{length} tokens and {patches} patches needs {need / memory.GIB:.1f} GiB on a device "
-        f"beside weights and optimizer ({self.held / memory.GIB:.1f}), "
-        f"{self.room / memory.GIB:.1f} are free; {advice}"
+        f"besides the {self.held / memory.GIB:.1f} GiB of weights and optimizer, but only "
+        f"{self.room / memory.GIB:.1f} GiB are free; {advice}"
       )
     self._checked.add(sizes)
 
   def pack(self, mask: np.ndarray) -> Packing:
-    """Which tokens of a batch pass through the model together; mask: bool[P, G, T] on the host."""
-    packing, whole = self.packed(mask), parallel.replicated(self.mesh)
+    """Returns the packing of a batch of responses on the devices.
+
+    Args:
+      mask: bool[P, G, T] on the host; response tokens that count.
+    """
+    packing, replicated = self.packed(mask), parallel.replicated(self.mesh)
     by_device = NamedSharding(self.mesh, Spec(None, None, parallel.ROWS))
     return parallel.put(
       packing,
       dataclasses.replace(
-        packing, index=by_device, used=whole, order=None if packing.order is None else whole
+        packing,
+        index=by_device,
+        used=replicated,
+        order=None if packing.order is None else replicated,
       ),
     )
 
   def packed(self, mask: np.ndarray) -> Packing:
-    """`pack` as arrays on the host."""
+    """Returns the result of `pack` as arrays on the host."""
     p, g, t = mask.shape
     splits, devices = self.minibatches * self.microbatches, parallel.rows(self.mesh)
-    here = p // splits // devices * g
-    room = self.part_of(t, here)
+    responses = p // splits // devices * g  # of a microbatch on each device
+    room = self.part_of(t, responses)
     size, tile = block_shape(t, attention.answers(self.model.config, room))
     each = -(-t // size)
     room = -(-max(room // size, each) // tile) * tile
-    packer = Packer(splits, devices, size, min(room, here * -(-each // tile) * tile), tile)
-    # Behind the last token that counts nothing does.
+    packer = Packer(splits, devices, size, min(room, responses * -(-each // tile) * tile), tile)
+    # Tokens after the last one in the mask are padding.
     lengths = np.where(mask, np.arange(1, t + 1), 0).max(axis=-1)
     order = None
     if devices > 1:
-      # Within each slice: between them there is only a slow network.
+      # Prompts stay in their slice, because the network between slices is slow.
       slices = self.mesh.shape["slice"]
       loads = lengths.sum(axis=1).reshape(slices, -1)
       order = np.concatenate(
@@ -331,7 +404,7 @@ class Programs:
     return Packing(*packer(lengths, t), size, tile, order)
 
   def _ordered(self, packing: Packing | None, tree: Any, back: bool = False) -> Any:
-    """Rows of P prompts in the packing's order, or back in that of the batch."""
+    """Reorders arrays [P, ...] from the order of the batch to that of the packing, or `back`."""
     if packing is None or packing.order is None:
       return tree
     return parallel.reordered(
@@ -344,15 +417,15 @@ class Programs:
     )
 
   def _see(self, params, prompt: Prompt) -> Prompt:
-    def piece(prompt):
-      seen: Any = self.model.apply({"params": params}, prompt, method="see")
-      return seen.features
+    def features_of(prompt):
+      with_features: Any = self.model.apply({"params": params}, prompt, method="see")
+      return with_features.features
 
     count = self.minibatches * self.microbatches
     if count == 1 or prompt.features is not None or not prompt.patches.shape[1]:
-      return dataclasses.replace(prompt, features=piece(prompt))
-    pieces = jax.lax.map(piece, _split(prompt, count, prompt.tokens.shape[0]))
-    return dataclasses.replace(prompt, features=_joined(pieces))
+      return dataclasses.replace(prompt, features=features_of(prompt))
+    features = jax.lax.map(features_of, _split(prompt, count, prompt.tokens.shape[0]))
+    return dataclasses.replace(prompt, features=_joined(features))
 
   def _score(
     self, params, prompt: Prompt, tokens: Array, mask: Array, packing: Packing | None = None
@@ -371,54 +444,64 @@ class Programs:
     pieces: int = 1,
     source: Array | Prompt | None = None,
   ) -> TokenStats:
-    """Stats of one of the sides, one piece of the batch after another.
+    """Scores responses tokens [P, G, T] under one view, one microbatch after another.
 
-    With a `source` the side "masked" is that of the corrupted prompts.
+    Args:
+      name: the view.
+      sides: parameters and prompts by view. "" is the policy with the original image, which a view
+        in the objective's `full_kl` needs in addition.
+      tokens, mask: [P, G, T].
+      packing: the packing, or None to compute all tokens at once.
+      pieces: number of microbatches, if there is no packing.
+      source: if given, the prompts of the view "masked" are corrupted as it says (`_corrupted`).
     """
     params = {key: side[0] for key, side in sides.items()}
 
-    def piece(prompts, source, tokens, mask, *packed):
+    def microbatch(prompts, source, tokens, mask, *packed):
       given = {key: (params[key], prompt) for key, prompt in prompts.items()}
       if source is not None:
         clean = given["masked"]
         given["masked"] = clean[0], self._corrupted(source, *clean, tokens.shape[1])
       prefixes = {
-        key: self._read(*side, side[1].tokens.shape[0] // tokens.shape[0])
+        key: self._prefixes(*side, side[1].tokens.shape[0] // tokens.shape[0])
         for key, side in given.items()
       }
       if packing is None:
         return self._stats(given, prefixes, tokens, mask, None)[name]
       (index, used), blocks = packed, packing.blocks
 
-      def part(i, so_far):
+      def add_pass(i, total):
         stats = self._stats(given, prefixes, tokens, mask, blocks(index[i]))[name]
-        return jax.tree.map(jnp.add, so_far, stats)  # 0 outside of its blocks
+        return jax.tree.map(jnp.add, total, stats)  # the stats are 0 outside the blocks of the pass
 
       zeros = jnp.zeros(tokens.shape, jnp.float32)
       kl = zeros if name in self.objective.full_kl else None
-      return jax.lax.fori_loop(0, used, part, TokenStats(zeros, zeros, kl))
+      return jax.lax.fori_loop(0, used, add_pass, TokenStats(zeros, zeros, kl))
 
     batch = {key: side[1] for key, side in sides.items()}, source, tokens, mask
     if packing is None and pieces == 1:
-      return piece(*batch)
+      return microbatch(*batch)
     count = pieces if packing is None else len(packing.used)
-    parts = _split(batch, count, tokens.shape[0])
+    inputs = _split(batch, count, tokens.shape[0])
     if packing is not None:
-      parts = (*parts, packing.index, packing.used)
-    stats = jax.lax.map(lambda part: piece(*part), parts)
+      inputs = (*inputs, packing.index, packing.used)
+    stats = jax.lax.map(lambda arrays: microbatch(*arrays), inputs)
     return _joined(stats)
 
-  def _read(self, params: Params, prompt: Prompt, rows: int = 1) -> Prefix:
-    """The prefixes of prompts; where each has several `rows`, one of each at a time."""
+  def _prefixes(self, params: Params, prompt: Prompt, rows: int = 1) -> Prefix:
+    """Returns the prefixes of P·rows prompts.
 
-    def read(prompt):
+    If each prompt has several rows, one row of every prompt is prefilled at a time.
+    """
+
+    def prefill(prompt):
       prefix: Any = self.model.apply({"params": params}, prompt, method="prefill")
       return prefix[1]
 
     if rows == 1:
-      return read(prompt)
-    each = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, rows, *a.shape[1:]), 1, 0), prompt)
-    prefixes = jax.lax.map(read, each)  # k, v: [rows, L, P, ...]
+      return prefill(prompt)
+    by_row = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, rows, *a.shape[1:]), 1, 0), prompt)
+    prefixes = jax.lax.map(prefill, by_row)  # k, v: [rows, L, P, ...]
     k, v = (
       jnp.moveaxis(a, 0, 2).reshape(a.shape[1], -1, *a.shape[3:]) for a in (prefixes.k, prefixes.v)
     )
@@ -432,14 +515,21 @@ class Programs:
     mask: Array,
     blocks: Blocks | None,
   ) -> dict[str, TokenStats]:
-    """Stats of responses tokens [P, G, T] by name, 0 where masked or not in `blocks`.
+    """Scores responses tokens [P, G, T] under each view.
 
-    `sides`: parameters and prompts, "" the policy. Those that the objective's `full_kl` names come
-    with the divergence of the policy from them.
+    Args:
+      sides: parameters and prompts by view. "" is the policy with the original image.
+      prefixes: prefixes of these prompts by view.
+      tokens, mask: [P, G, T].
+      blocks: the blocks to compute, or None for all tokens.
+
+    Returns:
+      TokenStats [P, G, T] by view, 0 where the mask is false or the token is not in `blocks`. Those
+      of views in the objective's `full_kl` contain `kl`.
     """
-    given, chunks = tokens, {}
+    targets, chunks = tokens, {}
     if blocks is not None:
-      given, chunks = blocks.take(tokens), {"chunk": max(1, 512 // blocks.size), "axis": 1}
+      targets, chunks = blocks.take(tokens), {"chunk": max(1, 512 // blocks.size), "axis": 1}
     hidden: dict[str, Any] = {
       name: self.model.apply(
         {"params": params}, prompt, prefixes[name], tokens, blocks, method="respond"
@@ -449,7 +539,7 @@ class Programs:
     stats = {}
     for name, (params, _) in sides.items():
       values = scoring.token_stats(
-        self.model, params, hidden[name], given, temperature=self.temperature, **chunks
+        self.model, params, hidden[name], targets, temperature=self.temperature, **chunks
       )
       if name in self.objective.full_kl:
         values = dataclasses.replace(
@@ -464,9 +554,15 @@ class Programs:
     return stats
 
   def _corrupted(self, source: Array | Prompt, params, prompt: Prompt, group: int) -> Prompt:
-    """The prompts under another image, as the objective's mask_* fields say.
+    """Returns the prompts with corrupted images, as the mask_* fields of the objective define them.
 
-    A row for each prompt, or for each of the `group` samples of each prompt.
+    There is one row for each prompt, or one for each of the `group` samples of each prompt.
+
+    Args:
+      source: random keys of the rows (`_with_source`), or prompts that the host has corrupted.
+      params: parameters, for the saliency of `mask_kind="semantic"`.
+      prompt: the prompts with the original images.
+      group: G.
     """
     if isinstance(source, Prompt):
       return source
@@ -483,7 +579,7 @@ class Programs:
     black, white = self.black, self.white
     shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     kind = objective.mask_kind
-    # What is not random is the same for all samples of a prompt.
+    # Corruptions that are not random are the same for all samples of a prompt.
     if kind in ("patches", "noise") and objective.mask_per == "sample":
       prompt = views.repeat_prompts(prompt, group)
     if kind == "patches":
@@ -517,9 +613,11 @@ class Programs:
     return views.blur(prompt, objective.mask_blur, shape, vision.spatial_merge_size)
 
   def _with_source(self, packing: Packing | None, batch: tuple, source: Array | Prompt) -> tuple:
-    """A batch (prompt, tokens, ...) in the packing's order, and what masks each of its rows.
+    """Returns a batch (prompt, tokens, ...) in the order of the packing, followed by its source.
 
-    Of a key that is keys [P] or [P, G].
+    If the source is prompts, they are reordered too. If it is a random key, it is replaced by one
+    key for each row, [P], or [P, G] with `mask_per="sample"`. The key of a row does not depend on
+    the packing.
     """
     prompts, group = batch[1].shape[:2]
     if isinstance(source, Prompt):
@@ -547,20 +645,24 @@ class Programs:
     return self._ordered(packing, stats, back=True)
 
   def _compare(self, logp: Array, sampler_logp: Array, mask: Array) -> dict[str, Array]:
-    """Mean and largest |difference| between the scorer's log-probabilities and the sampler's."""
-    apart = jnp.where(mask, jnp.abs(logp - sampler_logp), 0.0)
+    """Returns mean and maximum of |scorer's log-probability − sampler's log-probability|."""
+    difference = jnp.where(mask, jnp.abs(logp - sampler_logp), 0.0)
     return {
-      "sampler_logp_difference": apart.sum() / jnp.maximum(mask.sum(), 1),
-      "sampler_logp_difference_max": apart.max(),
+      "sampler_logp_difference": difference.sum() / jnp.maximum(mask.sum(), 1),
+      "sampler_logp_difference_max": difference.max(),
     }
 
   def _advantages(
     self, rewards: Array, mask: Array, more: Mapping[str, Any], state: Mapping[str, Array]
   ) -> Array:
-    """f32[P, G, T]; `more`: what `objective.advantage_needs` names.
+    """Returns the advantages, f32[P, G, T].
 
-    Instead of `penalty` it holds the TokenStats it is made of, `old` and `ref`; `state` is the
-    objective's.
+    Args:
+      rewards: [P, G].
+      mask: [P, G, T].
+      more: the arguments that `objective.advantage_needs` names. In place of `penalty`, it contains
+        the TokenStats `old` and `ref` from which the penalty is computed.
+      state: scalars of the objective (`TrainState.objective`).
     """
     more = dict(more)
     if "penalty" in self.objective.advantage_needs:
@@ -580,9 +682,23 @@ class Programs:
     packing: Packing | None,
     total: Any = None,
   ):
-    """((loss, (sums, peaks)), gradient) of a microbatch: prompts once, responses part by part.
+    """Computes the loss, metrics and gradient of a microbatch and adds them to `total`.
 
-    All is added to `total` as it comes: there are never more than two gradients. None: nothing.
+    The prompts are prefilled once. Then the responses are processed one pass after another. Each
+    pass adds to the gradient of the parameters, and to the gradient of the prompts' keys and
+    values. At the end, the latter is backpropagated through the prefill. Because results are added
+    immediately, at most two gradients exist at a time.
+
+    Args:
+      trained, frozen: the parameters.
+      prompt, tokens, experience, source: the microbatch. `source` is as in `_corrupted`.
+      reference: parameters of the reference, or None.
+      packed: (index, used) of the packing of this microbatch, or None without packing.
+      packing: the packing, or None.
+      total: result of the previous microbatches, or None.
+
+    Returns:
+      ((loss, (sums, peaks)), gradient); `_loss` explains sums and peaks.
     """
     params = lora.merge(frozen, trained)
     prompts = {"": prompt}
@@ -597,56 +713,61 @@ class Programs:
         name: (reference if name == "ref" else params, given) for name, given in prompts.items()
       }
 
-    def read(trained):  # keys and values: what has a gradient
-      prefixes = {name: self._read(*side) for name, side in sides(trained).items()}
+    def keys_and_values(trained):  # the arrays of the prefixes that have a gradient
+      prefixes = {name: self._prefixes(*side) for name, side in sides(trained).items()}
       return {name: (prefix.k, prefix.v) for name, prefix in prefixes.items()}
 
     def loss(trained, kv, blocks):
       prefixes = {
         name: Prefix(*kv[name], length=given.length - 1) for name, given in prompts.items()
       }
-      here = experience
+      selected = experience
       if blocks is not None:
-        here = _within(experience, blocks.holds(experience.mask.shape))
-      stats = self._stats(sides(trained), prefixes, tokens, here.mask, blocks)
-      return self._loss(stats.pop(""), here, stats)
+        selected = _within(experience, blocks.holds(experience.mask.shape))
+      stats = self._stats(sides(trained), prefixes, tokens, selected.mask, blocks)
+      return self._loss(stats.pop(""), selected, stats)
 
     if packed is None or packing is None:
       return _added(
         total,
-        jax.value_and_grad(lambda trained: loss(trained, read(trained), None), has_aux=True)(
-          trained
-        ),
+        jax.value_and_grad(
+          lambda trained: loss(trained, keys_and_values(trained), None), has_aux=True
+        )(trained),
       )
     index, used = packed
-    kv, pull = jax.vjp(read, trained)
+    kv, backward = jax.vjp(keys_and_values, trained)
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
-    def part(i, so_far):
-      total, total_kv = so_far
-      value, (grads, of_kv) = grad(trained, kv, packing.blocks(index[i]))
-      return _added(total, (value, grads)), jax.tree.map(jnp.add, total_kv, of_kv)
+    def add_pass(i, totals):
+      total, total_kv_grads = totals
+      value, (grads, kv_grads) = grad(trained, kv, packing.blocks(index[i]))
+      return _added(total, (value, grads)), jax.tree.map(jnp.add, total_kv_grads, kv_grads)
 
     if total is None:
       value, (grads, _) = jax.eval_shape(grad, trained, kv, packing.blocks(index[0]))
       total = _zeros((value, grads))
-    # Many parts add up: not in bfloat16.
+    # In float32, because bfloat16 is too coarse for a sum over many passes.
     zeros = _zeros(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), kv))
-    total, of_kv = jax.lax.fori_loop(0, used, part, (total, zeros))
-    of_kv = jax.tree.map(lambda a, like: a.astype(like.dtype), of_kv, kv)
+    total, kv_grads = jax.lax.fori_loop(0, used, add_pass, (total, zeros))
+    kv_grads = jax.tree.map(lambda a, like: a.astype(like.dtype), kv_grads, kv)
     value, grads = total
-    return value, jax.tree.map(jnp.add, grads, pull(of_kv)[0])
+    return value, jax.tree.map(jnp.add, grads, backward(kv_grads)[0])
 
   def _loss(self, stats: TokenStats, experience: Experience, views: Mapping[str, TokenStats]):
-    """The objective's loss, and its metrics: those that add up, and those that are maxima."""
+    """Returns the objective's loss and its metrics: (loss, (sums, peaks)).
+
+    The metrics in `sums` add up over passes and microbatches. Of those in `peaks`, the maximum is
+    taken. If `experience.old` is None, the scores of the current policy take its place.
+    """
     sums, peaks = {}, {}
     if experience.old is None:
       experience = dataclasses.replace(experience, old=jax.lax.stop_gradient(stats))
       if experience.sampler_logp is not None:
-        apart = self._compare(experience.old.logp, experience.sampler_logp, experience.mask)
-        mean, peaks = apart.pop("sampler_logp_difference"), apart
-        _, means = minibatch_weights(experience)
-        share = jnp.where(experience.mask, means, 0.0).sum()
+        peaks = self._compare(experience.old.logp, experience.sampler_logp, experience.mask)
+        mean = peaks.pop("sampler_logp_difference")
+        _, token_weights = minibatch_weights(experience)
+        # The share of these tokens in the minibatch, so that the products add up to its mean.
+        share = jnp.where(experience.mask, token_weights, 0.0).sum()
         sums = {"sampler_logp_difference": mean * share}
     value, more = self.objective.loss(stats, experience, **views)
     return value, jax.lax.stop_gradient((sums | more, peaks))
@@ -664,7 +785,7 @@ class Programs:
     experience = self.objective.prepare(dataclasses.replace(experience, state=state.objective))
     metrics = self.objective.prepare_metrics(experience)
 
-    def grad(total, prompt, tokens, experience, source, *packed):
+    def add_microbatch(total, prompt, tokens, experience, source, *packed):
       experience = dataclasses.replace(experience, state=state.objective)
       return self._grad(
         state.params,
@@ -679,29 +800,31 @@ class Programs:
         total,
       )
 
-    parts = _split(
+    microbatches = _split(
       (prompt, tokens, dataclasses.replace(experience, state={}), source), count, tokens.shape[0]
     )
     if packing is not None:
-      parts = (*parts, packing.index, packing.used)
-    first = jax.tree.map(lambda a: a[0], parts)
+      microbatches = (*microbatches, packing.index, packing.used)
+    first = jax.tree.map(lambda a: a[0], microbatches)
     if count == 1:
-      total = grad(None, *first)
+      total = add_microbatch(None, *first)
     else:
-      zeros = _zeros(jax.eval_shape(grad, None, *first))
-      total, _ = jax.lax.scan(lambda total, part: (grad(total, *part), None), zeros, parts)
+      zeros = _zeros(jax.eval_shape(add_microbatch, None, *first))
+      total, _ = jax.lax.scan(
+        lambda total, arrays: (add_microbatch(total, *arrays), None), zeros, microbatches
+      )
     (value, (sums, peaks)), grads = total
 
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(value) & jnp.isfinite(norm)
     old_state = state.opt_state
-    if self._on_host:  # once there is nothing on the device but the gradient
+    if self._on_host:  # copy it to the device only after the gradient is complete
       grads, old_state = jax.lax.optimization_barrier((grads, old_state))
       old_state = jax.device_put(old_state, self._on_device)
     updates, opt_state = self.optimizer.update(grads, old_state, state.params)
     params = optax.apply_updates(state.params, updates)
     numbers = self.objective.next_state(experience, metrics | sums)
-    # A bad step changes nothing but the count.
+    # If the loss or the gradient is not finite, the update changes only `bad_steps`.
     params, opt_state, numbers = jax.tree.map(
       lambda new, old: jnp.where(good, new, old),
       (params, opt_state, numbers),
@@ -724,21 +847,29 @@ class Programs:
     reference: Params = None,
     packing: Packing | None = None,
   ):
-    """One optimizer step for each minibatch of P / minibatches prompts.
+    """Updates the parameters once for each minibatch of P / minibatches prompts.
 
-    `reference`: all its parameters, if the objective wants its gradient view, else None.
+    Args:
+      state, frozen: the trained and the frozen parameters.
+      prompt, tokens, experience: the batch.
+      source: what corrupts the images of the view `masked`, see `Programs`.
+      reference: all parameters of the reference if "ref" is in `objective.grad_views`, else None.
+      packing: the packing, or None.
+
+    Returns:
+      The new state, and the metrics: means over the minibatches, and the last `bad_steps`.
     """
     batch = self._with_source(packing, (prompt, tokens, experience), source)
     if packing is not None:
       packing = dataclasses.replace(packing, order=None)
     if self.minibatches == 1:
       return self._minibatch(state, frozen, (*batch, packing), reference)
-    # Piece k · minibatches + j is microbatch k of minibatch j.
+    # Entry k · minibatches + j of the packing is microbatch k of minibatch j.
     by_minibatch = jax.tree.map(
       lambda a: a.reshape(-1, self.minibatches, *a.shape[1:]).swapaxes(0, 1), packing
     )
     state, metrics = jax.lax.scan(
-      lambda state, part: self._minibatch(state, frozen, part, reference),
+      lambda state, minibatch: self._minibatch(state, frozen, minibatch, reference),
       state,
       (*_split(batch, self.minibatches, tokens.shape[0]), by_minibatch),
     )
@@ -747,9 +878,10 @@ class Programs:
 
 
 def _split(tree: Any, count: int, prompts: int) -> Any:
-  """[P·r, ...] -> [count, P·r / count, ...] of every leaf, r rows of a prompt staying together.
+  """Splits every leaf into `count` pieces: [P·r, ...] -> [count, P·r / count, ...].
 
-  Strided over prompts, so that every part is spread over all devices as the whole is.
+  Piece i has the prompts i, i + count, ..., so that each piece is sharded over all devices like the
+  whole batch. The r rows of a prompt stay together.
   """
 
   def one(a):
@@ -761,12 +893,12 @@ def _split(tree: Any, count: int, prompts: int) -> Any:
 
 
 def _joined(tree: Any) -> Any:
-  """`_split` undone, where a prompt has one row."""
+  """Reverts `_split` of arrays with one row per prompt: [count, P / count, ...] -> [P, ...]."""
   return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), tree)
 
 
 def _within(experience: Experience, where: Array) -> Experience:
-  """A prepared experience in which nothing but `where` [P, G, T] counts."""
+  """Restricts a prepared experience to the tokens in `where`, bool[P, G, T]."""
 
   def cut(a):
     return jnp.where(where, a, 0)
@@ -782,12 +914,15 @@ def _within(experience: Experience, where: Array) -> Experience:
 
 
 def _zeros(shapes: Any) -> Any:
-  """To add to in a loop. Known to be zeros, XLA would have the loop begin with a copy."""
+  """Returns zeros as the start of a sum in a loop.
+
+  The barrier hides from XLA that they are zeros. Otherwise, XLA would begin the loop with a copy.
+  """
   return jax.lax.optimization_barrier(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
 
 
 def _added(total: Any, more: Any) -> Any:
-  """The sum of two ((loss, (sums, peaks)), gradient), of peaks the larger; None is nothing."""
+  """Adds two results of `Programs._grad`, taking the maximum of the peaks. `total` may be None."""
   if total is None:
     return more
   ((value, (sums, peaks)), grads), ((value2, (sums2, peaks2)), grads2) = total, more

@@ -1,5 +1,8 @@
-"""What the stages of a run share: the model on its mesh, files in the workdir, and the bookkeeping
-around a training step (metrics, checkpoints, evaluation, stopping)."""
+"""The code that all stages of a run share.
+
+`Run` has the model on its mesh and the files in the workdir. `StageRun` does what surrounds each
+training step: metrics, checkpoints, evaluation, and stopping on a signal.
+"""
 
 import contextlib
 import dataclasses
@@ -32,18 +35,24 @@ from jaxrl_vlm.stages.loading import load_model, model_path, trainable_of
 from jaxrl_vlm.stages.programs import Programs
 from jaxrl_vlm.types import Params, Prompt
 
-# What the random key of an evaluation is for; far from the numbers of the stages' own purposes.
+# The purpose of evaluations in `Run.random_key`. It differs from the purposes in rl.py.
 _EVALUATION = 1000
 
 
 class Stopped(Exception):
-  """The run was asked to stop; whoever calls `run_all` sees it after all is saved. No error."""
+  """The run was asked to stop. This is not an error.
 
-  agreed = True  # all processes of the run stop at once
+  `run_all` raises it after a checkpoint has been saved.
+  """
+
+  agreed = True  # all processes of the run raise it
 
 
 class _Silent:
-  """Files and display of all processes but the first: whatever is called does nothing."""
+  """Takes the place of output files and progress display in all processes except process 0.
+
+  All of its methods do nothing.
+  """
 
   def __getattr__(self, name: str) -> Callable:
     return lambda *args, **kwargs: None
@@ -56,7 +65,7 @@ class _Silent:
 
 
 def source_spec(stage: ConfigDict, split: str) -> dict[str, Any]:
-  """What `sources.open_source` opens for this split of a stage."""
+  """Returns the first argument of `sources.open_source` for a split of the stage's dataset."""
   spec = stage.data.to_dict()
   if split == "test":
     spec["options"] |= stage.eval.options.to_dict()
@@ -64,25 +73,33 @@ def source_spec(stage: ConfigDict, split: str) -> dict[str, Any]:
 
 
 class Run:
-  """One run: everything that outlives a stage.
+  """A run, with everything that all of its stages use.
 
   Attributes:
-    config: resolved.
-    workdir: where it writes.
+    config: the config with all overrides applied.
+    workdir: directory of the run.
     mesh, model, processor: as loaded.
     model_path: directory that the model was loaded from.
-    trainable: patterns of the parameters that train; () is all.
-    trained: those parameters at the end of the last finished stage; None while a stage has them.
+    trainable: patterns of the trained parameters. () trains all.
+    trained: the trained parameters at the end of the last finished stage. None during a stage.
     frozen: the other parameters.
-    step: global step, over all stages.
-    capacity: bytes of a device that are meant to be filled; 0 if that is not known.
+    position: what `StageRun` saved with the newest readable checkpoint (stage, step, data position
+      ...). The start of the first stage if there is no checkpoint.
+    step: global step, counted over all stages.
+    capacity: bytes on each device that the run plans to fill, or 0 if unknown.
   """
 
   def __init__(self, config: ConfigDict, workdir: pathlib.Path, unreadable: Iterable[int] = ()):
-    """`unreadable`: checkpoints to pass over, see `checkpoint.Unreadable`."""
+    """Loads the model, and finds the position of the newest readable checkpoint.
+
+    Args:
+      config: the config.
+      workdir: directory of the run.
+      unreadable: steps of checkpoints to skip, see `checkpoint.Unreadable`.
+    """
     self.config, self.workdir = config, workdir
     self.mesh = parallel.make_mesh(config.mesh)
-    # What is planned with it must be the same in all processes.
+    # The minimum over all processes, because all must plan the same batches.
     self.capacity = memory.SHARE * (
       config.device_memory * memory.GIB
       or min(parallel.gather(memory.capacity(self.mesh.local_devices[0])))
@@ -117,7 +134,7 @@ class Run:
   @property
   def params(self) -> Params:
     """All parameters at the end of the last finished stage."""
-    assert self.trained is not None, "a stage is changing them"
+    assert self.trained is not None, "during a stage, StageRun has the parameters"
     return lora.merge(self.frozen, self.trained)
 
   def _find_model(self) -> pathlib.Path:
@@ -140,8 +157,9 @@ class Run:
         yield from (example.question, example.target or example.answer)
 
   def open_source(self, stage: ConfigDict, split: str) -> sources.Source:
-    """The stage's training examples, or its held-out questions with `eval.options` of their own."""
-    return parallel.in_turn(lambda: self._open(stage, split))  # one writes what is to be written
+    """Opens the training examples of a stage, or its held-out questions with `eval.options`."""
+    # Process 0 goes first, because opening a dataset may prepare it on disk.
+    return parallel.in_turn(lambda: self._open(stage, split))
 
   def _open(self, stage: ConfigDict, split: str) -> sources.Source:
     need = "target" if stage.kind == "sft" and split == "train" else "answer"
@@ -153,10 +171,11 @@ class Run:
     return self.config.system_prompt or None
 
   def encode(self, examples: Sequence[Example]) -> list[EncodedPrompt]:
-    """The prompts of examples.
+    """Converts examples to prompts.
 
     Raises:
-      UserError: an image that does not decode, a prompt longer than the buckets; names the example.
+      UserError: an image cannot be decoded, or a prompt is longer than all buckets. The message
+        names the example.
     """
     with validation():
       return [self.processor.encode(example, self.system) for example in examples]
@@ -164,14 +183,15 @@ class Run:
   def read(
     self, make: Callable[[], list[Example]], count: int
   ) -> tuple[list[Any], list[Any], Prompt]:
-    """P prompts, each process reading those of its own rows.
+    """Reads P prompts and puts them on the mesh. Each process reads its own rows.
 
     Args:
-      make: examples of the rows `parallel.own_rows(mesh, P).here`.
+      make: returns the examples of the rows `parallel.own_rows(mesh, P).here`.
       count: P.
 
     Returns:
-      examples and encoded, [P] with None for the rows of others, and the prompts on the mesh.
+      The examples and the encoded prompts, lists [P] with None for rows that this process does not
+      hold, and the prompts on the mesh.
 
     Raises:
       UserError: in all processes, if one of them cannot read or encode an example.
@@ -188,16 +208,19 @@ class Run:
   def place(
     self, encoded: Sequence[EncodedPrompt], sizes: Sequence[Sequence[int]], rows: parallel.Rows
   ) -> Prompt:
-    """Encoded prompts of the rows `here` on the mesh; `sizes`: `processor.sizes` of each process.
+    """Puts prompts on the mesh. The patches are converted to the dtype of activations.
 
-    Patches go as the tower takes them, in the dtype of activations.
+    Args:
+      encoded: the prompts of `rows.here`.
+      sizes: `processor.sizes` of all processes.
+      rows: the rows of the batch.
     """
     prompt = self.processor.collate(encoded, *map(max, zip(*sizes, strict=True)))
     patches = prompt.patches.astype(jnp.dtype(self.model.config.dtype))
     return parallel.put_rows(self.mesh, dataclasses.replace(prompt, patches=patches), rows)
 
   def random_key(self, purpose: int, *more: int) -> jax.Array:
-    """A key that depends on the seed, the global step and the purpose, and on nothing else."""
+    """Returns a random key that depends only on the seed, the global step and the arguments."""
     key = jax.random.key(self.config.seed)
     for number in (purpose, self.step, *more):
       key = jax.random.fold_in(key, number)
@@ -205,20 +228,23 @@ class Run:
 
   @contextlib.contextmanager
   def running(self) -> Iterator[None]:
-    """Handles SIGTERM and SIGINT (save, then stop) and closes files, whatever happens inside."""
+    """Context in which the stages run.
+
+    On SIGTERM or SIGINT, the run saves a checkpoint and stops. On exit, files are closed.
+    """
 
     def ask_to_stop(number, _):
-      if self.stop_signal:  # asked twice: at once
+      if self.stop_signal:  # a second signal stops the run immediately
         raise KeyboardInterrupt
       self.stop_signal = signal.Signals(number).name
       print(
-        f"{self.stop_signal}: saving and stopping (once more stops at once)",
+        f"{self.stop_signal}: saving a checkpoint and stopping (a second signal stops immediately)",
         file=sys.stderr,
         flush=True,
       )
 
     old = {}
-    with contextlib.suppress(ValueError):  # not the main thread: a notebook's own affair
+    with contextlib.suppress(ValueError):  # only the main thread can install signal handlers
       for number in (signal.SIGTERM, signal.SIGINT):
         old[number] = signal.signal(number, ask_to_stop)
     try:
@@ -232,22 +258,28 @@ class Run:
 
 
 class StageRun:
-  """The bookkeeping of one stage: where it resumes, and what happens around every step.
+  """One stage of a run: where it starts or resumes, and what surrounds each step.
 
   Attributes:
-    state: TrainState; the stage's loop replaces it.
-    reference: the parameters that train as they were at the start of the stage, if the objective
-      compares with them, else None.
-    reference_is_base: adapters added nothing at the start: the reference has none.
-    start: the step of this stage to begin with.
-    rows: of the P prompts of a step, this process's.
-    data: iterator of lists of Examples, those of `rows`.
-    pool: grades answers; None in a supervised stage that evaluates nothing.
-    accuracy: the verifier that is called accuracy.
-    generated_tokens: response tokens that the stage has generated so far; None if it never counted.
-    ahead: state of `data` before the batch that is drawn ahead of its step, None if none is.
-    verifiers: metric names of all that have had a weight in a reward of this stage.
-    stop: the signal that asked a process of the run to stop, as all of them know it.
+    run, index, programs: the run, the index of the stage, and its programs.
+    stage: the config of the stage.
+    state: the current TrainState. The training loop of the stage replaces it.
+    reference: the trained parameters as they were at the start of the stage, if the objective uses
+      the reference, else None.
+    reference_is_base: whether the reference is the model without adapters, because the adapters are
+      new and initially return 0.
+    start: the first step that is still to do, counted from the start of the stage.
+    rows: the rows of the P prompts of a step that this process holds.
+    data: iterator over lists of examples, those of `rows`.
+    pool: grades responses. None in a supervised stage without evaluation.
+    accuracy: name of the verifier whose value is the accuracy.
+    generated_tokens: number of response tokens that the stage has generated so far. None if it has
+      not counted any, as in supervised stages.
+    ahead: state of `data` before the batch whose responses are generated one step early
+      (`config.pipeline="one_step_off"`), or None.
+    verifiers: metric names of all verifiers that have had a weight in a reward of this stage.
+    stop: name of the signal that asked a process of the run to stop, the same in all processes. ""
+      if there was none.
   """
 
   def __init__(
@@ -255,7 +287,7 @@ class StageRun:
   ):
     self.run, self.index, self.programs, self.pool = run, index, programs, pool
     self.stage = run.config.stages[index]
-    # The metric of a verifier that is a function has another name than its key in the config.
+    # If a verifier is a function, its metric name differs from its key in the config.
     self.accuracy = self.stage.accuracy
     if self.stage.rewards and not self.accuracy:
       self.accuracy = rewards.metric_names(self.stage.rewards.to_dict())[0]
@@ -278,7 +310,7 @@ class StageRun:
     self.stop = ""
 
     position = run.position
-    # From here on the stage has them: nothing else keeps a second copy alive.
+    # From here on, only the stage refers to these parameters, so that no second copy is kept.
     start, run.trained = run.trained, None
     if position["step"] and position["stage"] == index:
       self.start = position["stage_step"]
@@ -290,7 +322,7 @@ class StageRun:
     else:
       self.start = 0
       if self.keep_reference:
-        self.reference = self._part_of_reference(start)
+        self.reference = self._as_reference(start)
         start = _copy(start)
       self.state = programs.init_state(start)
       del start
@@ -302,16 +334,17 @@ class StageRun:
 
   @property
   def params(self) -> Params:
-    """All parameters as they are now."""
+    """All current parameters."""
     return lora.merge(self.run.frozen, self.state.params)
 
   @property
   def reference_params(self) -> Params:
-    """All parameters of the reference; those that are frozen are the policy's own."""
-    assert self.reference is not None, "the objective compares with none"
-    return lora.merge(self._part_of_reference(self.run.frozen), self.reference)
+    """All parameters of the reference. It shares the frozen parameters with the policy."""
+    assert self.reference is not None, "the objective does not use a reference"
+    return lora.merge(self._as_reference(self.run.frozen), self.reference)
 
-  def _part_of_reference(self, params: Any) -> Any:
+  def _as_reference(self, params: Any) -> Any:
+    """Removes the adapters from parameters if the reference has none."""
     return lora.strip(params) if self.reference_is_base else params
 
   def _make_data(self):
@@ -325,7 +358,7 @@ class StageRun:
     )
 
   def _restore(self) -> None:
-    """The state, and the reference if there is one, from the newest checkpoint."""
+    """Restores the state, and the reference if there is one, from the newest checkpoint."""
     programs = self.programs
 
     def abstract(tree, shardings):
@@ -334,7 +367,7 @@ class StageRun:
       )
 
     target: dict[str, Any] = {"train": abstract(programs.abstract_state, programs.state_shardings)}
-    reference = self._part_of_reference(target["train"].params)
+    reference = self._as_reference(target["train"].params)
     if self.keep_reference and reference:
       target["reference"] = reference
     state = self.run.checkpoints.restore(target)
@@ -343,7 +376,7 @@ class StageRun:
       self.reference = state.get("reference", {})
 
   def steps(self) -> Iterator[int]:
-    """The steps of this stage that are still to do; sets run.step to the step being done."""
+    """Iterates over the steps that are still to do. `run.step` is the global step of each."""
     step = self.start
     while not self.ends(step):
       self._begun = step, self._data_state(), self.generated_tokens
@@ -355,7 +388,7 @@ class StageRun:
     self.run.trained = self.state.params
 
   def _data_state(self) -> Any:
-    """Of the data that no step has used."""
+    """Returns the position in the data after the batches that steps have used."""
     return self.data.get_state() if self.ahead is None else self.ahead
 
   def _agree_to_stop(self) -> None:
@@ -372,7 +405,7 @@ class StageRun:
     return Stopped(f"{self.stop}: stopped after step {self.run.step}")
 
   def saves(self, step: int) -> bool:
-    """Whether a checkpoint follows the step that is being done, as far as is known."""
+    """Whether a checkpoint is saved after the current step, as far as is known during the step."""
     return bool(
       self.stop
       or step + 1 >= self.stage.steps
@@ -380,29 +413,32 @@ class StageRun:
     )
 
   def ends(self, done: int) -> bool:
-    """Whether the stage ends after `done` steps: it has done them all or spent its tokens."""
+    """Whether the stage ends after `done` steps.
+
+    This is so if these are all of its steps, or if it has generated `token_budget` tokens.
+    """
     budget = self.stage.get("token_budget", 0)
     return done >= self.stage.steps or 0 < budget <= (self.generated_tokens or 0)
 
   def generated(self, tokens: int) -> None:
-    """Counts response tokens of the step that is being done, as they are sampled.
+    """Adds to the number of response tokens that the stage has generated.
 
-    All count, also those that dynamic sampling then throws away.
+    Responses that dynamic sampling discards later count too.
     """
     self.generated_tokens = (self.generated_tokens or 0) + tokens
 
   @contextlib.contextmanager
   def before_update(self) -> Iterator[None]:
-    """Around what a step does before it changes anything.
+    """Context of the part of a step before the update.
 
-    Where that is ended, by an error in the user's data or as the run is to stop, the steps that are
-    done are saved: who continues begins with this one.
+    If this part ends with an error in the user's data or because the run is asked to stop, a
+    checkpoint of the steps before this one is saved. A resumed run begins with this step.
     """
     try:
       self.stop_if_asked()
       yield
     except (UserError, Stopped) as ended:
-      done, data, self.generated_tokens = self._begun  # without what this step has sampled already
+      done, data, self.generated_tokens = self._begun  # as they were before this step
       self.run.step -= 1
       if done > self.start:
         self._flush()
@@ -413,7 +449,16 @@ class StageRun:
       raise
 
   def log(self, device_metrics: Any, host_metrics: dict[str, float], tokens: int) -> None:
-    """Takes the metrics of a step; they are fetched and written while the next step runs."""
+    """Logs the metrics of a step, and their number of tokens.
+
+    The metrics are copied to the host and written during the next step, so that the host does not
+    wait for the update here.
+
+    Args:
+      device_metrics: metrics on the devices.
+      host_metrics: metrics on the host.
+      tokens: number of response tokens of the step, for the metric `time/tokens_per_second`.
+    """
     self._flush()
     values: dict[str, float] = {**host_metrics, "_tokens": float(tokens)}
     if self.generated_tokens is not None:
@@ -453,9 +498,10 @@ class StageRun:
     last = self.ends(done)
     every = self.stage.eval.every
     due = bool(self.stage.eval.examples and (last or (every and done % every == 0)))
-    self._agree_to_stop()  # one that comes from here on is for the evaluation or the next step
+    self._agree_to_stop()  # the evaluation or the next step handles later signals
     if due or last or self.saves(step):
-      # A run resumed from this checkpoint never comes back to this step's metrics.
+      # Write the metrics of this step now, because a run that resumes from the checkpoint does not
+      # repeat the step.
       self._flush()
     accuracy = None
     if due and not self.stop:
@@ -467,11 +513,18 @@ class StageRun:
       raise self._stopped()
 
   def _save(self, done: int, accuracy: float | None, data: Any, due: bool = False) -> None:
-    """`due`: an evaluation, with which whoever continues from here begins."""
+    """Saves a checkpoint.
+
+    Args:
+      done: number of steps of this stage that are done.
+      accuracy: held-out accuracy of the current parameters, or None.
+      data: position in the data.
+      due: whether an evaluation is due. A run that resumes from this checkpoint begins with it.
+    """
     state: dict[str, Any] = {"train": self.state}
     if self.reference:
       state["reference"] = self.reference
-    # Parameters that a bad step left alone are good parameters: there is nothing else to check.
+    # The parameters need not be checked for NaN, because a bad step does not change them.
     self.run.checkpoints.save(
       self.run.step,
       state,
@@ -488,14 +541,25 @@ class StageRun:
     )
 
   def correct(self, components: Mapping[str, np.ndarray], total: np.ndarray) -> np.ndarray:
-    """The verifier called accuracy, [P, G]; the total for samples that it does not judge."""
+    """Returns the accuracy of graded responses, [P, G].
+
+    It is the value of the verifier `accuracy`, or `total` for responses that this verifier does not
+    grade.
+
+    Args:
+      components: [P, G] for each verifier, by metric name. NaN where a verifier does not grade.
+      total: [P, G]; weighted sum of the verifiers.
+    """
     value = components.get(self.accuracy)
     return total if value is None else np.where(np.isnan(value), total, value)
 
   # -- Evaluation ---------------------------------------------------------------------------------
 
   def evaluate(self) -> Evaluation | None:
-    """Held-out accuracy of the current parameters; None if the stage asks for no evaluation."""
+    """Evaluates the current parameters on the held-out questions.
+
+    Returns None if `stage.eval.examples` is 0.
+    """
     settings = self.stage.eval
     if not settings.examples:
       return None
@@ -503,7 +567,7 @@ class StageRun:
     run = self.run
     if self._eval_rollout is None:
       source = run.open_source(self.stage, "test")
-      self._eval_examples = _Some(source, min(settings.examples, len(source)))
+      self._eval_examples = _FirstExamples(source, min(settings.examples, len(source)))
       self._eval_rollout = make_sampler(
         run.model,
         run.mesh,
@@ -542,8 +606,8 @@ class StageRun:
     return result.metrics["accuracy"]
 
 
-class _Some(Sequence[Example]):
-  """The first examples of a source, each read when it is first asked for."""
+class _FirstExamples(Sequence[Example]):
+  """The first `count` examples of a source. Each is read on first access and then kept."""
 
   def __init__(self, source: sources.Source, count: int):
     self._read, self._count = functools.cache(source.__getitem__), count
@@ -558,23 +622,25 @@ class _Some(Sequence[Example]):
 
 
 def _copy(tree: Params) -> Params:
-  """A copy on the device, because an update gives its inputs away."""
+  """Copies parameters on the device, because an update donates its input buffers."""
   return jax.tree.map(jnp.copy, tree)
 
 
 def _count_compilations() -> Callable[[], tuple[int, float]]:
-  """The result tells how often XLA has compiled in this process since now, and seconds.
+  """Starts to count the compilations of XLA in this process.
 
-  A program that comes from the cache on disk counts too, with the time it takes to read it.
+  Returns:
+    A function that returns the number of compilations since the start, and their seconds. Reading a
+    program from the cache on disk counts as a compilation.
   """
   taken = _compile_seconds()
   before = len(taken)
   return lambda: (len(taken) - before, sum(taken[before:]))
 
 
-@functools.cache  # jax listens for as long as the process lives
+@functools.cache  # registered once, because JAX keeps listeners until the process ends
 def _compile_seconds() -> list[float]:
-  """Of everything that is compiled from now on."""
+  """Returns a list to which the seconds of each compilation from now on are appended."""
   taken: list[float] = []
 
   def listen(event: str, duration_secs: float, **_) -> None:

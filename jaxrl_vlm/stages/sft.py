@@ -1,4 +1,7 @@
-"""Supervised fine-tuning: imitate each example's target. RL's update program, with G = 1."""
+"""Supervised fine-tuning on the target of each example.
+
+The update is the same program as in reinforcement learning, with one response per prompt (G = 1).
+"""
 
 import contextlib
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ from jaxrl_vlm.types import Experience
 
 
 def train(run: Run, index: int) -> None:
-  """Runs stage `index` to its end, or from where a checkpoint left it."""
+  """Runs stage `index` to its end, from its start or from a checkpoint."""
   stage = run.config.stages[index]
   with validation(f"config.stages[{index}]: "):
     objective = objective_of(stage)
@@ -37,7 +40,7 @@ def train(run: Run, index: int) -> None:
     state_on_host=stage.optimizer.moments == "host",
     fields=f"config.stages[{index}].",
   )
-  # The shortest prompts must fit.
+  # Fail before the first step if not even the shortest prompts fit in device memory.
   programs.check_update(
     stage.prompts_per_step,
     min(run.config.prompt_buckets),
@@ -74,9 +77,13 @@ def train(run: Run, index: int) -> None:
 def _targets(
   run: Run, rows: parallel.Rows, examples: list[Any], max_tokens: int
 ) -> tuple[jax.Array, np.ndarray]:
-  """`collate_targets` of P examples, of which a process has those of its rows.
+  """Collates the targets of P examples. Each process has the examples of its own rows.
 
-  Tokens lie on the mesh; all processes have the mask.
+  Returns:
+    tokens i32[P, 1, T] on the mesh, and mask bool[P, 1, T], complete in every process.
+
+  Raises:
+    UserError: in all processes, if `collate_targets` raises it in one of them.
   """
 
   def collate():
@@ -94,20 +101,24 @@ def _targets(
 def collate_targets(
   processor: Processor, examples: Sequence[Example], max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Targets as one sample of each prompt: tokens i32[P, 1, T] and mask bool[P, 1, T].
+  """Tokenizes the targets, one response per prompt.
+
+  Returns:
+    tokens i32[P, 1, T], padded with the pad token, and mask bool[P, 1, T]. T is `max_tokens`.
 
   Raises:
-    UserError: an example has no target, or one that is longer than T; targets are never cut.
+    UserError: an example has no target, or its target has more than T tokens. Targets are never
+      truncated.
   """
   tokens = np.full((len(examples), 1, max_tokens), processor.pad_token_id, np.int32)
   mask = np.zeros(tokens.shape, bool)
   for row, example in enumerate(examples):
     if not example.target:
-      raise UserError(f"example {example.id!r} has no target; a supervised stage needs one")
+      raise UserError(f"{example.name} has no target, which a supervised stage needs")
     ids = processor.encode_target(example.target)
     if len(ids) > max_tokens:
       raise UserError(
-        f"example {example.id!r}: the target has {len(ids)} tokens, more than "
+        f"{example.name}: the target has {len(ids)} tokens, more than "
         f"max_tokens={max_tokens} of the stage"
       )
     tokens[row, 0, : len(ids)] = ids

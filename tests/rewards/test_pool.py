@@ -84,10 +84,10 @@ def test_totals_and_components_have_the_positions_of_their_responses(pool):
 @pytest.mark.parametrize(
   "bad, kind, message",
   [
-    ("hang", "timeout", "its time is over"),
+    ("hang", "timeout", "grading it exceeded the time limit"),
     ("memory", "error", "MemoryError"),
     ("exit", "crash", "its worker died with exit code 3"),
-    ("exit 0", "timeout", "its time is over"),
+    ("exit 0", "timeout", "grading it exceeded the time limit"),
     ("segfault", "crash", "its worker died with exit code -11"),
     ("sys.exit", "error", "SystemExit: 0 in verifier 'obey'"),
     ("raise", "error", "KeyError: 'so be it' in verifier 'obey'"),
@@ -178,7 +178,7 @@ def test_workers_that_cannot_start_raise_an_error_instead_of_zero_rewards(monkey
   monkeypatch.setattr(pool_lib, "_start_worker", int.bit_length)  # raises for its arguments
   with (
     pool_lib.RewardPool({"exact": 1}, workers=1) as pool,
-    pytest.raises(RuntimeError, match="RewardPool: the workers die before they grade anything"),
+    pytest.raises(RuntimeError, match="RewardPool: the workers die before they grade a response"),
   ):
     pool.grade(examples(1), [["yes"]])
 
@@ -222,9 +222,9 @@ def test_using_a_closed_pool_is_an_error(user_file):
   grading = pool.submit(examples(1), [["sleep"]])
   pool.close()
   pool.close()
-  with pytest.raises(RuntimeError, match="RewardPool: closed"):
+  with pytest.raises(RuntimeError, match="RewardPool: the pool is closed"):
     grading.result()
-  with pytest.raises(RuntimeError, match="RewardPool: closed"):
+  with pytest.raises(RuntimeError, match="RewardPool: the pool is closed"):
     pool.grade(examples(1), [["yes"]])
 
 

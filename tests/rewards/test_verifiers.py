@@ -280,6 +280,9 @@ def user_file(tmp_path):
       def numpy_float64(example, text): return numpy.float64(1e39)
       def numpy_float32(example, text): return numpy.float32("inf")
       def numpy_int64(example, text): return numpy.int64(3)
+      def numpy_float16(example, text): return numpy.float16(0.5)
+      def small_float32(example, text): return numpy.float32(0.75)
+      def boolean(example, text): return True
       def math(example, text): return 1.0
       NUMBER = 3
     """)
@@ -304,15 +307,21 @@ def test_a_function_in_a_module_is_a_verifier(user_file, monkeypatch):
     ({"mth": 1}, "rewards: 'mth': no such verifier; did you mean 'math'[?] known: choice, exact"),
     ({"{dir}/no.py:f": 1}, "rewards: '.*no.py:f': no such file: .*no.py"),
     ({"{dir}/mine.py:f": 1}, "rewards: '.*mine.py:f': no such function; .* has: Box, length,"),
-    ({"{dir}/mine.py:NUMBER": 1}, "rewards: '.*mine.py:NUMBER': a int; .* has: Box"),
+    (
+      {"{dir}/mine.py:NUMBER": 1},
+      "rewards: '.*mine.py:NUMBER': expected a function, got int; .* has: Box",
+    ),
     ({"no.such.module:f": 1}, "rewards: 'no.such.module:f': cannot import: ModuleNotFoundError"),
     ({"{dir}/bad.py:f": 1}, "rewards: '.*bad.py:f': cannot import: ZeroDivisionError: division"),
-    ({"math": 1, "{dir}/mine.py:math": 1}, "'.*mine.py:math': its metric name 'math' is taken"),
+    (
+      {"math": 1, "{dir}/mine.py:math": 1},
+      "'.*mine.py:math': its metric name 'math' is already used",
+    ),
     ({"{dir}/mine.py:total": 1}, "no such function"),
-    ({"math": math.nan}, r"rewards\['math'\]=nan: expected a finite number"),
-    ({"math": 1e39}, r"rewards\['math'\]=1e\+39: expected a finite number"),
-    ({"math": 10**400}, r"rewards\['math'\]=an integer of 1329 bits: expected a finite number"),
-    ({"math": "1"}, r"rewards\['math'\]='1': expected a finite number"),
+    ({"math": math.nan}, r"rewards\['math'\]=nan: expected a weight that is finite"),
+    ({"math": 1e39}, r"rewards\['math'\]=1e\+39: expected a weight that is finite"),
+    ({"math": 10**400}, r"rewards\['math'\]=an integer of 1329 bits: expected a weight"),
+    ({"math": "1"}, r"rewards\['math'\]='1': expected a weight that is finite"),
     ({3: 1}, "rewards: 3: expected the name of a verifier"),
     ({}, "rewards={}: expected a mapping"),
     (None, "rewards=None: expected a mapping"),
@@ -331,14 +340,14 @@ def test_create_refuses_unknown_verifiers_and_bad_weights(user_file, weights, me
 @pytest.mark.parametrize(
   "name, message",
   [
-    ("nameless", r"returned \['iou'\], expected the weighted 'nameless' as well"),
+    ("nameless", r"returned the entries \['iou'\], expected also the entry 'nameless'"),
     ("word", "returned word='1', expected a number"),
-    ("nothing", "returned nothing=NoneType, expected a number"),
+    ("nothing", "returned nothing of type NoneType, expected a number"),
     ("nan", "returned nan=nan, expected a finite number"),
     ("large", r"returned large=1e\+39, expected a number that float32 can hold"),
     ("negative", r"returned negative=-1e\+39, expected a number that float32 can hold"),
     ("large_part", r"returned part=1e\+39, expected a number that float32 can hold"),
-    ("large_integer", "returned large_integer=inf, expected a finite number"),
+    ("large_integer", "returned large_integer of type int that is too large, expected a number"),
     ("numpy_float64", r"returned numpy_float64=1e\+39, expected a number that float32 can hold"),
     ("numpy_float32", "returned numpy_float32=inf, expected a finite number"),
   ],
@@ -349,7 +358,16 @@ def test_bad_return_values_of_a_verifier_are_errors(user_file, name, message):
   assert caught.value.__notes__ == [f"in verifier {name!r}"]
 
 
-@pytest.mark.parametrize("name, value", [("largest", 3.4028234663852886e38), ("numpy_int64", 3.0)])
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("largest", 3.4028234663852886e38),
+    ("numpy_int64", 3.0),
+    ("numpy_float16", 0.5),
+    ("small_float32", 0.75),
+    ("boolean", 1.0),
+  ],
+)
 def test_finite_float32_numbers_of_any_type_are_rewards(user_file, name, value):
   assert rewards.create({f"{user_file}:{name}": 1})(example("5"), "")["total"] == value
   assert np.isfinite(np.float32(value))

@@ -1,7 +1,4 @@
-"""Runs the RL loop with every method. The loop provides the inputs that the method needs.
-
-It also logs the metrics of the method.
-"""
+"""Runs the RL loop with every method, which must get its inputs and have its metrics logged."""
 
 import shutil
 
@@ -79,8 +76,8 @@ def test_every_method_trains_and_logs_its_metrics(name, tmp_path, one_device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
-def test_kl_to_the_model_without_adapters_is_zero_at_the_first_step(kl_in, tmp_path, one_device):
-  """The reference is the model without adapters. After an update, the full KL is above 0."""
+def test_new_adapters_have_zero_kl_to_the_reference(kl_in, tmp_path, one_device):
+  """The reference is the model without adapters. After the first update, the KL is above 0."""
   config = tiny_run.get_lora_config()
   stage = config.stages[0]
   stage.steps, stage.objective.name = 2, "grpo"

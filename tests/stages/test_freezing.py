@@ -1,4 +1,4 @@
-"""Only what `config.model.trainable` chooses has gradients, optimizer state and a second copy."""
+"""Tests `config.model.trainable`: frozen parameters have no gradient, optimizer state or copy."""
 
 import collections
 import json
@@ -29,7 +29,7 @@ ADAPTERS = models.LoRA(rank=4, alpha=8.0, targets=("decoder", "vision/blocks"))
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-  """Model with adapters that change something, parameters, and a supervised batch."""
+  """A model with adapters that are not 0, its parameters, and a supervised batch."""
   path = tmp_path_factory.mktemp("scratch")
   boards = digit_boards.LiveBoards("train", 2, tasks=("read",), style="direct")
   examples = [boards[i] for i in range(2)]
@@ -53,7 +53,11 @@ def setup(tmp_path_factory):
 
 
 def update(setup, trainable: tuple[str, ...]):
-  """Both parts of the parameters before, and the state after one step of SGD with momentum."""
+  """Applies one step of SGD with momentum.
+
+  Returns:
+    The trained and the frozen parameters before the step, the state after it, and the metrics.
+  """
   model, params, batch = setup
   mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
   programs = Programs(
@@ -66,33 +70,36 @@ def update(setup, trainable: tuple[str, ...]):
 
 
 @pytest.fixture(scope="module")
-def everything(setup):
+def all_trained(setup):
+  """The result of `update` if all parameters train."""
   return update(setup, ())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainable", [("!vision",), ("decoder", "!lora"), ("lora",)], ids=str)
-def test_gradients_and_optimizer_state_are_of_what_trains_alone(setup, everything, trainable):
+def test_only_trained_parameters_have_gradients_and_optimizer_state(setup, all_trained, trainable):
   before = jax.device_get(setup[1])
   trained, frozen, state, metrics = update(setup, trainable)
-  gradient = lora.split(everything[2].opt_state[0].trace, trainable)[0]  # the first step's is it
+  # After the first step, the momentum equals the gradient.
+  gradient = lora.split(all_trained[2].opt_state[0].trace, trainable)[0]
   momentum = state.opt_state[0].trace
   assert jax.tree.structure(momentum) == jax.tree.structure(state.params)
   assert jax.tree.structure(momentum) == jax.tree.structure(trained)
   assert len(jax.tree.leaves(state.opt_state)) == len(jax.tree.leaves(trained))
   assert 0 < len(jax.tree.leaves(trained)) < len(jax.tree.leaves(setup[1]))
-  np.testing.assert_allclose(metrics["loss"], everything[3]["loss"], rtol=1e-6)
+  np.testing.assert_allclose(metrics["loss"], all_trained[3]["loss"], rtol=1e-6)
   np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(gradient), rtol=1e-5)
-  for path, one in weights.by_path(gradient).items():
-    # Another program computes it: float32 sums may be taken in another order.
-    scale = max(float(np.abs(one).max()), 1e-6)
+  for path, expected in weights.by_path(gradient).items():
+    # Another program computes the gradient, so float32 sums may be in another order.
+    scale = max(float(np.abs(expected).max()), 1e-6)
     got = weights.by_path(momentum)[path]
-    np.testing.assert_allclose(got, one, rtol=0, atol=1e-4 * scale, err_msg=str(path))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * scale, err_msg=str(path))
     assert np.any(got), path
     after = weights.by_path(state.params)[path]
     assert not np.array_equal(after, weights.by_path(before)[path]), path
-  for path, one in weights.by_path(frozen).items():  # neither changed nor given away
-    np.testing.assert_array_equal(one, weights.by_path(before)[path], err_msg=str(path))
+  # Frozen parameters have not changed, and their buffers are not donated to the update.
+  for path, array in weights.by_path(frozen).items():
+    np.testing.assert_array_equal(array, weights.by_path(before)[path], err_msg=str(path))
 
 
 # -- A run with adapters --------------------------------------------------------------------------
@@ -100,7 +107,12 @@ def test_gradients_and_optimizer_state_are_of_what_trains_alone(setup, everythin
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """Workdir of a whole run, and by step the number of arrays of each shape that were alive."""
+  """A complete run with adapters.
+
+  Returns:
+    The workdir; for each step, the number of live arrays of each shape; for each step, the
+    reference parameters.
+  """
   workdir = tmp_path_factory.mktemp("finished") / "run"
   others = jax.live_arrays()
   alive, references = {}, {}
@@ -129,7 +141,7 @@ def records(workdir):
 
 
 @pytest.mark.slow
-def test_there_is_no_second_copy_of_the_weights(finished):
+def test_frozen_weights_exist_only_once_on_the_device(finished):
   workdir, alive, _ = finished
   config = models.from_directory(workdir / "scratch")
   frozen = collections.Counter(
@@ -145,17 +157,18 @@ def test_the_reference_is_the_policy_at_the_start_of_the_stage(finished):
   workdir, _, references = finished
   kl = {r["step"]: r["objective/ref_kl"] for r in records(workdir) if "objective/ref_kl" in r}
   for start in (1, 4):
-    # Rounding: the same mathematics in two programs.
+    # Two programs compute the same log-probabilities, so only rounding differs.
     assert abs(kl[start]) < 1e-8
     assert kl[start + 2] > 1e3 * abs(kl[start]) and kl[start + 2] > 1e-6
-  # The first stage's is the model itself, the second's a snapshot of the adapters that stays.
+  # In the first stage, the reference is the model without adapters, which needs no copy. In the
+  # second stage, it is a copy of the adapters that does not change.
   assert references[1] == references[3] == {}
   assert jax.tree.leaves(references[4])
   jax.tree.map(np.testing.assert_array_equal, references[4], references[6])
 
 
 @pytest.mark.slow
-def test_what_a_run_with_adapters_writes(finished, tmp_path):
+def test_a_run_with_adapters_writes_a_merged_model_and_the_adapter(finished, tmp_path):
   workdir, *_ = finished
   base = models.from_directory(workdir / "scratch")
   config = base.replace(lora=ADAPTERS)
@@ -178,7 +191,8 @@ def test_what_a_run_with_adapters_writes(finished, tmp_path):
   assert len(changed) == adapted
   settings = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
   assert settings["base_model_name_or_path"] == str(workdir / "scratch")
-  # Checkpoints hold adapters and what belongs to them; the second stage's a snapshot besides.
+  # A checkpoint contains the adapters and their two moments. In the second stage, it also contains
+  # the adapters of the reference.
   size = sum(x.nbytes for x in jax.tree.leaves(adapters))
   for step, copies in ((2, 3), (4, 4)):
     state = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "state")
@@ -188,7 +202,9 @@ def test_what_a_run_with_adapters_writes(finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_resumed_run_with_adapters_ends_the_same(finished, step, tmp_path, one_device):
+def test_a_resumed_run_with_adapters_equals_an_uninterrupted_run(
+  finished, step, tmp_path, one_device
+):
   workdir = tmp_path / "run"
   shutil.copytree(finished[0], workdir)
   for folder in ("model", "adapter"):
@@ -205,7 +221,7 @@ def test_a_resumed_run_with_adapters_ends_the_same(finished, step, tmp_path, one
 
 
 @pytest.mark.slow
-def test_a_run_continues_from_an_adapter_directory(finished, tmp_path, one_device):
+def test_a_run_starts_from_an_adapter_directory(finished, tmp_path, one_device):
   config = tiny_run.get_lora_config()
   config.model.path, config.model.scratch = str(finished[0] / "scratch"), {}
   config.model.lora.path = str(finished[0] / "adapter")
@@ -214,20 +230,20 @@ def test_a_run_continues_from_an_adapter_directory(finished, tmp_path, one_devic
   config.stages[0].optimizer.learning_rate = 0.0
   train.train(config, tmp_path / "run")
   (record,) = [r for r in records(tmp_path / "run") if "objective/ref_kl" in r]
-  assert abs(record["objective/ref_kl"]) < 1e-8  # the reference has these adapters too
+  assert abs(record["objective/ref_kl"]) < 1e-8  # the reference has the same adapters
   for folder in ("model", "adapter"):
     ours, theirs = tensors(tmp_path / "run" / folder), tensors(finished[0] / folder)
     for name, tensor in ours.items():
       np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
 
 
-# -- Mistakes, before anything is built -----------------------------------------------------------
+# -- Errors in the config -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"lora.rank": -1}, "config.model.lora.rank=-1: expected at least 0 (no adapters)"),
+    ({"lora.rank": -1}, "config.model.lora.rank=-1: expected at least 0 (0 adds no adapters)"),
     ({"lora.alpha": 0.0}, "config.model.lora.alpha=0.0: expected a number above 0"),
     (
       {"trainable": ("lora",)},
@@ -261,7 +277,7 @@ def test_a_run_continues_from_an_adapter_directory(finished, tmp_path, one_devic
     ),
   ],
 )
-def test_a_mistake_is_one_line(fields, message):
+def test_an_invalid_field_is_named(fields, message):
   config = tiny_run.get_config()
   for name, value in fields.items():
     *groups, last = name.split(".")
@@ -275,7 +291,7 @@ def test_a_mistake_is_one_line(fields, message):
   assert str(error.value) == message
 
 
-def test_lists_and_the_command_line_set_patterns(one_device):
+def test_patterns_can_be_lists_and_flags_of_the_command_line(one_device):
   from jaxrl_vlm import config as config_lib
 
   config = tiny_run.get_config()

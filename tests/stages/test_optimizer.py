@@ -1,4 +1,4 @@
-"""Moments of the optimizer in half the memory, or in the hosts'."""
+"""Tests the moments of the optimizer in bfloat16 and in host memory."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxrl_vlm.stages.programs import Programs
 
 
 def after(optimizer: optax.GradientTransformation, gradients: np.ndarray):
-  """Parameters and state after some steps."""
+  """Returns the parameters and the optimizer state after one step for each of the gradients."""
 
   @jax.jit
   def run(gradients):
@@ -31,15 +31,20 @@ def after(optimizer: optax.GradientTransformation, gradients: np.ndarray):
 
 
 def test_small_changes_of_moments_in_bfloat16_add_up():
-  """b2 = 0.999 adds a thousandth at a time; rounded to the nearest it would be lost."""
+  """With b2 = 0.999, a step changes the second moment by about a thousandth of its value.
+
+  Rounding to the nearest bfloat16 number would lose such changes. Stochastic rounding keeps them on
+  average.
+  """
   rng = np.random.default_rng(0)
   gradients = (rng.normal(size=(3000, 4096)) * np.linspace(0.1, 10, 4096)).astype("f4")
   adam = optax.scale_by_adam(b2=0.999)
   (_, wide), (_, narrow) = after(adam, gradients), after(in_bfloat16(adam), gradients)
   assert {x.dtype for x in (narrow.inner.mu, narrow.inner.nu)} == {jnp.dtype("bfloat16")}
   ratio = np.asarray(narrow.inner.nu, "f4") / np.asarray(wide.nu)
-  # A step changes it by about a thousandth, which is rounded to 0 or to a last digit of 2^-8 to
-  # 2^-7: with a variance of 0.001 · 0.0055, of which the last 500 count.
+  # A step changes the moment by about a thousandth of its value. Stochastic rounding makes this
+  # change either 0 or one unit in the last place, which is 2^-8 to 2^-7 of the value. The variance
+  # is about 0.001 · 0.0055 per step, and the decay sums it over about the last 500 steps.
   assert abs(ratio.mean() - 1) < 0.003 and ratio.std() < 1.2 * (500 * 0.001 * 0.0055) ** 0.5
 
   def nearest(nu, gradient):
@@ -49,7 +54,7 @@ def test_small_changes_of_moments_in_bfloat16_add_up():
   assert abs((np.asarray(stuck, "f4") / np.asarray(wide.nu)).mean() - 1) > 0.05
 
 
-def test_training_with_moments_in_bfloat16_is_nearly_the_same():
+def test_training_with_moments_in_bfloat16_is_close_to_float32():
   rng = np.random.default_rng(1)
   gradients = rng.normal(0.3, 1.0, size=(300, 512)).astype("f4")
   settings = base.optimizer()
@@ -60,7 +65,7 @@ def test_training_with_moments_in_bfloat16_is_nearly_the_same():
   np.testing.assert_allclose(narrow, wide, atol=0.02 * float(np.abs(wide).max()))
 
 
-def test_unknown_moments_are_named():
+def test_an_unknown_kind_of_moments_is_refused():
   settings = ConfigDict(base.optimizer())
   settings.moments = "float16"
   with pytest.raises(
@@ -69,8 +74,8 @@ def test_unknown_moments_are_named():
     make_optimizer(settings, 1)
 
 
-def test_moments_on_the_host_take_none_of_the_device():
-  """They need no memory of devices, and are where they are meant to be (see test_programs)."""
+def test_moments_on_the_host_need_no_device_memory():
+  """Checks the computed memory. `test_programs.py` checks where the moments are stored."""
   mesh = parallel.make_mesh({"fsdp": 4, "tensor": 2})
   config = models.from_hf(CONFIGS["Qwen2.5-VL-3B"])
   held = [

@@ -1,4 +1,4 @@
-"""What the host does while the device works, and what a step does once."""
+"""Tests the order in which a step starts its programs, grades responses and writes metrics."""
 
 import pytest
 
@@ -14,30 +14,30 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def events(tmp_path_factory):
-  """Names of what a run did, in order."""
+  """The names of the calls that a run made, in order."""
   found = []
 
-  def noted(call, name, after=""):
-    def noting(*args, **kwargs):
+  def recorded(call, name, after=""):
+    def wrapper(*args, **kwargs):
       found.append(name)
       result = call(*args, **kwargs)
       found.extend([after] * bool(after))
       return result
 
-    return noting
+    return wrapper
 
   build = Programs.__init__
 
   def built(self, *args, **kwargs):
     build(self, *args, **kwargs)
     for name in ("see", "score", "score_masked", "update"):
-      setattr(self, name, noted(getattr(self, name), name))
+      setattr(self, name, recorded(getattr(self, name), name))
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Programs, "__init__", built)
-    patch.setattr(Sampler, "__call__", noted(Sampler.__call__, "rollout", "drawn"))
+    patch.setattr(Sampler, "__call__", recorded(Sampler.__call__, "rollout", "rollout ended"))
     for owner, name in ((Grading, "add"), (Grading, "result"), (MetricsWriter, "write")):
-      patch.setattr(owner, name, noted(getattr(owner, name), name))
+      patch.setattr(owner, name, recorded(getattr(owner, name), name))
     config = tiny_run.get_config()
     rl = config.stages[1]
     rl.steps, rl.eval.examples = STEPS, 0
@@ -48,23 +48,24 @@ def events(tmp_path_factory):
   return found
 
 
-def of_steps(events, *names):
-  """Of these there was nothing but that, in every step."""
-  mine = [event for event in events if event in names]
-  assert mine == list(names) * STEPS, mine
+def assert_order_in_each_step(events, *names):
+  """Every step made each of these calls once, in this order."""
+  found = [event for event in events if event in names]
+  assert found == list(names) * STEPS, found
 
 
-def test_the_tower_passes_once_per_prompt(events):
-  of_steps(events, "see", "rollout", "update")
+def test_visual_tokens_are_computed_once_per_step_before_the_rollout(events):
+  assert_order_in_each_step(events, "see", "rollout", "update")
 
 
-def test_responses_are_graded_while_others_are_drawn_and_all_are_scored(events):
-  of_steps(events, "drawn", "score", "score_masked", "result")  # by the reference, and blind
+def test_grading_starts_during_the_rollout_and_scoring_does_not_wait_for_it(events):
+  # `score` scores the reference.
+  assert_order_in_each_step(events, "rollout ended", "score", "score_masked", "result")
   first = events.index("add")
-  assert events.index("rollout") < first < events.index("drawn")
+  assert events.index("rollout") < first < events.index("rollout ended")
   assert events.count("add") > STEPS
 
 
 def test_metrics_are_fetched_while_the_next_step_runs(events):
-  mine = [event for event in events if event in ("update", "write")]
-  assert mine == ["update", *["update", "write"] * (STEPS - 1), "write"], mine
+  found = [event for event in events if event in ("update", "write")]
+  assert found == ["update", *["update", "write"] * (STEPS - 1), "write"], found

@@ -1,4 +1,4 @@
-"""The compiled programs against slow references written out plainly."""
+"""Compares the compiled programs of a stage with slow and obvious computations."""
 
 import functools
 
@@ -22,13 +22,14 @@ TEMPERATURE = 0.8
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-  """Model, params, prompts of different lengths and images, random responses, a black patch."""
+  """Model, params, prompts of different lengths and images, random responses and their mask,
+  black patch."""
   path = tmp_path_factory.mktemp("scratch")
   boards = digit_boards.LiveBoards("train", P, tasks=("read", "count"), style="direct")
   examples = [boards[i] for i in range(P)]
   scratch.create(path, tiny_run.ARCHITECTURE, [e.question for e in examples])
   model, params, processor = models.load_pretrained(path, prompt_buckets=(64,), patch_buckets=(36,))
-  # Away from the initialisation, where biases are 0 and answers hardly depend on the image.
+  # With the initial parameters, biases are 0 and responses hardly depend on the image.
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: jnp.asarray(1.5 * np.asarray(x) + 0.1 * rng.normal(size=x.shape), x.dtype), params
@@ -41,7 +42,7 @@ def setup(tmp_path_factory):
 
 
 def keep_gradient() -> optax.GradientTransformation:
-  """Changes nothing; its state is the last gradient."""
+  """An optimizer that does not change the parameters. Its state is the last gradient."""
   return optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda updates, state, params=None: (jax.tree.map(jnp.zeros_like, updates), updates),
@@ -50,7 +51,7 @@ def keep_gradient() -> optax.GradientTransformation:
 
 @pytest.fixture(scope="module")
 def make(setup):
-  """(objective, learning_rate=None, **kwargs) -> Programs, the same ones for equal arguments."""
+  """Function (objective, learning_rate=None, **kwargs) -> Programs, with a cache."""
   model, params, *_, black = setup
   mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
 
@@ -66,7 +67,7 @@ def make(setup):
 
 @pytest.fixture(scope="module")
 def experience(setup, make) -> Experience:
-  """As if the rollout's policy and the views were other models, some way off."""
+  """Experience whose `old` and views differ from the scores of the policy by random noise."""
   _, params, prompt, tokens, mask, _ = setup
   rng = np.random.default_rng(1)
   stats = make(objectives.create("grpo")).score(params, prompt, tokens, mask)
@@ -92,7 +93,11 @@ def fresh(programs: Programs, params) -> TrainState:
 
 
 def assert_close_trees(a, b, *, share: float) -> None:
-  """Every leaf within `share` of its largest value, or of a thousandth of the largest of all."""
+  """Checks each leaf with an absolute tolerance.
+
+  The tolerance is `share` of the largest value of the leaf, or of a thousandth of the largest value
+  of all leaves if that is larger.
+  """
   largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(b))
 
   def close(path, x, y):
@@ -102,26 +107,28 @@ def assert_close_trees(a, b, *, share: float) -> None:
   jax.tree.map_with_path(close, a, b)
 
 
-# -- Against G separate sequences, full logits, and the formula ------------------------------------
+# -- Comparison with separate sequences, all logits, and the formulas ------------------------------
 
 
 def slow_logp(model, params, prompt, tokens):
-  """log π [P, G, T] from P·G whole sequences, prompt and response together, and all their logits.
+  """Computes log π [P, G, T] from P·G sequences of prompt and response, with all their logits.
 
   `prompt` has a row for every sample.
   """
   lengths = np.asarray(prompt.length)
   rows = np.arange(P * G)[:, None]
-  at = lengths[:, None] + np.arange(T)  # where response tokens stand
-  room = [(0, 0), (0, T)]
-  line = np.asarray(prompt.next_position)[:, None] + np.arange(T)
+  index = lengths[:, None] + np.arange(T)  # of the response tokens in the sequence
+  padding = [(0, 0), (0, T)]
+  positions = np.asarray(prompt.next_position)[:, None] + np.arange(T)
   whole = prompt.replace(
-    tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(tokens.reshape(-1, T)),
+    tokens=jnp.pad(prompt.tokens, padding).at[rows, index].set(tokens.reshape(-1, T)),
     length=lengths + T,
-    positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
-    feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1),
+    positions=jnp.pad(prompt.positions, [*padding, (0, 0)])
+    .at[rows, index]
+    .set(positions[..., None]),
+    feature_index=jnp.pad(prompt.feature_index, padding, constant_values=-1),
   )
-  logits = model.apply({"params": params}, whole)[rows, at - 1] / TEMPERATURE
+  logits = model.apply({"params": params}, whole)[rows, index - 1] / TEMPERATURE
   logits = logits.at[..., list(model.config.suppressed_tokens)].set(-jnp.inf)
   logp = jax.nn.log_softmax(logits)
   return jnp.take_along_axis(logp, tokens.reshape(-1, T, 1), axis=-1).reshape(P, G, T)
@@ -143,19 +150,22 @@ def grpo(logp, e, _):
 
 
 def papo(logp, e, masked_logp):
-  """The masked view has a gradient too: pushed away from the clean one, and both sharpened."""
+  """The masked view has a gradient too, in the KL between the views and in its entropy penalty."""
   token = ppo(logp, e.old.logp, e.advantages, 0.2, 0.3, 3.0) + 0.01 * k3(logp, e.views["ref"].logp)
   token += -0.02 * k3(logp, masked_logp) - 0.05 * logp - 0.05 * masked_logp
   return jnp.where(e.mask, token, 0).sum() / e.mask.sum()
 
 
 def vppo(logp, e, _):
-  """Top 40% of each response by dependency; advantages shaped to [0.9, ...] over the minibatch."""
+  """Keeps the 40% of tokens with the largest dependency, and shapes advantages from 0.9 upwards.
+
+  The range of the shaping factors is that of the minibatch.
+  """
   d = e.views["masked"].logp - e.old.logp
-  depends = np.minimum(np.exp(d) - d - 1, 10)
+  dependency = np.minimum(np.exp(d) - d - 1, 10)
   keep, mean = np.zeros(e.mask.shape), np.zeros((P, G))
   for p, g in np.ndindex(P, G):
-    row = depends[p, g][e.mask[p, g]]
+    row = dependency[p, g][e.mask[p, g]]
     mean[p, g] = row.mean()
     keep[p, g, np.argsort(-row)[: int(np.ceil(0.4 * len(row)))]] = 1
   share = (mean - mean.min()) / (mean.max() - mean.min())
@@ -170,7 +180,7 @@ def vppo(logp, e, _):
   [(grpo, {}), (papo, {"masked_gradient": True, "mask_per": "sample"}), (vppo, {})],
   ids=["grpo", "papo_masked_gradient", "vppo"],
 )
-def test_gradient_is_that_of_separate_sequences_and_the_formula(
+def test_the_gradient_equals_that_of_the_formula_on_separate_sequences(
   setup, make, experience, formula, settings
 ):
   model, params, prompt, tokens, mask, black = setup
@@ -179,17 +189,18 @@ def test_gradient_is_that_of_separate_sequences_and_the_formula(
   key = jax.random.key(5)
   state, metrics = program.update(fresh(program, params), {}, prompt, tokens, experience, key, None)
 
-  alone = views.repeat_prompts(prompt, G)
-  darkened = views.black_patches(key, alone, objective.mask_rate, black)
+  repeated = views.repeat_prompts(prompt, G)
+  darkened = views.black_patches(key, repeated, objective.mask_rate, black)
 
   @jax.jit
   @jax.value_and_grad
   def slow(params):
     masked = slow_logp(model, params, darkened, tokens) if settings else None
-    return formula(slow_logp(model, params, alone, tokens), experience, masked)
+    return formula(slow_logp(model, params, repeated, tokens), experience, masked)
 
   loss, grads = slow(params)
-  # float32 through four layers; the sums of attention and of the batch are taken in another order.
+  # The computation is in float32 with four layers. Sums over keys and over the batch are in another
+  # order.
   np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
   assert_close_trees(state.opt_state, grads, share=1e-3)
   assert float(optax.global_norm(grads)) > 0.01
@@ -211,7 +222,7 @@ def test_gradient_is_that_of_separate_sequences_and_the_formula(
     ("blur", "sample", {"mask_blur": 4.0}),
   ],
 )
-def test_masked_view_scores_the_image_that_the_objective_asks_for(setup, kind, per, settings):
+def test_the_masked_view_scores_the_corrupted_image_of_the_objective(setup, kind, per, settings):
   model, params, prompt, tokens, mask, black = setup
   white = black + 3.0  # any patch that is brighter than black
   objective = objectives.create("papo", mask_kind=kind, mask_per=per, **settings)
@@ -229,47 +240,49 @@ def test_masked_view_scores_the_image_that_the_objective_asks_for(setup, kind, p
   key, shape = jax.random.key(9), (3, 2, 8, 8)
   stats = program.score_masked(params, prompt, tokens, mask, key)
 
-  alone = views.repeat_prompts(prompt, G)
-  drawn_on = alone if per == "sample" else prompt
-  other = {
-    "patches": lambda: views.black_patches(key, drawn_on, 0.6, black, block=3, merge_size=2),
-    "blank": lambda: views.solid(drawn_on, 0, black, white),
-    "solid": lambda: views.solid(drawn_on, 70, black, white),
-    "noise": lambda: views.noise(key, drawn_on, 90.0, black, white, shape),
-    "blur": lambda: views.blur(drawn_on, 4.0, shape, 2),
+  repeated = views.repeat_prompts(prompt, G)
+  images = repeated if per == "sample" else prompt
+  corrupted = {
+    "patches": lambda: views.black_patches(key, images, 0.6, black, block=3, merge_size=2),
+    "blank": lambda: views.solid(images, 0, black, white),
+    "solid": lambda: views.solid(images, 70, black, white),
+    "noise": lambda: views.noise(key, images, 90.0, black, white, shape),
+    "blur": lambda: views.blur(images, 4.0, shape, 2),
   }[kind]()
-  other = other if per == "sample" else views.repeat_prompts(other, G)
-  slow = jax.jit(lambda patches: slow_logp(model, params, alone.replace(patches=patches), tokens))
-  masked = np.asarray(slow(other.patches))
-  # float32 through four layers, sums in another order.
+  corrupted = corrupted if per == "sample" else views.repeat_prompts(corrupted, G)
+  slow = jax.jit(
+    lambda patches: slow_logp(model, params, repeated.replace(patches=patches), tokens)
+  )
+  masked = np.asarray(slow(corrupted.patches))
+  # The computation is in float32 with four layers. Sums are in another order.
   np.testing.assert_allclose(stats.logp, np.where(mask, masked, 0), atol=2e-4)
-  assert np.abs(masked - slow(alone.patches))[mask].max() > 0.01
+  assert np.abs(masked - slow(repeated.patches))[mask].max() > 0.01
 
 
-def test_kl_of_the_masked_view_is_that_of_full_distributions(setup, make):
+def test_full_kl_of_the_masked_view_equals_its_definition(setup, make):
   model, params, prompt, tokens, mask, black = setup
   program = make(objectives.create("vppo", dependency="full"))
   key = jax.random.key(2)
   kl = program.score_masked(params, prompt, tokens, mask, key).kl
 
-  alone = views.repeat_prompts(prompt, G)
-  darkened = views.black_patches(key, alone, 0.5, black)
+  repeated = views.repeat_prompts(prompt, G)
+  darkened = views.black_patches(key, repeated, 0.5, black)
 
   @jax.jit
   def slow(prompt):
     """log π f32[P, G, T, V] of every token."""
-    every = jnp.arange(model.config.vocab_size)
+    vocabulary = jnp.arange(model.config.vocab_size)
     hidden = scoring.hidden_states(model, params, prompt, jnp.asarray(tokens))
     logits = model.apply({"params": params}, hidden, method="unembed") / TEMPERATURE
-    banned = jnp.isin(every, jnp.array(model.config.suppressed_tokens))
-    return jax.nn.log_softmax(jnp.where(banned, -jnp.inf, logits))
+    suppressed = jnp.isin(vocabulary, jnp.array(model.config.suppressed_tokens))
+    return jax.nn.log_softmax(jnp.where(suppressed, -jnp.inf, logits))
 
-  clean, masked = (np.asarray(slow(view), np.float64) for view in (alone, darkened))
+  clean, masked = (np.asarray(slow(view), np.float64) for view in (repeated, darkened))
   with np.errstate(invalid="ignore"):
     terms = np.where(np.isinf(clean), 0, np.exp(clean) * (clean - masked))
   np.testing.assert_allclose(kl, np.where(mask, terms.sum(-1), 0), rtol=1e-3, atol=1e-5)
   assert np.asarray(kl)[mask].mean() > 1e-3
-  # One key, one image: the masked view that the objective's loss sees.
+  # The same key gives the same masked image, so logp and kl are of the same view.
   picked = np.take_along_axis(masked, tokens[..., None], axis=-1)[..., 0]
   stats = program.score_masked(params, prompt, tokens, mask, key)
   np.testing.assert_allclose(stats.logp, np.where(mask, picked, 0), atol=2e-4)
@@ -280,7 +293,7 @@ def test_kl_of_the_masked_view_is_that_of_full_distributions(setup, make):
   [{"mask_kind": "patches", "mask_patch": 3}, {"mask_kind": "noise"}, {"mask_kind": "blur"}],
   ids=["patches", "noise", "blur"],
 )
-def test_masked_views_are_the_same_on_four_devices(setup, settings):
+def test_masked_views_are_equal_on_one_and_four_devices(setup, settings):
   model, params, prompt, tokens, mask, black = setup
   objective = objectives.create("vppo", dependency="full", **settings)
 
@@ -300,12 +313,12 @@ def test_masked_views_are_the_same_on_four_devices(setup, settings):
     stats = program.score_masked(*args)
     return stats.logp, stats.kl
 
-  # float32; the same draws, the sums of sharded matrices in another order.
+  # The random masks are the same. Sums over sharded matrices are in another order in float32.
   for one, four in zip(score(1), score(4), strict=True):
     np.testing.assert_allclose(four, one, atol=2e-4)
 
 
-def test_noise_without_a_white_patch_is_refused(setup):
+def test_noise_requires_a_white_patch(setup):
   model, params, *_, black = setup
   mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match="white=None: expected a patch .*mask_kind='noise'"):
@@ -319,15 +332,16 @@ def test_noise_without_a_white_patch_is_refused(setup):
     )
 
 
-# -- Splits ---------------------------------------------------------------------------------------
+# -- Microbatches and minibatches -----------------------------------------------------------------
 
 
-def assert_equal_updates(part, whole) -> None:
-  """Of (state, metrics), where the state keeps the gradient."""
-  state, others = part
+def assert_equal_updates(split, whole) -> None:
+  """Compares two results (state, metrics) of updates whose optimizer state is the gradient."""
+  state, others = split
   expected, metrics = whole
-  # The same float32 terms, added in another order; a part that is left out or weighted by its
-  # own number of tokens would be off by a quarter, one under another mask by more.
+  # The same float32 terms are added in another order. A microbatch that is missing, or weighted by
+  # its own number of tokens, would change the result by a quarter. Another mask would change it by
+  # more.
   assert_close_trees(state.opt_state, expected.opt_state, share=2e-4)
   assert others.keys() == metrics.keys()
   for key, value in metrics.items():
@@ -363,8 +377,11 @@ def test_microbatches_do_not_change_the_gradient(setup, make, experience, name, 
 
 
 @pytest.mark.parametrize("per", ["prompt", "sample"])
-def test_images_of_the_host_go_with_their_prompts(setup, make, experience, per):
-  """A row for each prompt or for each sample; in parts what the device draws in one."""
+def test_images_masked_on_the_host_equal_images_masked_on_the_device(setup, make, experience, per):
+  """The host gives masked images for each prompt or each sample. The update has two microbatches.
+
+  The images of other prompts would change the metrics.
+  """
   objective = objectives.create("papo", mask_per=per, **MASKED)
   _, params, prompt, tokens, _, black = setup
   key = jax.random.key(3)
@@ -386,7 +403,7 @@ def test_images_of_the_host_go_with_their_prompts(setup, make, experience, per):
   assert abs(metrics["masked_nll"] - whole[1]["masked_nll"]) > 1e-3
 
 
-def test_moments_on_the_host_change_nothing(setup, experience):
+def test_an_update_with_moments_on_the_host_equals_one_on_the_device(setup, experience):
   model, params, prompt, tokens, *_ = setup
   mesh = parallel.make_mesh({"fsdp": 2}, devices=jax.devices()[:2])
 
@@ -411,24 +428,24 @@ def test_moments_on_the_host_change_nothing(setup, experience):
     )
     return state
 
-  plain, away = update(False), update(True)
-  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(away.opt_state) if x.ndim}
+  plain, on_host = update(False), update(True)
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(on_host.opt_state) if x.ndim}
   assert kinds == {"pinned_host"}
-  # The same float32 computation, in other loops of the compiler.
-  assert_close_trees(jax.device_get(away), jax.device_get(plain), share=1e-5)
+  # XLA compiles the same float32 computation in another way.
+  assert_close_trees(jax.device_get(on_host), jax.device_get(plain), share=1e-5)
 
 
 @pytest.mark.parametrize(
   ("name", "settings", "host"),
   [
-    ("vppo", {}, False),  # its shaping depends on the minibatch
+    ("vppo", {}, False),  # the shaping depends on the minibatch
     ("papo", {**MASKED, "anneal_updates": 3}, True),
     ("grpo", {"kl_target": 0.01, "kl_horizon": 10}, False),
   ],
   ids=["vppo", "papo", "grpo"],
 )
-def test_minibatches_are_updates_one_after_another(setup, make, experience, name, settings, host):
-  """What changes from update to update, the objective's scalars too, goes through the scan."""
+def test_minibatches_equal_consecutive_updates(setup, make, experience, name, settings, host):
+  """The program loops over minibatches with a scan, which also carries the objective's state."""
   _, params, prompt, tokens, _, black = setup
   objective = objectives.create(name, **settings)
   source = (
@@ -446,10 +463,10 @@ def test_minibatches_are_updates_one_after_another(setup, make, experience, name
       lambda a, part=part: np.asarray(a)[part::2],
       (prompt, tokens, experience, source if host else ()),
     )
-    by_hand, one = single.update(by_hand, {}, *batch, images if host else source, None)
-    history.append(jax.device_get(one))
+    by_hand, one_metrics = single.update(by_hand, {}, *batch, images if host else source, None)
+    history.append(jax.device_get(one_metrics))
     states.append(jax.device_get(by_hand.objective))
-  # The same computation, compiled once inside a loop and once alone.
+  # XLA compiles the same computation once inside a loop and once outside of it.
   assert_close_trees(state.params, by_hand.params, share=1e-5)
   assert_close_trees(state.opt_state, by_hand.opt_state, share=1e-4)
   losses = [one["loss"] for one in history]
@@ -457,7 +474,7 @@ def test_minibatches_are_updates_one_after_another(setup, make, experience, name
   for key, value in metrics.items():
     mean = np.mean([one[key] for one in history])
     np.testing.assert_allclose(value, mean, rtol=1e-5, atol=1e-6, err_msg=key)
-  assert abs(losses[0] - losses[1]) > 1e-3  # so halves that were swapped or repeated would show
+  assert abs(losses[0] - losses[1]) > 1e-3  # swapped or repeated minibatches would show
 
   assert state.objective.keys() == states[-1].keys()
   for key, value in states[-1].items():
@@ -465,15 +482,15 @@ def test_minibatches_are_updates_one_after_another(setup, make, experience, name
   if name == "papo":
     assert [one["anneal"] for one in history] == pytest.approx([1, 2 / 3])
     assert state.objective["updates"] == 2
-  if name == "grpo":  # two prompts of two samples each time, far above the target
+  if name == "grpo":  # each update has two prompts of two samples, and a KL far above the target
     assert [one["kl_coef"] for one in history] == pytest.approx([0.01, 0.0108])
     assert state.objective["kl_coef"] == pytest.approx(0.01 * 1.08**2)
 
 
-# -- Bad steps ------------------------------------------------------------------------------------
+# -- Losses and gradients that are not finite ------------------------------------------------------
 
 
-def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, experience):
+def test_an_update_with_a_nonfinite_loss_or_gradient_only_counts_bad_steps(setup, make, experience):
   _, params, prompt, tokens, mask, _ = setup
   program = make(objectives.create("vppo"), 0.05)
   halves = jax.tree.map(lambda a: np.asarray(a)[::2], (prompt, tokens, experience))
@@ -488,7 +505,7 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
   start, _ = step(fresh(program, params))  # the momentum is no longer 0
   first, metrics = step(start, lambda a: np.where(np.arange(a.size).reshape(a.shape), a, np.nan))
   assert not np.isfinite(metrics["loss"])
-  # The gradient alone: its squares leave float32's range, the loss does not.
+  # The loss is finite, but the squares of the gradient exceed the range of float32.
   second, metrics = step(first, lambda a: np.full_like(a, 1e25))
   assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"])
   for bad, count in ((first, 1), (second, 2)):
@@ -501,31 +518,31 @@ def test_a_step_with_a_bad_loss_or_gradient_changes_only_the_count(setup, make, 
   assert not np.array_equal(after.params["head"], start.params["head"])
 
 
-def test_a_frozen_tower_sees_each_prompt_once(setup, make, experience):
-  """What is seen needs no pictures any more, in no program."""
+def test_programs_with_a_frozen_vision_tower_use_the_visual_tokens(setup, make, experience):
+  """If a prompt has its visual tokens, no program reads its patches, which are NaN here."""
   _, params, prompt, tokens, mask, _ = setup
   programs = make(objectives.create("grpo"), trainable=("!vision",), sampling=Sampling(G, T))
   trained, frozen = lora.split(params, ("!vision",))
-  seen = programs.see(params, prompt)
-  blind = seen.replace(patches=jnp.full_like(seen.patches, jnp.nan))
+  with_features = programs.see(params, prompt)
+  without_patches = with_features.replace(patches=jnp.full_like(with_features.patches, jnp.nan))
   plain = programs.score(params, prompt, tokens, mask)
   np.testing.assert_allclose(
-    programs.score(params, blind, tokens, mask).logp, plain.logp, atol=1e-5
+    programs.score(params, without_patches, tokens, mask).logp, plain.logp, atol=1e-5
   )
-  drawn = programs.rollout(params, blind, jax.random.key(0))
+  rollout = programs.rollout(params, without_patches, jax.random.key(0))
   np.testing.assert_array_equal(
-    drawn.tokens, programs.rollout(params, prompt, jax.random.key(0)).tokens
+    rollout.tokens, programs.rollout(params, prompt, jax.random.key(0)).tokens
   )
   (_, wanted), (_, found) = (
     programs.update(
       fresh(programs, trained), frozen, given, tokens, experience, jax.random.key(0), None
     )
-    for given in (prompt, blind)
+    for given in (prompt, without_patches)
   )
   np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-5)
 
 
-# -- Packed ----------------------------------------------------------------------------------------
+# -- Packing ---------------------------------------------------------------------------------------
 
 PACKED = (
   ("grpo", {}, {}),
@@ -538,8 +555,8 @@ PACKED = (
 )
 
 
-def four_times(setup, experience):
-  """Longer responses of all lengths: tokens, mask, experience."""
+def longer_responses(setup, experience):
+  """Tokens, mask and experience of responses of 0 to 4 T tokens, some of which are masked."""
   _, _, _, tokens, mask, _ = setup
   tokens, mask = (np.concatenate([a] * 4, axis=-1) for a in (tokens, mask))
   lengths = np.random.default_rng(5).integers(0, mask.shape[-1] + 1, (P, G, 1))
@@ -552,34 +569,36 @@ def four_times(setup, experience):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "fields", "split"), PACKED)
-def test_packing_changes_nothing(name, fields, split, setup, make, experience):
-  """Blocks of responses, several parts: the same scores, gradients and metrics as with padding."""
+def test_packing_does_not_change_scores_gradients_or_metrics(
+  name, fields, split, setup, make, experience
+):
+  """The packed responses go through the model in several passes."""
   _, params, prompt, *_ = setup
-  tokens, mask, longer = four_times(setup, experience)
+  tokens, mask, longer = longer_responses(setup, experience)
   objective = objectives.create(name, **fields)
   program = make(objective, part_tokens=32, **split)
   packing = program.pack(mask)
   assert packing.size == 16
-  # Several parts; but the responses of one prompt fill no more than one.
+  # There are several passes. But if each piece of the batch is one prompt, one pass is enough.
   assert max(packing.used) > 1 or len(packing.used) == P
   key = jax.random.key(4)
   for score, more in ((program.score, ()), (program.score_masked, (key,))):
-    plain, packed = (score(params, prompt, tokens, mask, *more, p) for p in (None, packing))
-    np.testing.assert_allclose(packed.logp, plain.logp, rtol=1e-5, atol=5e-5)
-    np.testing.assert_allclose(packed.entropy, plain.entropy, rtol=1e-5, atol=5e-5)
+    padded, packed = (score(params, prompt, tokens, mask, *more, p) for p in (None, packing))
+    np.testing.assert_allclose(packed.logp, padded.logp, rtol=1e-5, atol=5e-5)
+    np.testing.assert_allclose(packed.entropy, padded.entropy, rtol=1e-5, atol=5e-5)
   reference = params if "ref" in objective.grad_views else None
   outs = [
     program.update(fresh(program, params), {}, prompt, tokens, longer, key, reference, p)
     for p in (None, packing)
   ]
-  (plain, metrics), (packed, others) = outs
-  assert_close_trees(packed.opt_state, plain.opt_state, share=2e-4)
+  (padded, metrics), (packed, others) = outs
+  assert_close_trees(packed.opt_state, padded.opt_state, share=2e-4)
   for metric, value in metrics.items():
     np.testing.assert_allclose(others[metric], value, rtol=2e-4, atol=1e-6, err_msg=metric)
 
 
 def assert_same_steps(both, single, params, batch, source, packing, share) -> None:
-  """Scores and an update of two devices, packed, are those of one, padded."""
+  """Packed scores and updates on two devices equal padded ones on one device."""
   prompt, tokens, experience = batch
   plain = single.score_masked(params, prompt, tokens, experience.mask, source)
   packed = both.score_masked(params, prompt, tokens, experience.mask, source, packing)
@@ -592,10 +611,10 @@ def assert_same_steps(both, single, params, batch, source, packing, share) -> No
 
 
 @pytest.mark.slow
-def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
-  """Each device has blocks of its own prompts, and not all have equally many parts of them."""
+def test_packing_on_two_devices_equals_padding_on_one(setup, make, experience):
+  """Each device processes blocks of its own prompts, and may fill fewer passes than the other."""
   model, params, prompt, *_, black = setup
-  tokens, mask, longer = four_times(setup, experience)
+  tokens, mask, longer = longer_responses(setup, experience)
   objective, key = objectives.create("vppo"), jax.random.key(4)
   mesh = parallel.make_mesh({"fsdp": 2, "tensor": 1}, devices=jax.devices()[:2])
   both = Programs(
@@ -616,12 +635,12 @@ def test_packed_on_two_devices_as_padded_on_one(setup, make, experience):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per", ["prompt", "sample"])
-def test_dealt_to_devices_and_microbatches_prompts_stay_themselves(setup, make, experience, per):
-  """With images of the host, two minibatches of two microbatches each, on two devices."""
+def test_balancing_prompts_over_devices_does_not_change_an_update(setup, make, experience, per):
+  """Two devices, two minibatches of two microbatches, and images masked on the host."""
   model, params, prompt, *_, black = setup
-  tokens, mask, longer = four_times(setup, experience)
+  tokens, mask, longer = longer_responses(setup, experience)
   rng = np.random.default_rng(6)
-  order = np.arange(2 * P) % P  # every prompt twice, with other responses
+  order = np.arange(2 * P) % P  # every prompt twice, with different responses
 
   def twice(tree):
     return jax.tree.map(lambda a: np.asarray(a)[order], tree)

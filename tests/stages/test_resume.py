@@ -1,6 +1,7 @@
-"""Runs that are stopped, killed, damaged or fed bad input lose nothing and end the same.
+"""Tests that runs resume after signals, kills, damaged checkpoints, a full disk and bad input.
 
-Signals need processes of their own; everything else runs in this one, on one of its devices.
+A resumed run must lose nothing, and end with the same model as an uninterrupted run. One test
+starts processes, which it stops and kills. The other tests run in this process, on one device.
 """
 
 import collections
@@ -40,7 +41,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """The workdir of an uninterrupted run; tests copy it."""
+  """The workdir of an uninterrupted run. Tests copy it."""
   workdir = tmp_path_factory.mktemp("finished") / "run"
   with tiny_run.one_device():
     train.train(tiny_run.get_config(), workdir)
@@ -49,14 +50,14 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def workdir(finished, tmp_path):
-  """A copy of `finished` without its model: what a run left that stopped just before its end."""
+  """A copy of `finished` without its model, like a run that was stopped just before its end."""
   shutil.copytree(finished, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "model")
   return tmp_path / "run"
 
 
 def command(config, workdir, monkeypatch, capsys, *flags: str) -> tuple[int, str]:
-  """Exit code and stderr of `python -m jaxrl_vlm.train`, run in this process."""
+  """Runs `python -m jaxrl_vlm.train` in this process. Returns its exit code and stderr."""
   path = workdir.parent / "config.py"
   path.write_text(
     "from jaxrl_vlm import config\n\ndef get_config():\n"
@@ -84,7 +85,7 @@ def assert_same_model(a: pathlib.Path, b: pathlib.Path) -> None:
 
 
 def trained_steps(workdir: pathlib.Path) -> list[int]:
-  """The steps in metrics.jsonl that trained."""
+  """Returns the steps in metrics.jsonl that have a training loss."""
   records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   return [record["step"] for record in records if "train/loss" in record]
 
@@ -97,12 +98,12 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
+def test_a_run_resumed_after_sigterm_and_sigkill_equals_an_uninterrupted_run(finished, tmp_path):
   (tmp_path / "config.py").write_text(CONFIG)
   workdir = tmp_path / "run"
 
   def run(signal_at: str = "") -> subprocess.CompletedProcess:
-    """The same command each time; SIGNAL_AT_STEP makes the process signal itself."""
+    """Runs the command of the run. SIGNAL_AT_STEP makes the process send itself a signal."""
     return subprocess.run(
       [
         sys.executable,
@@ -118,14 +119,14 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
       timeout=500,
     )
 
-  # In the supervised stage; the metrics of step 1 are written while step 2 runs.
+  # SIGTERM in the supervised stage. The metrics of step 1 are written while step 2 runs.
   stopped = run("SIGTERM:1")
   assert stopped.returncode == 0, stopped.stderr
   assert "SIGTERM: stopped after step 2; the same command continues." in stopped.stdout
   assert trained_steps(workdir) == [1, 2]
   assert not (workdir / "model").exists()
 
-  # In the RL stage, without a word, as soon as there is a new checkpoint.
+  # SIGKILL in the RL stage, as soon as a new checkpoint is complete.
   killed = run("SIGKILL:6")
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert trained_steps(workdir) == [1, 2, 3, 4, 5, 6]
@@ -135,7 +136,7 @@ def test_sigterm_and_kill_leave_the_run_as_if_uninterrupted(finished, tmp_path):
   assert ended.returncode == 0, ended.stderr
   assert trained_steps(workdir) == trained_steps(finished) == list(range(1, 9))
   assert_same_model(workdir, finished)
-  # The comparison would also hold if nothing were ever trained.
+  # Training has changed every parameter. If not, the models could be equal without training.
   scratch = load_file(workdir / "scratch" / "model.safetensors")
   trained = weights(workdir)
   assert not [name for name in scratch if np.array_equal(trained[name], scratch[name])]
@@ -148,35 +149,38 @@ def records(workdir: pathlib.Path) -> list[dict]:
   ]
 
 
-def asked_at(step: int, look: int, workdir, monkeypatch) -> None:
-  """Continues a run; at its `look`-th look within a step at whether it is asked to stop, it is."""
-  looks, stop_if_asked = collections.Counter(), StageRun.stop_if_asked
+def resume_and_stop(step: int, check: int, workdir, monkeypatch) -> None:
+  """Resumes a run and stops it with SIGTERM at the `check`-th stop check within step `step`.
 
-  def looked(self):
-    looks[self.run.step] += 1
-    if (self.run.step, looks[self.run.step]) == (step, look):
+  A stop check is a call of `StageRun.stop_if_asked`.
+  """
+  checks, stop_if_asked = collections.Counter(), StageRun.stop_if_asked
+
+  def counted(self):
+    checks[self.run.step] += 1
+    if (self.run.step, checks[self.run.step]) == (step, check):
       os.kill(os.getpid(), signal.SIGTERM)
     stop_if_asked(self)
 
   with monkeypatch.context() as patch:
-    patch.setattr(StageRun, "stop_if_asked", looked)
+    patch.setattr(StageRun, "stop_if_asked", counted)
     train.train(tiny_run.get_config(), workdir)
-  assert looks[step] == look and not (workdir / "model").exists()
+  assert checks[step] == check and not (workdir / "model").exists()
 
 
 @pytest.mark.parametrize(
-  ("step", "look", "done"),
+  ("step", "check", "done"),
   [
     pytest.param(7, 2, 6, id="in the first rollout"),
     pytest.param(8, 2, 7, id="in a rollout"),
     pytest.param(8, 3, 7, id="before the update"),
   ],
 )
-def test_asked_within_a_step_it_stops_there(
-  step, look, done, workdir, finished, one_device, monkeypatch, capsys
+def test_a_signal_within_a_step_stops_the_run_before_its_update(
+  step, check, done, workdir, finished, one_device, monkeypatch, capsys
 ):
-  shutil.rmtree(workdir / "checkpoints" / "8")  # continues from step 6
-  asked_at(step, look, workdir, monkeypatch)
+  shutil.rmtree(workdir / "checkpoints" / "8")  # resumes from step 6
+  resume_and_stop(step, check, workdir, monkeypatch)
   out = capsys.readouterr().out
   assert f"SIGTERM: stopped after step {done}; the same command continues." in out
   assert max(int(p.name) for p in (workdir / "checkpoints").iterdir()) == done
@@ -185,17 +189,17 @@ def test_asked_within_a_step_it_stops_there(
   assert records(workdir) == records(finished)
 
 
-def test_evaluations_that_were_stopped_are_done_once(
+def test_a_stopped_evaluation_is_repeated_and_logged_once(
   tmp_path, finished, one_device, monkeypatch, capsys
 ):
   workdir = tmp_path / "run"
-  for step, look, done in (
-    (3, 2, 3),
-    (4, 2, 3),  # in the evaluation that begins the second stage, and just behind it
-    (8, 4, 8),
-    (8, 1, 8),
-  ):  # in the last one, twice
-    asked_at(step, look, workdir, monkeypatch)
+  for step, check, done in (
+    (3, 2, 3),  # in the evaluation at the start of the second stage
+    (4, 2, 3),  # in the first rollout after that evaluation
+    (8, 4, 8),  # in the last evaluation
+    (8, 1, 8),  # in the last evaluation again
+  ):
+    resume_and_stop(step, check, workdir, monkeypatch)
     assert f"stopped after step {done}; " in capsys.readouterr().out
   train.train(tiny_run.get_config(), workdir)
   assert_same_model(workdir, finished)
@@ -203,7 +207,7 @@ def test_evaluations_that_were_stopped_are_done_once(
 
 
 @pytest.mark.parametrize("moments", ["host", "bfloat16"])
-def test_moments_of_another_kind_are_resumed(moments, tmp_path, one_device):
+def test_a_run_with_moments_on_the_host_or_in_bfloat16_resumes(moments, tmp_path, one_device):
   config = supervised(4)
   config.stages[0].optimizer.moments = moments
   whole, workdir = tmp_path / "whole", tmp_path / "run"
@@ -217,7 +221,9 @@ def test_moments_of_another_kind_are_resumed(moments, tmp_path, one_device):
   assert_equal_trees(saved_state(workdir, 4)["opt_state"], saved_state(whole, 4)["opt_state"])
 
 
-def test_a_finished_run_only_shows_its_result_again(workdir, finished, one_device, capsys):
+def test_a_run_without_remaining_steps_only_saves_the_model_and_prints_the_result(
+  workdir, finished, one_device, capsys
+):
   before = (workdir / "metrics.jsonl").read_text()
   train.train(tiny_run.get_config(), workdir)
   assert (workdir / "metrics.jsonl").read_text() == before
@@ -228,7 +234,7 @@ def test_a_finished_run_only_shows_its_result_again(workdir, finished, one_devic
 # -- Damaged checkpoints --------------------------------------------------------------------------
 
 
-def cut_largest(step: pathlib.Path) -> None:
+def truncate_largest_file(step: pathlib.Path) -> None:
   largest = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
@@ -236,16 +242,16 @@ def cut_largest(step: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   "damage",
   [
-    pytest.param(cut_largest, id="data cut short"),
+    pytest.param(truncate_largest_file, id="data cut short"),
     pytest.param(lambda step: shutil.rmtree(step / "meta"), id="meta missing"),
     pytest.param(lambda step: (shutil.rmtree(step), step.mkdir()), id="empty"),
   ],
 )
-def test_a_step_that_lost_files_is_passed_over(damage, workdir, finished, one_device, capsys):
+def test_a_damaged_checkpoint_is_skipped(damage, workdir, finished, one_device, capsys):
   checkpoints = workdir / "checkpoints"
   assert sorted(p.name for p in checkpoints.iterdir()) == ["4", "6", "8"]
   damage(checkpoints / "8")
-  # And a step whose writing was interrupted.
+  # A checkpoint that was being written when the run was interrupted is skipped too.
   shutil.copytree(checkpoints / "6", checkpoints / "9.orbax-checkpoint-tmp")
   train.train(tiny_run.get_config(), workdir)
   assert_same_model(workdir, finished)
@@ -258,7 +264,7 @@ def test_a_step_that_lost_files_is_passed_over(damage, workdir, finished, one_de
   assert (checkpoints / "8").is_dir() and (checkpoints / "unreadable-8").is_dir()
 
 
-def test_without_any_readable_checkpoint_nothing_is_overwritten(workdir, one_device):
+def test_a_run_without_a_readable_checkpoint_overwrites_nothing(workdir, one_device):
   checkpoints = workdir / "checkpoints"
   for step in ("4", "6", "8"):
     shutil.rmtree(checkpoints / step / "meta")
@@ -299,7 +305,7 @@ def restored(path: pathlib.Path):
   return meta, state
 
 
-def test_a_disk_without_room_is_one_line_and_older_checkpoints_stay(checkpoints, monkeypatch):
+def test_a_full_disk_is_an_error_and_keeps_the_older_checkpoints(checkpoints, monkeypatch):
   usage = collections.namedtuple("usage", "total used free")
   monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * 2**20, 9 * 2**20, 2**20))
   with pytest.raises(UserError) as error:
@@ -314,13 +320,13 @@ def test_a_disk_without_room_is_one_line_and_older_checkpoints_stay(checkpoints,
   np.testing.assert_array_equal(state["w"], STATE["w"])
 
 
-def test_a_write_that_fails_in_the_background_is_reported(checkpoints):
+def test_a_failed_background_write_of_a_checkpoint_is_an_error(checkpoints):
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   noise = {
     "w": jnp.asarray(np.random.default_rng(0).normal(size=300_000), jnp.float32),
     "count": jnp.int32(4),
-  }  # random: it does not compress below the limit
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # files cannot grow beyond
+  }  # random numbers, which cannot be compressed below the limit
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # maximum size of a file in bytes
   try:
     with pytest.raises(UserError, match=r"saving a checkpoint failed: .*; earlier checkpoints"):
       checkpoints.save(2, noise, {"step": 2})
@@ -333,11 +339,11 @@ def test_a_write_that_fails_in_the_background_is_reported(checkpoints):
   np.testing.assert_array_equal(state["w"], STATE["w"])
 
 
-# -- NaN ------------------------------------------------------------------------------------------
+# -- NaN losses -----------------------------------------------------------------------------------
 
 
 def supervised(steps: int):
-  """The supervised stage of the tiny run alone, with a checkpoint at every step."""
+  """Only the supervised stage of the tiny run, with a checkpoint after every step."""
   config = tiny_run.get_config()
   config.stages = config.stages[:1]
   config.stages[0].steps = steps
@@ -346,7 +352,10 @@ def supervised(steps: int):
 
 
 def poison(monkeypatch, bad_steps: set[int]) -> None:
-  """Makes the loss of the given supervised steps NaN; a mark in the experience tells which."""
+  """Makes the loss of the given supervised steps NaN.
+
+  The experience of these steps has negative advantages. They tell the loss to return NaN.
+  """
   from jaxrl_vlm.stages import sft
 
   count = itertools.count(1)
@@ -372,7 +381,9 @@ def assert_equal_trees(a, b) -> None:
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_nan_loss_skips_its_step_and_the_run_goes_on(tmp_path, one_device, monkeypatch):
+def test_a_step_with_a_nan_loss_changes_nothing_and_the_run_continues(
+  tmp_path, one_device, monkeypatch
+):
   poison(monkeypatch, {2})
   train.train(supervised(3), tmp_path / "run")
   first, second, third = (saved_state(tmp_path / "run", step) for step in (1, 2, 3))
@@ -386,7 +397,7 @@ def test_a_nan_loss_skips_its_step_and_the_run_goes_on(tmp_path, one_device, mon
   assert [r["train/loss"] is None for r in records] == [False, True, False]
 
 
-def test_too_many_nan_in_a_row_stop_the_run_with_the_last_good_checkpoint(
+def test_too_many_consecutive_nan_losses_stop_the_run_and_keep_the_last_checkpoint(
   tmp_path, one_device, monkeypatch, capsys
 ):
   workdir = tmp_path / "run"
@@ -402,7 +413,7 @@ def test_too_many_nan_in_a_row_stop_the_run_with_the_last_good_checkpoint(
   good, kept = saved_state(workdir, 2), saved_state(workdir, 3)
   assert_equal_trees(good["params"], kept["params"])
   assert not (workdir / "checkpoints" / "4").exists() and not (workdir / "model").exists()
-  # Whatever it was has gone away: the same command goes on from there.
+  # Without the NaN losses, the same command resumes from that checkpoint.
   train.train(supervised(5), workdir)
   assert trained_steps(workdir) == [1, 2, 3, 4, 5]
   assert (workdir / "model").exists()
@@ -412,7 +423,7 @@ def test_too_many_nan_in_a_row_stop_the_run_with_the_last_good_checkpoint(
 
 
 def write_jsonl(folder: pathlib.Path, count: int = 16) -> pathlib.Path:
-  """Boards as a JSON-lines file with one image file each."""
+  """Writes digit boards as a JSON lines file, with an image file for each."""
   boards = digit_boards.LiveBoards("train", count, tasks=("read",), style="direct")
   folder.mkdir()
   lines = []
@@ -435,14 +446,14 @@ def write_jsonl(folder: pathlib.Path, count: int = 16) -> pathlib.Path:
 
 
 def third_batch(path: pathlib.Path, config) -> int:
-  """Number of an example that the first stage meets in its third step, not before."""
+  """Returns the number of an example that the first stage uses in its third step, not before."""
   source = sources.open_source({"name": str(path)}, "train")
   stream = pipeline.make_iterator(source, batch_size=4, seed=config.seed)
   return int([next(stream) for _ in range(3)][-1][0].id.removeprefix("board-"))
 
 
 def on_jsonl(kind: int, path: pathlib.Path, finished: pathlib.Path):
-  """Stage `kind` of the tiny run alone, on a file, with a checkpoint at every step."""
+  """Only stage `kind` of the tiny run, with data from a file and a checkpoint after every step."""
   config = supervised(4)
   config.model.path, config.model.scratch = str(finished / "model"), {}
   config.stages = (tiny_run.get_config().stages[kind],)
@@ -453,12 +464,12 @@ def on_jsonl(kind: int, path: pathlib.Path, finished: pathlib.Path):
   return config
 
 
-def test_a_broken_image_is_named_and_mending_it_continues_the_run(
+def test_a_broken_image_is_named_and_the_run_resumes_after_its_repair(
   finished, tmp_path, one_device, monkeypatch, capsys
 ):
   path = write_jsonl(tmp_path / "data")
   config = on_jsonl(0, path, finished)
-  config.checkpoint.every = 50  # the steps that are done are saved all the same
+  config.checkpoint.every = 50  # the error saves a checkpoint of the completed steps nevertheless
   number = third_batch(path, config)
   image = path.parent / f"{number}.png"
   whole = image.read_bytes()
@@ -477,7 +488,7 @@ def test_a_broken_image_is_named_and_mending_it_continues_the_run(
   assert_equal_trees(saved_state(workdir, 2)["params"], before["params"])
 
 
-def test_a_prompt_longer_than_the_buckets_is_named(
+def test_an_example_longer_than_the_largest_bucket_is_named(
   finished, tmp_path, one_device, monkeypatch, capsys
 ):
   path = write_jsonl(tmp_path / "data")
@@ -495,7 +506,7 @@ def test_a_prompt_longer_than_the_buckets_is_named(
   assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["1", "2"]
 
 
-def test_an_example_without_an_answer_is_named_before_anything_runs(
+def test_an_example_without_an_answer_is_named_before_training(
   finished, tmp_path, one_device, monkeypatch, capsys
 ):
   path = write_jsonl(tmp_path / "data")
@@ -508,7 +519,9 @@ def test_an_example_without_an_answer_is_named_before_anything_runs(
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_another_configs_workdir_is_left_alone(workdir, one_device, monkeypatch, capsys):
+def test_the_workdir_of_another_config_is_refused_and_not_changed(
+  workdir, one_device, monkeypatch, capsys
+):
   before = files(workdir)
   config = tiny_run.get_config()
   config.stages[1].objective.name = "grpo"
@@ -522,7 +535,7 @@ def test_another_configs_workdir_is_left_alone(workdir, one_device, monkeypatch,
   assert files(workdir) == before
 
 
-def test_more_steps_between_checkpoints_is_still_the_same_run(
+def test_a_run_resumes_with_another_checkpoint_interval(
   workdir, finished, one_device, monkeypatch, capsys
 ):
   config = tiny_run.get_config()
@@ -551,7 +564,7 @@ def test_more_steps_between_checkpoints_is_still_the_same_run(
     ),
   ],
 )
-def test_sizes_that_do_not_fit_the_mesh_are_one_line(flag, line, tmp_path, monkeypatch, capsys):
+def test_sizes_that_do_not_fit_the_mesh_are_refused(flag, line, tmp_path, monkeypatch, capsys):
   config = tiny_run.get_config()
   config.mesh.fsdp, config.mesh.tensor = 4, 2
   code, err = command(config, tmp_path / "run", monkeypatch, capsys, flag)

@@ -1,4 +1,4 @@
-"""A stage that may generate so many tokens ends with the step that spends them, resumed or not."""
+"""Tests `token_budget`: a stage ends with the step that spends the budget, also if resumed."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ BUDGET = 100  # a step of 4 x 2 responses of at most 8 tokens generates at most 
 
 
 def get_config():
-  """An RL stage that its budget ends, before a supervised one."""
+  """An RL stage that ends when its budget is spent, and then a supervised stage."""
   config = tiny_run.get_config()
   sft, rl = config.stages
   rl.token_budget = BUDGET
@@ -39,16 +39,16 @@ def records_of(workdir: pathlib.Path, stage: str) -> list[dict]:
   return [r for r in metrics.read(workdir) if r["stage"] == stage and "train/loss" in r]
 
 
-def test_the_step_that_spends_the_budget_is_the_last(finished):
+def test_the_step_that_spends_the_budget_is_the_last_step(finished):
   steps = records_of(finished, "rl")
   spent = [r["train/generated_tokens"] for r in steps]
-  # A step's tokens: mean length times 4 x 2 responses.
+  # The tokens of a step: the mean length times 4 x 2 responses.
   np.testing.assert_allclose(
     np.diff([0, *spent]), [8 * r["train/response_length"] for r in steps], rtol=1e-6
   )
   assert spent[-2] < BUDGET <= spent[-1] and len(spent) < 7
   last = steps[-1]["step"]
-  # It is evaluated and saved as a stage's last step is, and the next stage goes on from it.
+  # Like the last step of any stage, it is evaluated and saved, and the next stage starts from it.
   evaluated = [r["step"] for r in metrics.read(finished) if "eval/accuracy" in r]
   assert evaluated == [0, last]
   meta = json.loads((finished / "checkpoints" / str(last) / "meta" / "metadata").read_text())
@@ -59,7 +59,7 @@ def test_the_step_that_spends_the_budget_is_the_last(finished):
 
 @pytest.mark.parametrize("before_end", [1, 0])
 def test_a_resumed_stage_ends_at_the_same_step(before_end, finished, tmp_path, one_device):
-  """Also one that was stopped between its last step and the next stage."""
+  """This includes a run that was stopped between the last step of the stage and the next stage."""
   last = records_of(finished, "rl")[-1]["step"]
   workdir = tmp_path / "run"
   shutil.copytree(finished, workdir)
@@ -82,19 +82,19 @@ def get_filtering_config(steps: int):
   rl = config.stages[0]
   config.stages = (rl,)
   rl.steps, rl.token_budget, rl.eval.examples = steps, 0, 0
-  # No group has so high an accuracy: all are thrown away, twice.
+  # No group has an accuracy above 0.99, so both tries discard all groups.
   rl.objective.update(filter_groups=True, max_tries=2, filter_low=0.99, filter_high=1.0)
   return config
 
 
-def test_groups_that_were_thrown_away_count(tmp_path, one_device):
+def test_tokens_of_discarded_groups_count(tmp_path, one_device):
   train.train(get_filtering_config(1), tmp_path / "run")
   (step,) = records_of(tmp_path / "run", "rl")
   assert step["train/tries"] == 2
   assert step["train/generated_tokens"] == pytest.approx(2 * 8 * step["train/response_length"])
 
 
-def test_what_a_step_sampled_before_it_failed_does_not_count(tmp_path, one_device, monkeypatch):
+def test_tokens_of_a_failed_step_do_not_count(tmp_path, one_device, monkeypatch):
   config = get_filtering_config(2)
   train.train(config, tmp_path / "once")
   with monkeypatch.context() as patch:

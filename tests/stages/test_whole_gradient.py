@@ -1,8 +1,9 @@
-"""The gradient of a whole update, from pixels to parameters, against a slow one from the papers.
+"""Compares the gradient of an update with a slow computation from the formulas of the papers.
 
-The programs score every policy and view, share each prompt among its samples, take the vocabulary
-in chunks and apply the objective. The reference knows nothing of that: each sample is a sequence of
-its own, prompt and response, with all its logits, and the loss is written out here.
+The programs share each prompt among its samples, compute the logits in chunks and call the
+objective. The slow computation does none of this: each sample is a sequence of its own, with prompt
+and response, all logits are computed at once, and this file contains the formulas of the losses.
+Both start from the patches of the images and differentiate with respect to all parameters.
 """
 
 import dataclasses
@@ -24,13 +25,15 @@ from tests import tiny
 G, T = 3, 5
 TEMPERATURE = 0.8
 KEY = jax.random.key(7)
-RATE = 1024.0  # a power of 2, so that it costs no digit; with 1 the parameters' own digits would
-TEXT = 0  # the row of the prompt that has no image
+# The learning rate. The gradient is computed from the change of the parameters. With a small rate,
+# this difference would lose digits to rounding. Multiplying by a power of 2 is exact.
+RATE = 1024.0
+TEXT = 0  # row of the batch: a prompt without an image
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 3.0, "aggregation": "token-mean"}
 
 
 class Setup:
-  """A model, three sets of parameters, prompts, responses and their rewards."""
+  """A model, parameters of the policy, `old` and `ref`, prompts, responses and their rewards."""
 
   def __init__(self, path, family: str):
     tiny.make_hf(path, family=family)
@@ -43,9 +46,9 @@ class Setup:
     self.black = processor.black_patch
     rng = np.random.default_rng(3)
     count = len(messages)
-    banned = self.model.config.suppressed_tokens
-    assert banned
-    self.allowed = np.setdiff1d(np.arange(self.model.config.vocab_size), banned)
+    suppressed = self.model.config.suppressed_tokens
+    assert suppressed
+    self.allowed = np.setdiff1d(np.arange(self.model.config.vocab_size), suppressed)
     self.tokens = rng.choice(self.allowed, (count, G, T)).astype(np.int32)
     self.mask = np.arange(T) < rng.integers(2, T + 1, (count, G, 1))
     self.mask[1, 1] = True
@@ -53,14 +56,14 @@ class Setup:
     self.mesh = parallel.make_mesh({"fsdp": 1, "tensor": 1}, devices=jax.devices()[:1])
 
   def _near(self, seed: int, share: float) -> Params:
-    """Other parameters: each tensor some share of its own size away."""
+    """Returns the parameters plus noise of `share` times the standard deviation of each tensor."""
     rng = np.random.default_rng(seed)
 
-    def move(x):
+    def perturbed(x):
       x = np.asarray(x)
       return jnp.asarray(x + share * x.std() * rng.normal(size=x.shape), x.dtype)
 
-    return jax.tree.map(move, self.params)
+    return jax.tree.map(perturbed, self.params)
 
   def programs(self, objective: objectives.Objective) -> Programs:
     return Programs(
@@ -74,20 +77,20 @@ class Setup:
     )
 
   def update(self, objective: objectives.Objective, mask) -> tuple[Params, dict[str, Any]]:
-    """What one real update changes, divided by its step size; and its metrics."""
+    """Runs one update with SGD. Returns the gradient, and the metrics."""
     programs, batch = self.programs(objective), (self.prompt, self.tokens, mask)
-    seen = {}
+    scored = {}
     if "ref" in objective.views:
-      seen["ref"] = programs.score(self.ref, *batch)
+      scored["ref"] = programs.score(self.ref, *batch)
     if "masked" in objective.views:
-      seen["masked"] = programs.score_masked(self.old, *batch, KEY)
+      scored["masked"] = programs.score_masked(self.old, *batch, KEY)
     advantages = objective.advantages(self.rewards, mask)
     experience = Experience(
       mask=mask,
       advantages=jnp.broadcast_to(advantages, mask.shape),
       rewards=self.rewards,
       old=programs.score(self.old, *batch),
-      views=seen,
+      views=scored,
     )
     state = programs.init_state(jax.tree.map(jnp.copy, self.params))
     reference = self.ref if "ref" in objective.grad_views else None
@@ -98,7 +101,7 @@ class Setup:
     return jax.tree.map(lambda old, new: (old - new) / RATE, self.params, state.params), metrics
 
   def darkened(self, per: str, rate: float, block: int) -> Prompt:
-    """A row for every sample, its image with the squares black that the key draws."""
+    """Returns a row for every sample, with the black squares that KEY selects."""
     prompt = views.repeat_prompts(self.prompt, G) if per == "sample" else self.prompt
     dark = views.black_patches(
       KEY,
@@ -111,33 +114,35 @@ class Setup:
     return dark if per == "sample" else views.repeat_prompts(dark, G)
 
   def log_probs(self, params: Params, prompt: Prompt) -> jax.Array:
-    """log π [P, G, T, V'] at each response position, of the tokens that may be sampled.
+    """log π [P, G, T, V'] at each response position, over the V' tokens that can be sampled.
 
-    One sequence after another; `prompt` has a row for every sample.
+    Processes one sequence after another. `prompt` has a row for every sample.
     """
     responses = self.tokens.reshape(-1, T)
     rows = np.arange(len(responses))[:, None]
-    at = prompt.length[:, None] + np.arange(T)  # where response tokens stand
-    line = prompt.next_position[:, None] + np.arange(T)
-    room = [(0, 0), (0, T)]
+    index = prompt.length[:, None] + np.arange(T)  # of the response tokens in the sequence
+    positions = prompt.next_position[:, None] + np.arange(T)
+    padding = [(0, 0), (0, T)]
     whole = dataclasses.replace(
       prompt,
-      tokens=jnp.pad(prompt.tokens, room).at[rows, at].set(responses),
+      tokens=jnp.pad(prompt.tokens, padding).at[rows, index].set(responses),
       length=prompt.length + T,
-      positions=jnp.pad(prompt.positions, [*room, (0, 0)]).at[rows, at].set(line[..., None]),
-      feature_index=jnp.pad(prompt.feature_index, room, constant_values=-1),
+      positions=jnp.pad(prompt.positions, [*padding, (0, 0)])
+      .at[rows, index]
+      .set(positions[..., None]),
+      feature_index=jnp.pad(prompt.feature_index, padding, constant_values=-1),
     )
 
-    def one(sequence_and_place):
-      sequence, place = sequence_and_place
+    def one(sequence_and_index):
+      sequence, index = sequence_and_index
       logits: Any = self.model.apply({"params": params}, jax.tree.map(lambda a: a[None], sequence))
-      return jax.nn.log_softmax(logits[0, place - 1][:, self.allowed] / TEMPERATURE, axis=-1)
+      return jax.nn.log_softmax(logits[0, index - 1][:, self.allowed] / TEMPERATURE, axis=-1)
 
-    everything = jax.lax.map(one, (whole, at))
-    return everything.reshape(*self.tokens.shape, -1)
+    log_probs = jax.lax.map(one, (whole, index))
+    return log_probs.reshape(*self.tokens.shape, -1)
 
   def picked(self, log_probs: jax.Array) -> jax.Array:
-    """log π(o_t) [P, G, T] of the responses' tokens."""
+    """Returns log π(o_t) [P, G, T] of the tokens of the responses."""
     index = np.searchsorted(self.allowed, self.tokens)
     return jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
 
@@ -151,20 +156,20 @@ def setup(request, tmp_path_factory) -> Setup:
 
 
 def group_advantages(rewards):
-  """(R − mean) / std of the samples of each prompt, for every token. arXiv 2402.03300, 4.1.2."""
+  """(R − mean) / std over the samples of each prompt, for every token. arXiv 2402.03300, 4.1.2."""
   centered = rewards - rewards.mean(axis=1, keepdims=True)
   return (centered / (rewards.std(axis=1, ddof=1, keepdims=True) + 1e-6))[..., None]
 
 
 def surrogate(logp, old, advantages):
-  """−min(r A, clip(r) A), where A < 0 not more than 3 |A| (arXiv 1912.09729)."""
+  """−min(r A, clip(r) A). If A < 0, the loss is at most 3 |A| (arXiv 1912.09729)."""
   ratio = jnp.exp(logp - old)
   value = jnp.minimum(ratio * advantages, jnp.clip(ratio, 0.8, 1.28) * advantages)
   return -jnp.where(advantages < 0, jnp.maximum(value, 3.0 * advantages), value)
 
 
 def k3(logp, other):
-  """π_other / π − log(π_other / π) − 1, as arXiv 2402.03300, eq. 4."""
+  """π_other / π − log(π_other / π) − 1 (arXiv 2402.03300, eq. 4)."""
   return jnp.exp(other - logp) - (other - logp) - 1
 
 
@@ -184,9 +189,10 @@ def grpo(s: Setup, mask, clean):
 
 
 def papo(s: Setup, mask, clean, full=False):
-  """arXiv 2507.06448, eq. 5 and 6, with the reference's KL; both branches have a gradient.
+  """arXiv 2507.06448, eq. 5 and 6, with a KL to the reference.
 
-  `full`: both KLs over the whole vocabulary, not estimates from the sampled token.
+  The scores with the original and with the masked image both have a gradient. If `full` is True,
+  both KLs are sums over the whole vocabulary, else estimates from the sampled token.
   """
   ref, old = (jax.jit(s.log_probs)(policy, clean) for policy in (s.ref, s.old))
   old = s.picked(old)
@@ -194,33 +200,35 @@ def papo(s: Setup, mask, clean, full=False):
   advantages = group_advantages(s.rewards)
 
   def loss(params):
-    seen, unseen = (s.log_probs(params, view) for view in (clean, dark))
-    logp, blind = s.picked(seen), s.picked(unseen)
+    log_probs, masked_log_probs = (s.log_probs(params, view) for view in (clean, dark))
+    logp, masked_logp = s.picked(log_probs), s.picked(masked_log_probs)
     if full:
-      apart, moved = ((jnp.exp(seen) * (seen - other)).sum(axis=-1) for other in (unseen, ref))
+      perception_kl, ref_kl = (
+        (jnp.exp(log_probs) * (log_probs - other)).sum(axis=-1) for other in (masked_log_probs, ref)
+      )
     else:
-      apart, moved = k3(logp, blind), k3(logp, s.picked(ref))
-    token = surrogate(logp, old, advantages) + 0.05 * moved
-    return token_mean(token - 0.2 * apart - 0.05 * logp - 0.03 * blind, mask)
+      perception_kl, ref_kl = k3(logp, masked_logp), k3(logp, s.picked(ref))
+    token = surrogate(logp, old, advantages) + 0.05 * ref_kl
+    return token_mean(token - 0.2 * perception_kl - 0.05 * logp - 0.03 * masked_logp, mask)
 
   return loss
 
 
 def vppo(s: Setup, mask, clean):
-  """arXiv 2510.09285, eq. 4 to 8: dependency, filter and shaping from the sampling policy."""
-  seen, unseen = (
+  """arXiv 2510.09285, eq. 4 to 8. The sampling policy gives dependency, filter and shaping."""
+  log_probs, masked_log_probs = (
     np.asarray(jax.jit(s.log_probs)(s.old, view), np.float64)
     for view in (clean, s.darkened("sample", 0.5, 1))
   )
-  depends = (np.exp(seen) * (seen - unseen)).sum(axis=-1)
+  dependency = (np.exp(log_probs) * (log_probs - masked_log_probs)).sum(axis=-1)
   keep, means = np.zeros(mask.shape, bool), np.full(mask.shape[:2], np.nan)
   for p, g in np.ndindex(*mask.shape[:2]):
     if mask[p, g].any():
-      row = np.where(mask[p, g], depends[p, g], -np.inf)
+      row = np.where(mask[p, g], dependency[p, g], -np.inf)
       order, count = np.argsort(-row), int(np.ceil(0.4 * mask[p, g].sum()))
       keep[p, g, order[:count]] = True
-      means[p, g] = depends[p, g][mask[p, g]].mean()
-      # Not a matter of rounding.
+      means[p, g] = dependency[p, g][mask[p, g]].mean()
+      # The choice of tokens does not depend on rounding.
       assert row[order[count - 1]] - row[order[count]] > 1e-4 * row[order[0]]
   share = (means - np.nanmin(means)) / (np.nanmax(means) - np.nanmin(means))
   most = 0.9 + (1 - 0.9) / np.nanmean(share)
@@ -290,18 +298,20 @@ def test_every_parameter_has_the_gradient_of_the_formula(name, setup):
   formula, settings = FORMULAS[name]
   mask = setup.mask.copy()
   if name == "vppo":
-    mask[TEXT] = False  # without an image nothing depends on it, and which token is first is chance
+    # Without an image, all dependencies are 0 up to rounding, so the ranking would be arbitrary.
+    mask[TEXT] = False
   ours, metrics = setup.update(objectives.create(name.partition("_")[0], **CLIPS, **settings), mask)
   loss = formula(setup, mask, views.repeat_prompts(setup.prompt, G))
   value, expected = jax.jit(jax.value_and_grad(loss))(setup.params)
   np.testing.assert_allclose(metrics["loss"], value, rtol=2e-5, atol=1e-6)
-  # The setting is a real one: some ratios are cut, most are not.
+  # Some ratios are clipped, and most are not.
   assert 0 < metrics["clip_high"] + metrics["clip_low"] < 0.8
 
   def compare(path, ours, expected):
     largest = float(jnp.abs(expected).max())
     assert largest > 1e-6, path
-    # float32 through all layers; sums are taken in another order, which costs some 3e-6.
+    # The computation is in float32. Its sums are in another order, which gives differences of about
+    # 3e-6.
     np.testing.assert_allclose(
       ours, expected, rtol=0, atol=1e-4 * largest, err_msg=jax.tree_util.keystr(path)
     )

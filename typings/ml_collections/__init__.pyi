@@ -1,5 +1,6 @@
-# The fields of a config may have any type. From the annotations of ml_collections, type checkers
-# infer a union type for them, which fits no use of a field.
+# Declares the fields of a config as `Any`, because a field may have any type. From the annotations
+# of ml_collections, type checkers infer a union type for every field, and then report errors where
+# the field is used.
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
