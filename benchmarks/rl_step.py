@@ -1,6 +1,6 @@
 """Measures the samples per second of a whole RL step, compared with TRL's GRPOTrainer on a CPU.
 
-    pip install -e '.[benchmarks]' && pip install --no-deps torchvision==0.28.0
+    pip install -e '.[test]' trl && pip install --no-deps torchvision==0.28.0
     JAX_PLATFORMS=cpu python benchmarks/rl_step.py
 
 Both libraries train the same checkpoint on the same prompts and rewards. They run alternately, one

@@ -29,7 +29,15 @@ def token_stats(
   """Computes log-probabilities and entropies of tokens [P, G, T] from hidden states [P, G, T, D].
 
   The computation processes one axis in chunks, and recomputes each chunk in the backward pass.
-  Logits of only P·G·chunk positions exist at the same time.
+  Logits of only P·G·chunk positions exist at the same time (for `axis` 2).
+
+  Args:
+    model, params: the policy.
+    hidden: [P, G, T, D]; `hidden_states` of the tokens.
+    tokens: i32[P, G, T].
+    temperature: sampling temperature.
+    chunk: number of entries of `axis` that are processed at a time.
+    axis: the axis that is divided into chunks, 1 or 2.
   """
 
   def one(shard, hidden, tokens):
@@ -65,15 +73,13 @@ def full_kl(
   penalty of GRPO. The released code estimates all three from the sampled token.
 
   Like `token_stats`, the computation uses chunks. Logits of 2·P·G·chunk positions exist at the same
-  time.
+  time (for `axis` 2).
 
   Args:
     model, params, hidden: the policy, and its `hidden_states` [P, G, T, D].
-    other_params, other_hidden: of π′ and its view. The gradient goes through all of them:
-      `jax.lax.stop_gradient` for what should stay.
-    temperature: of sampling.
-    chunk: how much of an axis at a time.
-    axis: 1 or 2.
+    other_params, other_hidden: the same for π′ and its image I′. These four arguments have a
+      gradient. Apply `jax.lax.stop_gradient` to those that should not.
+    temperature, chunk, axis: as in `token_stats`.
   """
 
   def one(shard, other_shard, hidden, other_hidden):
@@ -194,12 +200,18 @@ def _in_chunks(
     a = a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
     return jax.lax.slice_in_dim(a, 0, t, axis=axis)
 
-  _, parts = jax.lax.scan(lambda _, x: (None, one(*x)), None, tuple(map(split, arrays)))
-  return tuple(map(joined, parts))
+  _, chunks = jax.lax.scan(lambda _, x: (None, one(*x)), None, tuple(map(split, arrays)))
+  return tuple(map(joined, chunks))
 
 
 def hidden_states(model: VLM, params: Params, prompt: Prompt, tokens: Array) -> Array:
-  """[P, G, T, D]; position t predicts tokens[..., t]. `prompt` may have a row for every sample."""
+  """Returns the hidden states [P, G, T, D] of responses. Position t predicts tokens[..., t].
+
+  Args:
+    model, params: the policy.
+    prompt: P prompts, or P·G: one for every sample.
+    tokens: i32[P, G, T].
+  """
   variables = {"params": params}
   _, prefix = model.apply(variables, prompt, method="prefill")
   hidden: Any = model.apply(variables, prompt, prefix, tokens, method="respond")
@@ -216,9 +228,17 @@ def score_tokens(
   temperature: float = 1.0,
   chunk: int = 128,
 ) -> TokenStats:
-  """Scores responses tokens [P, G, T]; 0 where mask is false. Differentiable.
+  """Scores responses. The result is differentiable.
 
-  `prompt` has P rows, or P·G: one for every sample.
+  Args:
+    model, params: the policy.
+    prompt: P prompts, or P·G: one for every sample.
+    tokens, mask: [P, G, T].
+    temperature: sampling temperature.
+    chunk: number of response tokens for which logits are computed at a time.
+
+  Returns:
+    TokenStats [P, G, T], 0 where the mask is false.
   """
   hidden = hidden_states(model, params, prompt, tokens)
   stats = token_stats(model, params, hidden, tokens, temperature=temperature, chunk=chunk)
@@ -233,5 +253,15 @@ def _score(model, params, prompt, tokens, mask, temperature):
 def score(
   model: VLM, params: Params, prompt: Prompt, rollout: Rollout, *, temperature: float = 1.0
 ) -> TokenStats:
-  """TokenStats [P, G, T] of a rollout under `params`, at the temperature it was sampled with."""
+  """Scores the responses of a rollout with a jitted program.
+
+  Args:
+    model, params: the policy.
+    prompt: the prompts of the rollout.
+    rollout: the responses.
+    temperature: the temperature at which they were sampled.
+
+  Returns:
+    TokenStats [P, G, T], 0 where the mask is false.
+  """
   return _score(model, params, prompt, rollout.tokens, rollout.mask, temperature)

@@ -120,7 +120,7 @@ def salient_patches(
   image = jnp.where(stands, segments, np.iinfo(np.int32).max)
   reading = place[..., 0] * grid[..., 1] + place[..., 1]
   image, _, _, order = jax.lax.sort((image, -mean, reading, own), num_keys=3)
-  first = image != jnp.pad(image, ((0, 0), (1, 0)))[:, :-1]  # of its image
+  first = image != jnp.pad(image, ((0, 0), (1, 0)))[:, :-1]  # first square of its image
   rank = own - jax.lax.cummax(jnp.where(first, own, 0), axis=1)
   rank = jnp.take_along_axis(rank, jnp.argsort(order, axis=1), axis=1)
 
@@ -234,7 +234,7 @@ def _row_keys(key: Array, prompt: Prompt) -> Array:
 
 
 def _replace(prompt: Prompt, where: Array | bool, patches: Array) -> Prompt:
-  """Replaces the patches `where` is true, bool[P, N], except for padding."""
+  """Replaces the patches for which `where`, bool[P, N], is true, except padding."""
   chosen = (jnp.asarray(prompt.patch_segments) > 0) & where
   return dataclasses.replace(
     prompt, patches=jnp.where(chosen[..., None], patches, prompt.patches), features=None

@@ -113,5 +113,6 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   "parallel/test_processes.py::test_all_other_processes_name_the_process_that_ended": (
     "0-killed",
     "2-bug",
+    "2-killed",
   ),
 }

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, with settings that take seconds."""
+"""Tests that the notebook runs from top to bottom, with settings that take seconds."""
 
 import pathlib
 import re
@@ -19,7 +19,7 @@ def notebook():
   return nbformat.read(NOTEBOOK, as_version=4)
 
 
-def test_is_valid_and_stripped(notebook):
+def test_the_notebook_is_valid_and_has_no_outputs(notebook):
   nbformat.validate(notebook)
   for cell in notebook.cells:
     if cell.cell_type == "code":
@@ -27,11 +27,11 @@ def test_is_valid_and_stripped(notebook):
 
 
 @pytest.mark.slow
-def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv("JAXRL_VLM_COLAB_STEPS", "2")
   monkeypatch.setenv("JAXRL_VLM_COLAB_RUNS", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  monkeypatch.setenv("XLA_FLAGS", tiny_run.xla_flags(1))  # one device, as a user has
+  monkeypatch.setenv("XLA_FLAGS", tiny_run.xla_flags(1))  # one device, as most users have
   NotebookClient(
     notebook,
     timeout=300,
@@ -50,7 +50,7 @@ def test_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     for output in cell.outputs
     if "image/png" in output.get("data", {})
   }
-  # Eight greedy answers, graded.
+  # The cell prints eight greedy answers with their rewards.
   assert len(re.findall(r"^\d\.\d  .*[?.]  ", printed["model"], flags=re.MULTILINE)) == 8
   assert pictures == {"boards", "after", "table", "rollouts"}
   for name in ("grpo", "vppo"):

@@ -1,4 +1,4 @@
-"""Pages hold what the commands they name print, and what the code they describe has."""
+"""Tests that the pages agree with the code and contain the output of the commands they name."""
 
 import ast
 import dataclasses
@@ -27,11 +27,11 @@ PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
-def test_memory_table_is_that_of_its_command():
+def test_the_memory_table_is_the_output_of_its_command():
   assert memory.table() in PAGE
 
 
-def test_load_table_is_what_was_measured():
+def test_the_load_table_has_the_measured_values():
   measured = json.loads(load.RESULT.read_text())
   results = {dtype: measured[dtype] for dtype in ("bfloat16", "float32")}
   assert load.table(results) in PAGE and measured["date"] in PAGE
@@ -40,7 +40,7 @@ def test_load_table_is_what_was_measured():
     assert result["excess"] < 2 * result["largest_tensor"]
 
 
-def test_performance_tables_are_what_was_measured():
+def test_the_performance_tables_have_the_measured_values():
   found = performance.tables()
   assert {"rl_step", "decode", "host"} <= set(found)
   page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_performance_tables_are_what_was_measured():
 
 # -- docs/objectives.md ---------------------------------------------------------------------------
 
-# The class that brings the fields of a heading.
+# Heading of a section: the class that defines the fields in its table.
 OWNERS: dict[str, type] = {
   "Aggregation": objectives.Objective,
   "Advantages": objectives.PolicyGradient,
@@ -70,14 +70,14 @@ CLASSES = (*dict.fromkeys(OWNERS.values()), objectives.SFT)
 
 
 def section(title: str) -> str:
-  """What stands below a heading, to the next one of any level."""
+  """Returns the text below a heading, up to the next heading of level 2 or deeper."""
   found = re.search(rf"^#+ {re.escape(title)}\n(.*?)(?=^##|\Z)", OBJECTIVES, re.M | re.S)
   assert found, title
   return found[1]
 
 
 def rows(text: str) -> list[list[str]]:
-  """The cells of all tables, without their heads."""
+  """Returns the cells of all tables, without the header rows."""
   lines = [line for line in text.splitlines() if line.startswith("|")]
   cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
   return [
@@ -103,7 +103,7 @@ def literal(text: str) -> Any:
 
 
 def own(cls: type) -> dict[str, Any]:
-  """The fields that a class adds or whose default it changes, with their defaults."""
+  """Returns the fields that a class adds or whose default it changes, with their defaults."""
   parents = {
     f.name: f.default
     for base in cls.__mro__[1:]
@@ -117,7 +117,7 @@ def own(cls: type) -> dict[str, Any]:
   }
 
 
-def test_every_method_is_in_the_table_with_all_that_it_changes():
+def test_every_method_is_in_the_table_with_the_fields_that_it_changes():
   table = {row[0].strip("`"): row for row in rows(section("Methods")) if row[0].startswith("`")}
   assert tuple(sorted(table)) == tuple(sorted(objectives.names()))
   for name, (_, what, changes, *_) in table.items():
@@ -141,7 +141,7 @@ def test_every_field_is_in_the_tables_with_its_default():
     assert written == own(cls), cls.__name__
 
 
-def test_every_choice_is_explained_and_every_setting_is_possible():
+def test_the_page_names_every_choice_of_a_field_and_only_valid_settings():
   known = [field for cls in CLASSES for field in dataclasses.fields(cls)]
   everything = set(spans(OBJECTIVES))
   for field in known:
@@ -156,7 +156,7 @@ def test_every_choice_is_explained_and_every_setting_is_possible():
 
 
 def metrics_of(objective: objectives.Objective, stats, masked_stats, experience) -> set[str]:
-  """Names of the metrics of a minibatch; nothing is computed."""
+  """Returns the names of the metrics of a minibatch, without computing them."""
 
   def everything(stats, masked_stats, experience):
     experience = objective.prepare(experience)
@@ -179,8 +179,8 @@ def test_every_metric_is_in_the_table():
   for objective in every.values():
     produced |= metrics_of(objective, *inputs)
   experience = inputs[-1]
-  nobody: Any = None
-  compare = functools.partial(Programs._compare, nobody)
+  no_self: Any = None  # the method does not use its instance
+  compare = functools.partial(Programs._compare, no_self)
   logp, mask = experience.sampler_logp, experience.mask
   produced |= set(jax.eval_shape(compare, logp, logp, mask))
   assert {x for x in written if x.startswith("objective/")} == {f"objective/{x}" for x in produced}
@@ -194,7 +194,7 @@ def test_every_metric_is_in_the_table():
   assert {x for x in written if x.startswith("train/")} == logged - {"train/{key}"}
 
 
-def test_the_commands_are_possible(monkeypatch):
+def test_the_commands_are_valid_and_every_flag_changes_the_objective(monkeypatch):
   monkeypatch.chdir(ROOT)
   commands = blocks("bash")
   assert len(commands) == 4
@@ -203,7 +203,7 @@ def test_the_commands_are_possible(monkeypatch):
     assert words[:3] == ["python", "-m", "jaxrl_vlm.train"]
     config = config_lib.load(words[3:]).config
     stages.check(config)
-    # Every flag makes a difference to what is run.
+    # Every flag changes a field of the objective.
     objective = loading.objective_of(config.stages[0])
     plain = objectives.create(config.stages[0].objective.name, max_length=objective.max_length)
     flags = [word for word in words if ".objective." in word and ".name=" not in word]
@@ -212,7 +212,7 @@ def test_the_commands_are_possible(monkeypatch):
     ) == len(flags)
 
 
-def test_the_example_of_a_new_objective(monkeypatch):
+def test_the_example_of_a_new_objective_works(monkeypatch):
   namespace: dict[str, Any] = {"__name__": "example"}
   (text,) = blocks("python")
   exec(text, namespace)
@@ -244,7 +244,7 @@ def test_the_example_of_a_new_objective(monkeypatch):
     objectives.create(name, bonus_limit=1)
 
 
-def test_links_of_the_page_lead_somewhere_and_the_benchmark_finds_its_place():
+def test_linked_files_exist_and_the_comparison_has_its_markers():
   for target in re.findall(r"\]\(([^)]+)\)", OBJECTIVES):
     assert (ROOT / "docs" / target).exists(), target
   for path in re.findall(r"`((?:tests|benchmarks|configs|jaxrl_vlm)/[\w/]+\.py)`", OBJECTIVES):

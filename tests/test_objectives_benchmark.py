@@ -1,4 +1,4 @@
-"""Tests the comparison of objectives: its numbers, its page, and runs that fail or are stopped."""
+"""Tests the benchmark of objectives: its statistics, its page, and failed and stopped runs."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # -- Numbers --------------------------------------------------------------------------------------
 
 
-def test_a_curve_counts_tokens_and_only_the_seconds_of_steps():
+def test_a_curve_counts_tokens_and_seconds_without_compilation():
   def step(number, tokens, seconds, compilations):
     return {
       "step": number,
@@ -52,7 +52,7 @@ def test_a_curve_counts_tokens_and_only_the_seconds_of_steps():
     ]
   )
   assert found["step"] == [0, 2, 3] and found["tokens"] == [0, 250, 400]
-  # The first step compiled programs, so it counts as 3 seconds, the median of the other steps.
+  # The first step compiles programs, so it counts as 3 seconds, the median of the other steps.
   assert found["seconds"] == [0, 5, 9]
   assert found["overall"] == [0.2, 0.3, 0.5] and found["reasoning"] == [0.1, 0.2, 0.4]
   run = {"curve": found}
@@ -62,11 +62,11 @@ def test_a_curve_counts_tokens_and_only_the_seconds_of_steps():
   assert bench.reached(run, 0.6, "tokens") is None
 
 
-def test_intervals_and_p_values_equal_those_of_textbooks_and_r():
+def test_confidence_intervals_and_p_values_equal_those_of_textbooks_and_r():
   mean, half = bench.interval([1.0, 2.0, 3.0, 4.0, 5.0])
   assert mean == 3 and half == pytest.approx(2.776 * np.sqrt(2.5 / 5), rel=1e-3)
   assert np.isnan(bench.interval([1.0])[1])
-  # Student's sleep data, R's t.test(paired=TRUE): t = -4.0621, p = 0.002833.
+  # Student's sleep data. R's t.test(paired=TRUE) gives t = -4.0621, p = 0.002833.
   first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
   second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
   mean, half, p = bench.paired(dict(enumerate(first)), dict(enumerate(second)) | {10: 9.0})
@@ -106,7 +106,7 @@ def data():
     results += [
       result("grpo", rates[1], seed, "compare", 0.6 + 0.01 * seed),
       result("vppo", rates[1], seed, "compare", 0.65 + 0.012 * seed),
-      result("vppo", rates[0], seed, "compare", 0.1),  # a rate that tuning did not choose
+      result("vppo", rates[0], seed, "compare", 0.1),  # not the rate that tuning chose
       result("vppo_full_kl", rates[1], seed, "compare", 0.64),
     ]
   return {
@@ -123,7 +123,7 @@ def data():
   }
 
 
-def test_tuning_chooses_the_rate_with_the_best_mean_over_seeds(data):
+def test_tuning_chooses_the_learning_rate_with_the_best_mean_over_seeds(data):
   assert data["learning_rates"] == dict.fromkeys(("grpo", "vppo"), bench.LEARNING_RATES[1])
   trials = bench.comparison_trials(data["learning_rates"])
   assert {t.method for t in trials} == {"grpo", "vppo", *bench.VARIANTS}
@@ -135,7 +135,7 @@ def test_the_numbers_are_written_between_the_markers_of_the_page(data, tmp_path)
   file = tmp_path / bench.PAGE
   file.write_text(f"# Title\n\nBefore.\n{bench.BEGIN}\nold\n{bench.END}\nAfter.\n")
   bench.write(tmp_path, data)
-  bench.write(tmp_path, data)  # writing again must change nothing
+  bench.write(tmp_path, data)  # writing a second time must change nothing
   text = file.read_text()
   assert text.startswith(f"# Title\n\nBefore.\n{bench.BEGIN}\n") and "old" not in text
   assert text.endswith(f"{bench.END}\nAfter.\n")
@@ -153,7 +153,8 @@ def test_the_numbers_are_written_between_the_markers_of_the_page(data, tmp_path)
   assert grpo[:4] == ["GRPO", "0.0001", "3", "61.0 ± 2.5"] and grpo[6] == ""
   assert vppo[3] == "66.2 ± 3.0" and vppo[6] == "+5.2 ± 0.5"
   assert float(vppo[7]) < 0.001 and vppo[7] == vppo[8]
-  # GRPO's accuracy is 61 %. VPPO reaches it between 40 % at 100k and 65, 66.2 or 67.4 % at 310k.
+  # The accuracy of GRPO is 61%. VPPO reaches it between 100k tokens, where its accuracy is 40%, and
+  # 310k tokens, where it is 65%, 66.2% or 67.4%.
   assert vppo[9] == f"{np.mean([100 + 210 * 0.21 / (d - 0.4) for d in (0.65, 0.662, 0.674)]):.0f}k"
   assert grpo[9].endswith("(2 of 3)")
   assert grpo[11:] == vppo[11:] == ["310k", "20"] and "tokens per run | seconds per run" in main
@@ -161,7 +162,7 @@ def test_the_numbers_are_written_between_the_markers_of_the_page(data, tmp_path)
   assert (tmp_path / bench.PICTURE).stat().st_size > 10_000
 
 
-def test_step_means_and_their_table():
+def test_metrics_are_averaged_over_steps_for_a_table():
   records = [
     {"step": 1, "train/tries": 1.0, "objective/clip_low": 0.1, "objective/clip_high": 0.0},
     {"step": 2, "train/tries": 2.0, "objective/clip_low": 0.2, "objective/clip_high": 0.3},
@@ -173,7 +174,8 @@ def test_step_means_and_their_table():
     "objective/clip_low": pytest.approx(0.15),
     "objective/clip_high": pytest.approx(0.15),
   }
-  old = result("grpo", 1e-4, 0, "compare", 0.6)  # older results have no means
+  # Results of older versions of the benchmark have no `means`.
+  old = result("grpo", 1e-4, 0, "compare", 0.6)
   new = [result("vppo", 1e-4, seed, "compare", 0.6) | {"means": found} for seed in (0, 1)]
   rows = bench.steps_table({"grpo": [old], "vppo": new}).splitlines()[2:]
   assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
@@ -182,7 +184,7 @@ def test_step_means_and_their_table():
   ]
 
 
-def test_the_page_can_be_written_without_any_results(data, tmp_path):
+def test_the_page_can_be_written_without_results(data, tmp_path):
   bench.write(tmp_path, data | {"results": [], "learning_rates": {}, "done": 0})
   assert "0 of 157 runs" in (tmp_path / bench.PAGE).read_text()
 
@@ -220,7 +222,7 @@ def tunings(method, finals):
     ({5e-5: 0.5, 1e-4: 0.4, 2e-4: 0.3, 2.5e-5: 0.6}, (5e-5, 1e-4, 2e-4, 2.5e-5, 1.25e-5), None),
   ],
 )
-def test_tuning_adds_further_rates_while_the_best_one_is_at_the_edge(finals, rates, best):
+def test_tuning_adds_rates_while_the_best_rate_is_the_lowest_or_the_highest(finals, rates, best):
   results = tunings("grpo", finals)
   assert bench.grid(bench.tuning(results, "grpo")) == rates
   assert bench.tuned(results) == ({} if best is None else {"grpo": best})
@@ -230,7 +232,7 @@ def test_tuning_adds_further_rates_while_the_best_one_is_at_the_edge(finals, rat
   assert set(bench.comparison_trials(bench.tuned(results))) <= set(bench.possible_trials())
 
 
-def test_the_tuning_table_marks_a_best_rate_at_the_edge(data):
+def test_the_tuning_table_marks_a_best_rate_that_is_the_lowest_or_the_highest(data):
   results = tunings("grpo", {5e-5: 0.3, 1e-4: 0.4, 2e-4: 0.5, 4e-4: 0.6, 8e-4: 0.7})
   results += tunings("vppo", {5e-5: 0.3, 1e-4: 0.5, 2e-4: 0.4})
   text = bench.tuning_table(data | {"results": results, "learning_rates": bench.tuned(results)})
@@ -243,7 +245,7 @@ def test_the_tuning_table_marks_a_best_rate_at_the_edge(data):
 
 
 class FakeRunner(runs.Runner):
-  """A runner that writes the results of runs without training. Jobs in `fail` fail."""
+  """A runner that writes the files of a finished run without training. Jobs in `fail` fail."""
 
   weights = b"weights"
 
@@ -293,15 +295,16 @@ SETTINGS = {"token_budget": 1000, "eval_every": 10}
 
 
 def accuracy(method, rate):
-  """The best rate is above all tried rates for GRPO and below the common rates for RLOO.
+  """Returns the final accuracy of a method at a learning rate.
 
-  For other methods it is one of the common rates.
+  The best rate is above all tried rates for GRPO, and below the common rates for RLOO. For other
+  methods, it is one of the common rates.
   """
   best = {"grpo": 1.0, "rloo": 2.5e-5}.get(method, 1e-4)
   return 0.6 - 0.01 * abs(np.log2((rate or 1.0) / best))
 
 
-def test_common_rates_run_first_then_further_rates_then_the_comparison(tmp_path, monkeypatch):
+def test_runs_at_common_rates_precede_further_rates_and_the_comparison(tmp_path, monkeypatch):
   monkeypatch.setattr(bench, "write", lambda *_: None)
   runner = FakeRunner(tmp_path / "runs", accuracy)
   more = ("--config.log_every=5",)
@@ -310,7 +313,8 @@ def test_common_rates_run_first_then_further_rates_then_the_comparison(tmp_path,
     return bench.plan(runner, SETTINGS, more, seconds=3600.0, base_seconds=7200.0)
 
   assert plan().startswith("129 runs") and "; 0 finished." in plan()
-  assert plan().endswith(" 66.0 hours left.")  # 128 runs of an hour, two at once, and two hours
+  # 128 runs of one hour, two at a time, and the cold start of two hours.
+  assert plan().endswith(" 66.0 hours left.")
   benchmark = bench.Benchmark(runner, tmp_path, SETTINGS, more)
   benchmark.run_all()
   tuning = [name for name in runner.ran if name.startswith("tune")]
@@ -352,8 +356,8 @@ def test_a_method_is_compared_only_if_its_tuning_is_complete(tmp_path, capsys, m
   assert not benchmark.data["failed"] and benchmark.data["done"] == 133
 
 
-def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
-  """Only the results file is needed. Runs in it are not repeated, except for the cold start."""
+def test_a_benchmark_continues_from_the_results_file_of_another_checkout(tmp_path, monkeypatch):
+  """Only the results file is needed. Its runs are not repeated, except for the cold start."""
   write = bench.write
   monkeypatch.setattr(bench, "write", lambda *_: None)
   first = bench.Benchmark(FakeRunner(tmp_path / "runs", accuracy), tmp_path, SETTINGS, ())
@@ -381,10 +385,10 @@ def test_results_of_another_checkout_are_continued(tmp_path, monkeypatch):
     bench.Benchmark(FakeRunner(tmp_path / "third", accuracy), tmp_path, SETTINGS, ()).run_all()
 
 
-def test_other_settings_are_an_error_before_anything_runs(tmp_path):
+def test_changed_settings_are_an_error_before_any_run_starts(tmp_path):
   runner = FakeRunner(tmp_path / "runs", accuracy)
   benchmark = bench.Benchmark(runner, tmp_path, SETTINGS, ())
-  # This run would be executed last. Its rate is beyond the common ones.
+  # The benchmark would execute this run last. Its rate is not one of the common rates.
   list(runner.run([benchmark.job(bench.Trial("vppo_full_kl", 8e-4, 4, "compare"))]))
   runner.ran.clear()
   settings = {**SETTINGS, "token_budget": 2000}
@@ -403,7 +407,7 @@ def test_other_settings_are_an_error_before_anything_runs(tmp_path):
 
 
 def test_every_run_of_the_benchmark_has_a_valid_config(tmp_path, one_device):
-  """The flags of each run must fit the config and its objective."""
+  """The flags of each run must be valid for the config and its objective."""
   rates = dict.fromkeys(bench.TUNED, 1e-4)
   trials = [t for t in bench.comparison_trials(rates) if t.seed == 0]
   trials += [t for t in bench.tuning_trials() if t.seed == bench.TUNING_SEEDS[0]]
@@ -442,7 +446,7 @@ if "slow" in workdir.name and not (workdir / "begun").exists():
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-  """A repository whose training command does not train but writes the files of a run."""
+  """A repository whose training command only writes the files of a run, without training."""
   (tmp_path / "jaxrl_vlm").mkdir()
   (tmp_path / "jaxrl_vlm" / "__init__.py").touch()
   (tmp_path / "jaxrl_vlm" / "train.py").write_text(TRAIN)
@@ -450,7 +454,7 @@ def root(tmp_path, monkeypatch):
   return tmp_path
 
 
-def test_failed_runs_are_reported_and_repeated_and_finished_runs_are_not(root):
+def test_failed_runs_are_reported_and_repeated_but_finished_runs_are_not(root):
   jobs = [runs.Job(name, "configs/x.py") for name in ("a", "bad", "c")]
   with runs.Runner(root / "runs", 2) as runner:
     first = dict(runner.run(jobs))
@@ -462,7 +466,7 @@ def test_failed_runs_are_reported_and_repeated_and_finished_runs_are_not(root):
     second = dict(runner.run(jobs))
   assert (root / "runs" / "a" / "log.txt").read_text() == log
   assert second[jobs[0]] == first[jobs[0]]
-  # The seconds of both starts count.
+  # The seconds of the failed start are included.
   assert second[jobs[1]] == sum(json.loads((root / "runs" / "bad" / "seconds.json").read_text()))
 
 
@@ -471,7 +475,7 @@ def run_alone(folder, *jobs):
     return list(runner.run(jobs))
 
 
-def test_a_run_with_other_settings_is_an_error_before_anything_runs(root):
+def test_a_run_with_other_settings_is_an_error_before_any_run_starts(root):
   folder = root / "runs"
   model = f"--config.model.path={folder}/base/model"
   done = runs.Job("done", "configs/x.py", ("--config.seed=1", model, "--config.seed", "2"))
@@ -504,18 +508,17 @@ def test_a_run_with_other_settings_is_an_error_before_anything_runs(root):
     assert line.startswith(f"{folder}/done: ") and text in line and "\n" not in line
     assert "delete the run, or choose another --folder" in line
   assert not (folder / "new").exists()
-  # After the folder is moved, it is still the same run.
+  # If the folder is moved, the settings of its runs stay the same.
   folder.rename(root / "moved")
   flags = (f"--config.model.path={root}/moved/base/model", "--config.seed=2")
   ((_, seconds),) = run_alone(root / "moved", runs.Job("done", "configs/x.py", flags))
   assert isinstance(seconds, float)
 
 
-def test_only_runs_that_have_not_begun_may_get_new_settings(root):
+def test_only_runs_that_have_not_begun_may_have_new_settings(root):
   bad = runs.Job("bad", "configs/x.py", ("--config.sed=1",))
-  ((_, failed),) = run_alone(
-    root / "runs", bad
-  )  # the config has an error, so the run does not begin
+  # The config has an error, so the run does not begin.
+  ((_, failed),) = run_alone(root / "runs", bad)
   assert isinstance(failed, runs.Failed)
   better = runs.Job("bad", "configs/x.py", ("--config.seed=1",))
   run_alone(root / "runs", better)
@@ -601,7 +604,7 @@ def test_a_stopped_benchmark_stops_its_runs_and_the_same_command_continues(numbe
   out, err = process.communicate(timeout=50)
   assert time.monotonic() - began < 30 and process.returncode == 130
   assert "the same command continues" in err and "done" not in out
-  for path in begun:  # no process is left
+  for path in begun:  # the processes of both runs have ended
     pid = int((path.parent / "log.txt").read_text().split()[1])
     with pytest.raises(ProcessLookupError):
       os.kill(pid, 0)

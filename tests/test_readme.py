@@ -1,4 +1,4 @@
-"""The README's examples run as they stand there, in the order they stand there."""
+"""Runs the examples of the README in their order."""
 
 import io
 import os
@@ -15,7 +15,7 @@ from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-# What a training command is given besides, so that it takes seconds.
+# Flags that are added to a training command, so that it takes seconds.
 SMALL = (
   "steps=2",
   "prompts_per_step=4",
@@ -27,12 +27,12 @@ SMALL = (
 
 
 def blocks(text: str) -> list[tuple[str, str]]:
-  """(language, content) of the fenced blocks that have a language."""
+  """Returns (language, content) of the fenced code blocks that have a language."""
   return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def write_tfds(folder: pathlib.Path) -> None:
-  """A prepared TFDS dataset `my_digits`, with the features that the README's command names."""
+  """Prepares a TFDS dataset `my_digits` with the features that the command of the README names."""
   import tensorflow_datasets as tfds
   from PIL import Image
 
@@ -66,7 +66,7 @@ def write_tfds(folder: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-  """A folder that looks like a clone to whoever runs the examples in it."""
+  """A folder with the files of a clone that the examples use, and a TFDS dataset."""
   path = tmp_path_factory.mktemp("readme")
   for name in ("configs", "checkpoints"):
     (path / name).symlink_to(ROOT / name)
@@ -81,7 +81,7 @@ def shell(command: str, folder: pathlib.Path) -> subprocess.CompletedProcess:
     "PYTHONPATH": str(ROOT),
     "TFDS_DATA_DIR": str(folder / "tfds"),
     "XLA_FLAGS": tiny_run.xla_flags(1),
-  }  # one device, as a user has
+  }  # one device, as most users have
   return subprocess.run(
     ["bash", "-euo", "pipefail", "-c", command],
     cwd=folder,
@@ -97,9 +97,12 @@ def smaller(command: str) -> str:
 
 
 @pytest.mark.slow
-def test_examples(folder):
-  """Every block below the two commands: Python is run or, with a name in front, written."""
-  # Plans take minutes, and have tests of their own.
+def test_the_examples_run(folder):
+  """Runs every block except the installation commands and plans.
+
+  A Python block that starts with the name of a file is written to that file instead.
+  """
+  # Plans take minutes and have their own tests.
   examples = [
     block for block in blocks(README) if "venv" not in block[1] and "jaxrl_vlm.plan" not in block[1]
   ]
@@ -124,7 +127,7 @@ def test_examples(folder):
     run = shell(smaller(text) if language == "bash" else text, folder)
     assert run.returncode == 0, f"{text}\n{run.stdout}\n{run.stderr}"
 
-  last = run.stdout.splitlines()  # of the Python API
+  last = run.stdout.splitlines()  # output of the example of the Python API
   assert last[0].endswith("Right: 17") and len(last) >= 5
   assert (folder / "my_model" / "model.safetensors").stat().st_size > 0
 
@@ -143,8 +146,8 @@ def test_examples(folder):
       assert record["train/accuracy"] == record["train/reward/exact"]
 
 
-def test_commands_are_those_of_ci():
-  """CI runs the test command of the README, and then the exhaustive tests."""
+def test_ci_runs_the_test_command_of_the_readme():
+  """After it, CI runs the exhaustive tests."""
   commands = [text.strip() for _, text in blocks(README) if "venv" in text]
   assert len(commands) == 2
   script = (ROOT / ".ci" / "run").read_text()
@@ -155,7 +158,7 @@ def test_commands_are_those_of_ci():
   assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_links_lead_somewhere():
+def test_linked_files_exist():
   for target in re.findall(r"\]\(([^)]+)\)", README):
     assert (ROOT / target).exists(), target
   for path in re.findall(r"`((?:configs|colabs|checkpoints)/[\w./]+)`", README):

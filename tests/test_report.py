@@ -166,10 +166,10 @@ def test_report_contains_stages_curves_and_samples(workdir):
   assert "sft: 2 stepsrl: vppo, 38 steps" in words
   assert "overall50.0% 62.5%+12.5 points" in words
   assert "perception75.0% 87.5%+12.5 points" in words
-  assert "tokens / s3,120" in words
+  assert "tokens per second3,120" in words
   for title in (
     "Reward",
-    "Reward by component",
+    "Reward by verifier",
     "Accuracy",
     "Response length, tokens",
     "train/loss",
@@ -306,7 +306,7 @@ def test_save_curve_writes_an_image(tmp_path):
 
 
 def test_importing_the_report_imports_no_jax_or_slow_modules():
-  # Reward workers import the entry points, which import these modules.
+  # The report needs the other modules only when it is written.
   code = (
     "import sys, json; import jaxrl_vlm.config, jaxrl_vlm.metrics, jaxrl_vlm.report;"
     "print(json.dumps([m for m in ('jax', 'matplotlib', 'jinja2', 'tensorboardX')"

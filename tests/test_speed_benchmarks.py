@@ -120,7 +120,7 @@ def test_preprocessing_and_grading_benchmarks():
   graded = {
     name: host.grading(name, 1, prompts=4, group=2, repeats=1) for name in ("math", "exact")
   }
-  # Half of the responses are right. `math` accepts any notation of a fraction, and `exact` does not.
+  # Half of the responses are right. Unlike `exact`, `math` accepts any notation of a fraction.
   assert graded["math"]["mean_reward"] == 0.5
   assert graded["exact"]["mean_reward"] == 0.25
 

@@ -1,4 +1,4 @@
-"""Tokenizers, chat templates and processor configs of every family, small enough for a test."""
+"""Makes small tokenizers, chat templates and processor configs of every family for tests."""
 
 import json
 import pathlib
@@ -27,7 +27,7 @@ SPECIAL_TOKENS = (
 )
 TOOL_TOKENS = ("<tool_call>", "</tool_call>")  # added to the vocabulary, but not special
 
-# In the order of the Gemma 3 vocabulary: the first ones come before the words.
+# In the order of the Gemma 3 vocabulary, where the first tokens come before the words.
 GEMMA_FIRST_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 GEMMA_LAST_TOKENS = (
   "<start_of_turn>",
@@ -40,7 +40,7 @@ GEMMA_SPECIAL_TOKENS = GEMMA_FIRST_TOKENS + GEMMA_LAST_TOKENS
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
 
-# The layout that Qwen2.5-VL was trained on.
+# Gives the prompt format that Qwen2.5-VL was trained on.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {%- if loop.first and message['role'] != 'system' %}
@@ -66,7 +66,8 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\n' }}
 {%- endif %}"""
 
-# The layout that Gemma 3 was trained on: the system turn is the beginning of the user's first.
+# Gives the prompt format that Gemma 3 was trained on. The text of the system message is placed at
+# the beginning of the first user message.
 GEMMA_CHAT_TEMPLATE = """\
 {{ bos_token }}
 {%- set ns = namespace(first='') -%}
@@ -112,7 +113,10 @@ _CORPUS = (
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:
-  """Byte-level BPE with Qwen's splitting rule, special tokens last; about 400 ids."""
+  """A byte-level BPE tokenizer of about 400 ids. It splits text as Qwen does.
+
+  The special tokens come last.
+  """
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.NFC()
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -131,7 +135,10 @@ def make_tokenizer() -> tokenizers.Tokenizer:
 
 
 def make_gemma_tokenizer() -> tokenizers.Tokenizer:
-  """BPE over spaces as "▁" with byte fallback; runs of newlines are added tokens, as in Gemma."""
+  """A BPE tokenizer like that of Gemma, with spaces as "▁" and with byte fallback.
+
+  Sequences of newlines are added tokens.
+  """
   tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
   tokenizer.normalizer = normalizers.Replace(" ", "▁")
   tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
@@ -144,12 +151,12 @@ def make_gemma_tokenizer() -> tokenizers.Tokenizer:
   trainer = trainers.BpeTrainer(
     vocab_size=500,
     initial_alphabet=letters,
-    # Not only special ones: the trainer puts whatever it is given here before the words.
+    # Not all of these are special tokens. But the trainer places all of them before the words.
     special_tokens=[*GEMMA_FIRST_TOKENS, *some_bytes, *lines],
     show_progress=False,
   )
-  # A trained word may not reach over a space, as the splitting rule (which no longer sees spaces)
-  # would let it.
+  # The trainer is given single words, so that no trained token contains a space within it. The
+  # splitting rule cannot prevent such tokens, because the normalizer has replaced the spaces.
   words = [" " * (i > 0) + word for text in _CORPUS for i, word in enumerate(text.split(" "))]
   tokenizer.train_from_iterator(words * 2, trainer)
   tokenizer = _without_added_tokens(tokenizer)
@@ -164,7 +171,7 @@ def make_gemma_tokenizer() -> tokenizers.Tokenizer:
 
 
 def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-  """The same vocabulary, but what the trainer made special is an ordinary token."""
+  """Returns the same vocabulary, in which the special tokens of the trainer are ordinary tokens."""
   state = json.loads(tokenizer.to_str())
   state["added_tokens"] = []
   return tokenizers.Tokenizer.from_str(json.dumps(state))
@@ -182,21 +189,22 @@ def make_processor_dir(
   max_pixels: int | None = None,
   image_size: int = 56,
 ) -> pathlib.Path:
-  """Writes everything `Processor.from_pretrained` reads; returns the directory.
+  """Writes all files that `Processor.from_pretrained` reads. Returns the directory.
 
-  A `config.json` that is already there (a model's) keeps its fields; the token ids and the vision
-  fields given here are put into it.
+  If the directory already has a `config.json`, for example of a model, its fields are kept. The
+  token ids and the given fields of the vision config are added to it.
 
   Args:
     path: the directory.
-    family: one of FAMILIES, the `model_type` of a config.json that is not there yet.
+    family: one of FAMILIES. It becomes the `model_type` if there is no config.json yet.
     patch_size: side of a patch in pixels.
-    temporal_patch_size: frames in a patch; Gemma has none.
+    temporal_patch_size: frames in a patch. Gemma does not use it.
     merge_size: side of a visual token in patches.
-    window_size: only of qwen2_5_vl.
-    min_pixels, max_pixels: of images and of the frames of videos (qwen3: all together); None is
-      one visual token and 64 of them. Gemma has none.
-    image_size: only of Gemma, side of every image.
+    window_size: side of an attention window in pixels. Only qwen2_5_vl uses it.
+    min_pixels, max_pixels: bounds for the pixels of an image and of a frame of a video. For qwen3,
+      the bounds of a video are for all its frames together. By default, they are the pixels of 1
+      and 64 visual tokens. Gemma does not use them.
+    image_size: side of every image in pixels. Only Gemma uses it.
   """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
@@ -236,7 +244,7 @@ def make_processor_dir(
   size = {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
   image = {"image_processor_type": "Qwen2VLImageProcessor"}
   _write(path, "preprocessor_config.json", preprocessor | image | (size if is_qwen3 else bounds))
-  if is_qwen3:  # the older families have no file of their own for videos
+  if is_qwen3:  # only Qwen3-VL has a separate file for videos
     video = {"video_processor_type": "Qwen3VLVideoProcessor"}
     _write(path, "video_preprocessor_config.json", preprocessor | video | size)
   _write(
@@ -295,7 +303,7 @@ def _write_gemma(path: pathlib.Path, patch_size: int, merge_size: int, image_siz
       "model_max_length": 131072,
     },
   )
-  # The published file has nulls where the class of the processor decides.
+  # The published file has null in fields whose value the processor class decides.
   preprocessor = {
     "processor_class": "Gemma3Processor",
     "image_processor_type": "Gemma3ImageProcessor",
@@ -340,7 +348,10 @@ def _merge_config(
   fields: Mapping[str, Any],
   vision: Mapping[str, Any],
 ) -> None:
-  """config.json with `defaults` where it lacks them, `fields`, and `vision` in vision_config."""
+  """Updates config.json: `fields` and `vision` (in vision_config) replace values.
+
+  `defaults` only add missing fields.
+  """
   file = path / "config.json"
   config = json.loads(file.read_text()) if file.exists() else {}
   vision = {**config.get("vision_config", {}), **vision}

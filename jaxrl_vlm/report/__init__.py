@@ -1,4 +1,4 @@
-"""What a run shows: sampled rollouts with their images, and `report.html`."""
+"""The report of a run: saved rollouts with their images, and the page `report.html`."""
 
 from jaxrl_vlm.report.page import write_report
 from jaxrl_vlm.report.plots import save_curve

@@ -1,4 +1,4 @@
-"""`report.html`: one page about a run that opens from disk, without scripts or other files."""
+"""Writes `report.html`, a page about a run. It has no scripts and needs no other files."""
 
 import base64
 import hashlib
@@ -17,21 +17,23 @@ from jaxrl_vlm.report import plots, rollouts
 
 REPORT_FILE = "report.html"
 
-_MAX_SIDE = 640  # pixels: an embedded picture is no wider and no higher, to keep the page small
-_MAX_EXAMPLES = 8  # per sampled step
-_MAX_TEXT = 4000  # characters of one response
+_MAX_SIDE = 640  # maximum width and height of an embedded image in pixels
+_MAX_EXAMPLES = 8  # maximum number of examples of each step
+_MAX_TEXT = 4000  # maximum number of characters of a response
 
 
 def write_report(workdir: str | os.PathLike) -> pathlib.Path:
-  """Writes `report.html` from the metrics, rollouts and config in `workdir`; returns its path.
+  """Writes `report.html` from the metrics, rollouts and config in `workdir`. Returns its path.
 
-  What a run has not written (yet) is left out. Texts of the model and of the data are untrusted:
-  the template escapes them all, and the page's policy forbids scripts and every request.
+  Sections whose files do not exist (yet) are left out. Texts of the model and of the dataset are
+  untrusted. The template escapes them, and the content security policy of the page forbids scripts
+  and requests.
 
   Raises:
-    UserError: a file of the run cannot be read, or the report cannot be written; names it.
+    UserError: a file of the run cannot be read, or the report cannot be written. The message names
+      the file.
   """
-  import jinja2  # here: reward workers import the entry points too, and need none of it
+  import jinja2  # not at the top, so that importing this package imports only what it needs
 
   workdir = pathlib.Path(workdir)
   folder = pathlib.Path(__file__).parent
@@ -54,13 +56,13 @@ def write_report(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def _style_hash(template: pathlib.Path) -> str:
-  """The page's policy admits our one style sheet by its hash, and no other style."""
+  """Returns the hash of the style sheet. The security policy of the page allows only this style."""
   style = template.read_text(encoding="utf-8").partition("<style>")[2].partition("</style>")[0]
   return base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
 
 
 def _facts(workdir: pathlib.Path) -> dict[str, Any]:
-  """Everything that the template shows."""
+  """Returns all variables of the template."""
   records = metrics_lib.read(workdir)
   config_file = workdir / config_lib.CONFIG_FILE
   config_text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
@@ -80,7 +82,7 @@ def _facts(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _plan(config_text: str) -> list[str]:
-  """What each stage did, e.g. "rl: grpo, 120 steps"; of the usual fields, those that are there."""
+  """Returns a description of each stage, such as "rl: grpo, 120 steps"."""
   stages = json.loads(config_text).get("stages", []) if config_text else []
   plan = []
   for stage in stages:
@@ -94,7 +96,7 @@ def _plan(config_text: str) -> list[str]:
 
 
 def _tiles(records: Sequence[metrics_lib.Record]) -> list[tuple[str, str]]:
-  """Name and last value of the few numbers to see at a glance."""
+  """Returns name and last value of the most important metrics."""
 
   def last(key: str) -> float | None:
     return next((r[key] for r in reversed(records) if r.get(key) is not None), None)
@@ -103,8 +105,8 @@ def _tiles(records: Sequence[metrics_lib.Record]) -> list[tuple[str, str]]:
   formats = (
     ("reward", "train/reward", "{:.2f}"),
     ("train accuracy", "train/accuracy", "{:.1%}"),
-    ("response tokens", "train/response_length", "{:.0f}"),
-    ("tokens / s", "time/tokens_per_second", "{:,.0f}"),
+    ("tokens per response", "train/response_length", "{:.0f}"),
+    ("tokens per second", "time/tokens_per_second", "{:,.0f}"),
   )
   tiles = [("steps", steps)] if steps else []
   for name, key, form in formats:
@@ -115,7 +117,7 @@ def _tiles(records: Sequence[metrics_lib.Record]) -> list[tuple[str, str]]:
 
 
 def _charts(records: Sequence[metrics_lib.Record]) -> tuple[list[plots.Chart], list[plots.Chart]]:
-  """The charts that matter, and one for each other metric."""
+  """Returns the main charts, and the charts of all other metrics."""
   curves: dict[str, plots.Series] = {}
   stages: list[tuple[float, str]] = []
   for record in records:
@@ -135,7 +137,7 @@ def _charts(records: Sequence[metrics_lib.Record]) -> tuple[list[plots.Chart], l
 
   main = [
     plots.chart("Reward", take([("train/reward", "total")]), stages),
-    plots.chart("Reward by component", take(below("train/reward/")), stages),
+    plots.chart("Reward by verifier", take(below("train/reward/")), stages),
     plots.chart(
       "Accuracy",
       take(
@@ -154,7 +156,7 @@ def _charts(records: Sequence[metrics_lib.Record]) -> tuple[list[plots.Chart], l
 
 
 def _sampled(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The first, the middle and the last logged step, with pictures embedded and texts cut up."""
+  """Returns the rollouts of the first, the middle and the last saved step, for the template."""
   steps = list(rollouts.read_rollouts(workdir).items())
   chosen = sorted({0, len(steps) // 2, len(steps) - 1}) if steps else []
   sampled = []
@@ -176,7 +178,7 @@ def _sampled(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _parts(text: str) -> list[tuple[str, str]]:
-  """A response as (kind, text): `think` for the chain of thought, `boxed` for the final answer."""
+  """Splits a response into (kind, text). The kind is `think`, `boxed` (an answer) or `plain`."""
   cut = text[:_MAX_TEXT]
   parts = []
   for part in re.split(r"(<think>.*?</think>|\\boxed\{[^{}]*\})", cut, flags=re.DOTALL):
@@ -190,12 +192,12 @@ def _parts(text: str) -> list[tuple[str, str]]:
     if part:
       parts.append((kind, part))
   if len(text) > len(cut):
-    parts.append(("think", f" … and {len(text) - len(cut)} characters more"))
+    parts.append(("think", f" … and {len(text) - len(cut)} more characters"))
   return parts
 
 
 def _embed(path: pathlib.Path) -> dict[str, Any] | None:
-  """A picture as a data URI with its size; None if the file is missing or does not decode."""
+  """Returns an image as a data URI and its size. None if the file is missing or does not decode."""
   from PIL import Image
 
   try:
@@ -206,7 +208,7 @@ def _embed(path: pathlib.Path) -> dict[str, Any] | None:
         out = io.BytesIO()
         image.save(out, format="PNG")
         data = out.getvalue()
-      # Small boards are shown enlarged, with their pixels kept sharp.
+      # Small images, such as digit boards, are enlarged without interpolation.
       scale = max(1, 224 // max(image.size))
       size = (image.width * scale, image.height * scale)
   except (OSError, ValueError, Image.DecompressionBombError):

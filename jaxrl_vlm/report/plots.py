@@ -1,14 +1,14 @@
-"""Curves: inline SVG for the report, PNG files for the README."""
+"""Draws curves: as SVG charts for the report, and as image files such as those of the README."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
 
-# A curve: x and y; y is NaN or None where nothing was measured.
+# A curve: values of x and y. y is NaN or None where there is no measurement.
 Series = tuple[Sequence[float], Sequence[float | None]]
 
-# Told apart on light and dark ground, also by colour-blind readers; the page has dark variants.
+# Distinguishable for colour-blind readers too. The report has variants of them for dark mode.
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 WIDTH, HEIGHT = 460, 230
@@ -17,13 +17,20 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 26
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """Everything the page's template needs to draw one chart; lengths in SVG units.
+  """The content of one chart, from which the template of the report draws it.
+
+  Lengths are in SVG units.
 
   Attributes:
     title: heading.
-    lines: name, colour number, SVG points of the smooth line, and of the raw one ("" if the same);
-      dots for a line of few points, each (x, y, tooltip); last value as text.
-    x_ticks, y_ticks: position and label.
+    lines: a dict for each curve, with these keys:
+      name: name of the curve.
+      color: index of its colour.
+      points: points of the SVG line. They are smoothed if the curve has more than 30 points.
+      raw: points of the SVG line without smoothing, or "" if `points` is not smoothed.
+      dots: (x, y, tooltip) for each point if the curve has at most 30 points, otherwise empty.
+      last: last value, as text.
+    x_ticks, y_ticks: position and label of each tick.
     marks: position and name of each stage that starts after the first step.
   """
 
@@ -37,11 +44,11 @@ class Chart:
 def chart(
   title: str, series: Mapping[str, Series], stages: Sequence[tuple[float, str]] = ()
 ) -> Chart | None:
-  """Lays out a chart; None if no series has a finite value.
+  """Computes the content of a chart. Returns None if no curve has a finite value.
 
   Args:
     title: heading of the chart.
-    series: curves by name. Those of more than 30 points are drawn smoothed over the raw ones.
+    series: curves by name. Curves of more than 30 points are also drawn smoothed.
     stages: first step and name of each stage.
   """
   curves = {name: _finite(curve) for name, curve in series.items()}
@@ -93,16 +100,16 @@ def save_curve(
   x_label: str = "step",
   y_label: str = "",
 ) -> None:
-  """Draws curves as an image file of 1,280 × 720 pixels; the suffix of `path` says which format.
+  """Draws curves in an image file of 1,280 × 720 pixels.
 
   Args:
-    path: of the image file.
-    series: curves by name.
-    title: heading, left out if empty.
-    x_label: name of the horizontal axis.
-    y_label: name of the vertical axis.
+    path: path of the image file. Its suffix determines the format.
+    series: curves by name. Curves of more than 30 points are drawn smoothed, over the raw curve.
+    title: heading of the picture.
+    x_label: label of the horizontal axis.
+    y_label: label of the vertical axis.
   """
-  # Figure, not pyplot: no global state, no display.
+  # Figure is used in place of pyplot, because pyplot has global state and may need a display.
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
@@ -143,14 +150,14 @@ def _finite(curve: Series) -> list[tuple[float, float]]:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-  """Lowest and highest; widened where they are equal, for axes divide by the difference."""
+  """Returns minimum and maximum, moved apart if they are equal, so that they span an axis."""
   low, high = min(values), max(values)
   margin = 0.0 if high > low else abs(low) * 0.1 or 0.5
   return low - margin, high + margin
 
 
 def _ticks(low: float, high: float) -> list[float]:
-  """Round numbers that cover [low, high], about five."""
+  """Returns about five round numbers that cover [low, high]."""
   from matplotlib.ticker import MaxNLocator
 
   locator = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
@@ -159,7 +166,10 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-  """Centred running mean over a tenth of the curve: it does not lag, unlike a decaying one."""
+  """Returns the centred moving average over a tenth of the curve.
+
+  Unlike an exponential moving average, it does not lag behind the curve.
+  """
   reach = max(2, len(points) // 20)
   smooth = []
   for index, (x, _) in enumerate(points):

@@ -1,4 +1,4 @@
-"""Sampled rollouts on disk: `rollouts/step_000010.jsonl`, and each image once as a PNG file."""
+"""Writes and reads saved rollouts: `rollouts/step_000010.jsonl`, and each image as one PNG file."""
 
 import dataclasses
 import hashlib
@@ -20,14 +20,14 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """One response and what it earned.
+  """One response with its reward and advantage.
 
   Attributes:
-    text: the decoded response.
-    reward: total.
-    components: reward by verifier, before weights.
-    advantage: what the objective made of it.
-    length: response tokens, the end token included.
+    text: the response.
+    reward: weighted sum of the verifiers.
+    components: value of each verifier, without its weight, by metric name.
+    advantage: advantage of the response, or of its first token if advantages differ by token.
+    length: number of response tokens, including the end token.
   """
 
   text: str
@@ -38,7 +38,7 @@ class Sample:
 
 
 class RolloutLog:
-  """Writes the sampled rollouts of a run. Steps that a resumed run repeats are replaced."""
+  """Writes rollouts of a run. If a resumed run repeats a step, its rollouts are replaced."""
 
   def __init__(self, workdir: str | os.PathLike):
     self._folder = pathlib.Path(workdir) / FOLDER
@@ -46,12 +46,12 @@ class RolloutLog:
   def write(
     self, step: int, stage: str, groups: Sequence[tuple[Example, Sequence[Sample]]]
   ) -> None:
-    """Writes one step: for each example a line with its question, answer, images and samples.
+    """Writes the rollouts of one step, one line for each example.
 
     Args:
-      step: steps finished so far, over all stages.
-      stage: name of the running stage.
-      groups: each example with its images, and its samples.
+      step: number of steps finished so far, over all stages.
+      stage: name of the current stage.
+      groups: examples (with their images), each with its samples.
 
     Raises:
       UserError: a file cannot be written (full disk, permissions), or an image does not decode.
@@ -80,7 +80,7 @@ class RolloutLog:
       raise UserError(f"{path}: cannot write rollouts: {error.strerror}") from error
 
   def _write_image(self, image: bytes, example_id: str) -> str:
-    """Stores an encoded image as PNG; returns its path relative to the folder of rollouts."""
+    """Stores an image as a PNG file. Returns its path relative to the folder of rollouts."""
     name = f"images/{hashlib.sha256(image).hexdigest()[:24]}.png"
     path = self._folder / name
     if path.exists():
@@ -94,7 +94,7 @@ class RolloutLog:
 
 
 def _as_png(image: bytes, example_id: str) -> bytes:
-  """Decodes the image as the model receives it, and encodes it as PNG."""
+  """Decodes an image as for the model (`decode_image`), and encodes it as PNG."""
   out = io.BytesIO()
   try:
     decode_image(image, f"example {example_id!r}: its image").save(out, format="PNG")
@@ -114,10 +114,12 @@ def _plain(sample: Sample) -> dict[str, Any]:
 
 
 def read_rollouts(workdir: str | os.PathLike) -> dict[int, list[dict[str, Any]]]:
-  """Logged records by step, ascending; an image's path is relative to `workdir/rollouts`.
+  """Returns the saved records by step, in ascending order.
+
+  The paths of images in the records are relative to `workdir/rollouts`.
 
   Raises:
-    UserError: a file does not hold records.
+    UserError: a file does not contain records as `RolloutLog` writes them.
   """
   steps = {}
   for path in sorted((pathlib.Path(workdir) / FOLDER).glob("step_*.jsonl")):

@@ -390,8 +390,8 @@ class _Process(SpawnProcess):
   The start method "spawn" runs the parent's script again in each child, under the name
   `__mp_main__`. With `python -m jaxrl_vlm.train` or a script without the `__main__` guard, this
   would import jax or start a second training. The other start methods are no alternative: a fork
-  of a process with jax threads can deadlock, and a process has only one fork server, which other code
-  may have started before.
+  of a process with jax threads can deadlock, and a process has only one fork server, which other
+  code may have started before.
   """
 
   def start(self) -> None:

@@ -193,12 +193,12 @@ def check(config: ConfigDict) -> None:
     ):
       value = stage.get(name, 1)
       expect(value >= 1, f"{field}.{name}", value, "at least 1")
-    parts = stage.microbatches * stage.get("minibatches", 1) * rows
+    divisor = stage.microbatches * stage.get("minibatches", 1) * rows
     expect(
-      stage.prompts_per_step % parts == 0,
+      stage.prompts_per_step % divisor == 0,
       f"{field}.prompts_per_step",
       stage.prompts_per_step,
-      f"a multiple of minibatches x microbatches x mesh.slice x mesh.fsdp = {parts}",
+      f"a multiple of minibatches x microbatches x mesh.slice x mesh.fsdp = {divisor}",
     )
     budget = stage.get("token_budget", 0)
     expect(budget >= 0, f"{field}.token_budget", budget, "at least 0 (0 sets no limit)")

@@ -174,8 +174,8 @@ class Run:
     """Converts examples to prompts.
 
     Raises:
-      UserError: an image cannot be decoded, or a prompt is longer than all buckets. The message
-        names the example.
+      UserError: an image cannot be decoded, or a prompt or its images exceed the largest bucket.
+        The message names the example.
     """
     with validation():
       return [self.processor.encode(example, self.system) for example in examples]
