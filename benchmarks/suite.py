@@ -149,8 +149,8 @@ def tables(results: dict) -> tuple[str, str]:
     row += [f"{c[0]:.0f}", f"{c[1]:.0f}", f"{c[2]:.0f}"] if c[0] else ["", "", ""]
     long.append([name.removeprefix("tests/"), *row])
   head = ["folder", "tests", "seconds, cold", "seconds, warm", "exhaustive tests", "seconds"]
-  files = ["file", "tests", "seconds, cold", "of them compiling", "seconds, warm"]
-  files += ["of them compiling", "exhaustive tests", "seconds", "of them compiling"]
+  files = ["file", "tests", "seconds, cold", "compiling", "seconds, warm"]
+  files += ["compiling", "exhaustive tests", "seconds", "of them compiling"]
   return f"{markdown(head, short)}\n\n{about}", f"{about}\n\n{markdown(files, long)}"
 
 

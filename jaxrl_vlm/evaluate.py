@@ -1,7 +1,8 @@
 """Held-out accuracy of a policy: its answers, graded by the verifiers of the stage.
 
 The accuracy is that of one greedy answer to each question, or the mean over several samples
-(avg@k). The mean has less noise, and it increases if the policy gives right answers more often.
+(avg@k). The mean has less noise. It also increases when the policy becomes more certain of right
+answers that it already gave greedily.
 """
 
 import dataclasses

@@ -158,7 +158,8 @@ def noise(
 
   The released code of VPPO has this corruption with std 189 (`add_gaussian_noise`), but its runs
   use patches. It rounds x′ down to whole levels; this function does not. The frames of a temporal
-  patch share ε, because a still image becomes noisy before it is repeated.
+  patch share ε, because a still image becomes noisy before it is repeated. This holds for videos
+  too.
 
   Args:
     key: a key of jax.random, or one key for each prompt.

@@ -2,9 +2,11 @@
 
 Estimators with one value per response return f32[P, G, 1], the others f32[P, G, T]. Both broadcast
 against [P, G, T]. Group statistics are over axis 1. A group of one has mean 0 and standard
-deviation 1, as in verl. Groups of equal rewards have advantages of exactly 0. To achieve
-this, the rewards of a group are first shifted by its first reward: a rounding error of the mean,
-divided by a standard deviation close to 0, would be large.
+deviation 1, as in verl.
+
+Groups of equal rewards have advantages of exactly 0. To achieve this, the rewards of a group are
+first shifted by its first reward. Otherwise a rounding error of the mean, divided by a standard
+deviation close to 0, could be large.
 
 Some estimators need more arguments, which are keyword-only:
 
@@ -118,7 +120,7 @@ def gdpo(
   """Normalizes each reward on its own: Σ_k w_k (R_k − mean R_k) / (std R_k + 1e-6), whitened.
 
   w_k are the weights of the verifiers, and the sum of the rewards is not used. Responses with the
-  same sum, but from different rewards, have the same advantage in GRPO and different ones here.
+  same sum, but from different rewards, have the same advantage in GRPO and different ones in GDPO.
   Whitening is over all tokens of the array.
 
   Source: Liu et al. 2026 (GDPO), arXiv 2601.05242, as in verl.

@@ -154,8 +154,8 @@ class Objective:
     """Selects the groups to train on, on the host: numpy bool[P].
 
     A group is kept if filter_low < mean over the group < filter_high for one of `filter_keys`. All
-    groups are kept if `filter_groups` is False. The mean is NaN if the verifier does not grade the
-    samples of this group. It then does not keep the group.
+    groups are kept if `filter_groups` is False. A verifier that does not grade the samples of a
+    group has the mean NaN and does not keep the group.
 
     Source: Yu et al. 2025 (DAPO), arXiv 2503.14476, with the bounds of EasyR1's online filtering.
 
@@ -209,7 +209,10 @@ class Objective:
     return dict(experience.state)
 
   def prepare(self, experience: Experience) -> Experience:
-    """Computes what needs the whole minibatch and no gradient, such as the weights.
+    """Computes the values that depend on the whole minibatch and need no gradient.
+
+    Sets `weights` and `token_weights`, and removes from `mask` the tokens that the loss does not
+    use.
 
     Raises:
       ValueError: the experience has been prepared before.

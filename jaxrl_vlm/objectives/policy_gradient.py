@@ -33,8 +33,8 @@ class PolicyGradient(Objective):
       L = Σ w_t [L_pg(l_t, o_t, A_t) + β KL_t] − η Σ u_t l_t
 
   l_t and o_t are the log-probabilities of a token under the current policy and under the policy
-  that sampled it, A_t is its advantage. w_t are the weights of the aggregation, and u_t those of a
-  mean over all response tokens.
+  that sampled it, and A_t is its advantage. w_t are the weights of the aggregation, and u_t the
+  weights of a mean over all response tokens.
 
   Fields (the defaults are those of GRPO in EasyR1):
     advantage: estimator of the advantages, see `advantages.py`.
@@ -72,7 +72,8 @@ class PolicyGradient(Objective):
     nll: −log π of the sampled tokens, an unbiased estimate of the entropy for on-policy samples.
     entropy: mean of `stats.entropy`.
     approx_kl_k1, approx_kl_k3: KL(π_old ‖ π), estimated from the tokens that π_old sampled.
-    clip_high, clip_low, clip_dual: share of tokens whose gradient each clip removes.
+    clip_high, clip_low, clip_dual: share of tokens at which each clip takes effect. Except with
+      cispo, these tokens have no gradient of the policy loss.
     cov_tokens: share of tokens that clip_cov or kl_cov selects.
     correction_mean: mean of ρ.
     correction_cut: share of tokens whose ρ is truncated or masked.

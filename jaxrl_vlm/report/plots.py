@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 # A curve: values of x and y. y is NaN or None where there is no measurement.
 Series = tuple[Sequence[float], Sequence[float | None]]
 
-# Distinguishable for colour-blind readers too. The report has variants of them for dark mode.
+# Distinguishable on light and dark backgrounds, also for colour-blind readers. The report has
+# variants of these colours for dark mode.
 COLORS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#475569")
 
 WIDTH, HEIGHT = 460, 230
@@ -105,7 +106,7 @@ def save_curve(
   Args:
     path: path of the image file. Its suffix determines the format.
     series: curves by name. Curves of more than 30 points are drawn smoothed, over the raw curve.
-    title: heading of the picture.
+    title: heading of the picture. If it is empty, there is no heading.
     x_label: label of the horizontal axis.
     y_label: label of the vertical axis.
   """

@@ -174,7 +174,7 @@ def _plain(answer: str) -> str:
 
 
 def _number(answer: str) -> tuple[float, bool] | None:
-  """Returns the number that the answer is, and whether it has a percent sign, or None."""
+  """Returns the value of the answer and whether it has a percent sign. None: it is no number."""
   answer = normalise(answer).rsplit("=", 1)[-1].strip()
   percent = answer.endswith("%")
   answer = answer.removesuffix("%").rstrip("$ ")

@@ -7,7 +7,7 @@ import re
 from jaxrl_vlm.example import Example
 from jaxrl_vlm.rewards import answers
 
-# Longer answers are wrong, because no ground truth is that long. Parsing takes about half a
+# Longer answers count as wrong, because no ground truth is that long. Parsing takes about half a
 # millisecond per character.
 _MAX_CHARS = 1000
 _WORDS = re.compile(r"[a-z]{3,}(?:[ ,.'-]+[a-z]+)*")

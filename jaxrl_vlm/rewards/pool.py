@@ -143,7 +143,8 @@ class RewardPool:
     with self._lock:
       if self._closed:
         raise RuntimeError("RewardPool: the pool is closed")
-      # If an idle worker dies, for example by the out-of-memory killer, the pebble pool is broken.
+      # If an idle worker dies, for example by the out-of-memory killer, the whole pebble pool stops
+      # working and is replaced.
       if self._executor is None or not self._executor.active:
         self._stop()
         self._executor = pebble.ProcessPool(
@@ -346,7 +347,10 @@ def _portable(weights: Mapping[str, float]) -> dict[str, float]:
 
 
 def _start_worker(preload: list[str], memory: int) -> None:
-  """Imports the verifiers, so that no response pays for it, and then limits the memory."""
+  """Imports the verifiers and then limits the memory.
+
+  Importing them before the first task keeps the import time out of the time limit of a response.
+  """
   signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Pebble's handler cannot run inside a C call.
   os.environ["JAX_PLATFORMS"] = "cpu"  # A verifier that uses jax must not take the accelerator.
   for key in preload:

@@ -775,6 +775,11 @@ class Programs:
   def _minibatch(
     self, state: TrainState, frozen, batch, reference
   ) -> tuple[TrainState, dict[str, Array]]:
+    """Updates the parameters with one minibatch: (prompt, tokens, experience, source, packing).
+
+    Returns:
+      The new state and the metrics.
+    """
     prompt, tokens, experience, source, packing = batch
     count = self.microbatches
     if (count > 1 or packing is not None) and self.objective.needs_current:

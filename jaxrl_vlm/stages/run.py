@@ -141,15 +141,16 @@ class Run:
     path, architecture = model_path(self.config, self.workdir), self.config.model.scratch
 
     def create():
-      if architecture and not (path / "config.json").exists():  # written last
+      if architecture and not (path / "config.json").exists():  # `scratch.create` writes it last
         from jaxrl_vlm import scratch
 
-        scratch.create(path, architecture.to_dict(), self._some_texts(), self.config.seed)
+        scratch.create(path, architecture.to_dict(), self._training_texts(), self.config.seed)
 
     parallel.in_turn(create)
     return path
 
-  def _some_texts(self, count: int = 4000) -> Iterator[str]:
+  def _training_texts(self, count: int = 4000) -> Iterator[str]:
+    """Yields the texts of up to `count` training examples of each stage."""
     for stage in self.config.stages:
       source = self._open(stage, "train")
       for i in range(min(count, len(source))):
@@ -392,6 +393,7 @@ class StageRun:
     return self.data.get_state() if self.ahead is None else self.ahead
 
   def _agree_to_stop(self) -> None:
+    """Sets `stop` in all processes if one of them has received a signal."""
     self.stop = next(filter(None, parallel.gather(self.run.stop_signal)), "")
 
   def stop_if_asked(self) -> None:
@@ -466,6 +468,11 @@ class StageRun:
     self._pending = (self.run.step, device_metrics, values)
 
   def _flush(self) -> None:
+    """Writes the metrics of the last `log`.
+
+    Raises:
+      UserError: `config.max_bad_steps` updates in a row were skipped.
+    """
     if self._pending is None:
       return
     step, device, values = self._pending

@@ -270,6 +270,10 @@ def test_json_lines_are_read(tmp_path):
       "data.jsonl:2: field 'rewards': 'exact': expected a finite number, the weight; got NaN",
     ),
     (
+      {"question": "a", "answer": "b", "rewards": {"exact": 1e39}},
+      "data.jsonl:2: field 'rewards': 'exact': expected a finite number, the weight; got 1e+39",
+    ),
+    (
       {"question": "a", "answer": "b", "rewards": {"exact": 10**400}},
       "data.jsonl:2: field 'rewards': 'exact': expected a finite number, the weight; got 1000",
     ),
