@@ -1,4 +1,4 @@
-"""Compares the full KL between two views with its definition on all logits."""
+"""Compares scores, and the full KL between two views, with their definitions on all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,18 @@ def slow_kl(table, hidden, hidden_masked, temperature):
   # Uses log_softmax, because probabilities can be too small for float32.
   p, q = jax.nn.log_softmax(clean), jax.nn.log_softmax(masked)
   return (jnp.exp(p) * (p - q)).sum(axis=-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probabilities_and_entropies_equal_the_definition_on_all_logits(setup, temperature):
+  model, params, table, hidden, _ = setup
+  allowed = np.setdiff1d(np.arange(V), SUPPRESSED)
+  chosen = np.random.default_rng(2).integers(len(allowed), size=(P, G, T))
+  stats = scoring.token_stats(model, params, hidden, allowed[chosen], temperature=temperature)
+  logp = jax.nn.log_softmax(hidden @ table[allowed].T / temperature)
+  expected = np.take_along_axis(np.asarray(logp), chosen[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(stats.logp, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(stats.entropy, -(jnp.exp(logp) * logp).sum(-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [128, 3, 1])
