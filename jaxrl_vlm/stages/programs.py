@@ -61,8 +61,8 @@ class Packing:
     used: i32[microbatches]; number of passes that contain any blocks.
     size: B, tokens per block.
     tile: W, blocks per tile. The blocks of a tile belong to the same prompt.
-    order: i32[P]; the order of the prompts in which devices and microbatches have similar loads
-      (`packing.balanced`). None keeps the order of the batch.
+    order: i32[P]; the order of the prompts in which the devices have similar loads in each
+      microbatch (`packing.balanced`). None keeps the order of the batch.
   """
 
   index: Array
@@ -76,7 +76,7 @@ class Packing:
 
 
 class Program:
-  """A jitted function whose last argument may be omitted, which passes None."""
+  """A jitted function whose last argument may be omitted. It is then None."""
 
   def __init__(self, function: Callable, in_shardings: tuple, out_shardings: Any, **options):
     self._count = len(in_shardings)
@@ -265,7 +265,7 @@ class Programs:
       patches: number of patches of a prompt.
       group: G.
       tokens: T.
-      microbatches: number of microbatches, or 0 for that of this stage.
+      microbatches: number of microbatches, or 0 for the number of this stage.
     """
     count, objective = microbatches or self.microbatches, self.objective
     devices = parallel.rows(self.mesh)

@@ -267,11 +267,11 @@ class StageRun:
     state: the current TrainState. The training loop of the stage replaces it.
     reference: the trained parameters as they were at the start of the stage, if the objective uses
       the reference, else None.
-    reference_is_base: whether the reference is the model without adapters, because the adapters are
-      new and initially return 0.
+    reference_is_base: whether the reference is the model without adapters. This is so in the first
+      stage if the adapters are new, because new adapters do not change the outputs of the model.
     start: the first step that is still to do, counted from the start of the stage.
     rows: the rows of the P prompts of a step that this process holds.
-    data: iterator over lists of examples, those of `rows`.
+    data: iterator over batches, each a list of the examples of `rows`.
     pool: grades responses. None in a supervised stage without evaluation.
     accuracy: name of the verifier whose value is the accuracy.
     generated_tokens: number of response tokens that the stage has generated so far. None if it has
@@ -451,10 +451,10 @@ class StageRun:
       raise
 
   def log(self, device_metrics: Any, host_metrics: dict[str, float], tokens: int) -> None:
-    """Logs the metrics of a step, and their number of tokens.
+    """Logs the metrics of a step.
 
     The metrics are copied to the host and written during the next step, so that the host does not
-    wait for the update here.
+    wait for the update.
 
     Args:
       device_metrics: metrics on the devices.
