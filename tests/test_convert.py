@@ -24,6 +24,7 @@ def tensors(path):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe", "gemma3"])
 def test_round_trip_changes_no_parameter_and_no_file(family, tmp_path):
   start, orbax, back = (tmp_path / name for name in ("hf", "orbax", "back"))

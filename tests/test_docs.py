@@ -27,6 +27,7 @@ PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 OBJECTIVES = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_memory_table_is_the_output_of_its_command():
   assert memory.table() in PAGE
 

@@ -171,6 +171,7 @@ def test_each_view_adds_to_the_memory_estimate(config):
   assert need("papo", masked_gradient=True, mask_per="prompt", kl_coef=0.0) > 1.3 * by_prompt
 
 
+@pytest.mark.slow
 def test_a_run_prints_its_plan_and_fails_before_compiling_if_it_cannot_fit(
   tmp_path, one_device, capsys, monkeypatch
 ):
@@ -199,6 +200,7 @@ def test_a_run_prints_its_plan_and_fails_before_compiling_if_it_cannot_fit(
   assert not compiled
 
 
+@pytest.mark.slow
 def test_a_run_warns_if_only_short_prompts_fit(tmp_path, one_device, capsys, monkeypatch):
   config = tiny_run.get_config()
   config.stages = (config.stages[1],)

@@ -113,6 +113,7 @@ def test_padding_is_the_share_of_computed_tokens_outside_responses():
   assert lengths.max() == 1024 and 60 < np.median(lengths) < 110
 
 
+@pytest.mark.slow
 def test_preprocessing_and_grading_benchmarks():
   # `preprocessing` raises an error if the patches differ from those of transformers.
   found = host.preprocessing(count=1, repeats=1)
@@ -151,6 +152,7 @@ def test_the_phases_of_a_step_are_drawn(tmp_path):
   assert (tmp_path / "step.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_growth_benchmark_measures_a_point(config, monkeypatch):
   monkeypatch.setattr(growth, "ARCHITECTURE", tiny_run.ARCHITECTURE)
   point = growth.Point(prompts=2, group=2, prompt=16, response=8, vocabulary=320)
@@ -160,6 +162,7 @@ def test_growth_benchmark_measures_a_point(config, monkeypatch):
   assert growth.model_flops("rollout", point) == 2 * flops.forward(config, 16, [8, 8])
 
 
+@pytest.mark.slow
 def test_growth_benchmark_prints_its_table_and_draws_its_plot(tmp_path, monkeypatch, capsys):
   assert growth.slope([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
   values = {}

@@ -681,6 +681,7 @@ def tpu_actions(world) -> list[str]:
   return done
 
 
+@pytest.mark.slow
 def test_watch_relaunches_after_preemption_and_failure_until_the_run_is_finished(world):
   # At first, there is no TPU. The first launch saves checkpoint 10. Then the TPU is preempted while
   # its state is checked. The second launch fails by itself, and the third one finishes.
@@ -734,6 +735,7 @@ def test_watch_relaunches_after_preemption_and_failure_until_the_run_is_finished
   assert sum("broken" in log for log in logs) == sum("finished in" in log for log in logs) == 1
 
 
+@pytest.mark.slow
 def test_watch_waits_until_all_processes_of_a_running_run_have_ended(world):
   set_up(world)
   world.behave("wait", "finish")
@@ -762,6 +764,7 @@ def test_watch_waits_until_all_processes_of_a_running_run_have_ended(world):
   assert (world.folder / "node").exists()  # not deleted without --delete
 
 
+@pytest.mark.slow
 def test_watch_sets_up_a_tpu_that_was_only_created(world):
   ok(world.script("create.sh"))
   world.behave("finish")
@@ -769,6 +772,7 @@ def test_watch_sets_up_a_tpu_that_was_only_created(world):
   assert tpu_actions(world) == ["create", "stop", "scp", "start"]
 
 
+@pytest.mark.slow
 def test_watch_gives_up_if_launches_reach_no_newer_checkpoint(world):
   world.behave("broken: no such file")
   result = world.script("watch.sh", CONFIG, RELAUNCHES="2")
@@ -779,6 +783,7 @@ def test_watch_gives_up_if_launches_reach_no_newer_checkpoint(world):
   assert "costs money until you run tpu_scripts/delete.sh" in result.stderr
 
 
+@pytest.mark.slow
 def test_watch_retries_failed_creations_up_to_a_limit(world):
   world.answer(["tpu-vm create", [["ERROR: there is no more capacity in the zone", 1]]])
   result = world.script("watch.sh", CONFIG, CREATES="12")
@@ -787,6 +792,7 @@ def test_watch_retries_failed_creations_up_to_a_limit(world):
   assert "my-tpu: could not be created 12 times in a row; giving up" in result.stderr
 
 
+@pytest.mark.slow
 def test_watch_changes_nothing_if_the_cloud_or_a_worker_does_not_answer(world):
   set_up(world)
   before = tpu_actions(world)
@@ -799,6 +805,7 @@ def test_watch_changes_nothing_if_the_cloud_or_a_worker_does_not_answer(world):
   assert tpu_actions(world) == before
 
 
+@pytest.mark.slow
 def test_watch_keeps_a_queued_request(world):
   world.behave("finish")
   world.answer(

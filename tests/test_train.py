@@ -127,6 +127,7 @@ def assert_transformers_decodes_the_same(path):
     assert rollout.text[row][0].endswith("}")
 
 
+@pytest.mark.slow
 def test_shipped_model_decodes_the_same_in_transformers():
   assert_transformers_decodes_the_same(BASE)
 
@@ -138,6 +139,7 @@ def test_shipped_model_is_small_and_complete():
   assert config["model_type"] == "qwen2_5_vl"
 
 
+@pytest.mark.slow
 def test_a_wrong_flag_is_one_line_before_anything_is_written(tmp_path):
   def run(*flags):
     return subprocess.run(

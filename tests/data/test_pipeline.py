@@ -142,6 +142,7 @@ def test_too_few_examples_for_a_batch_are_refused():
   assert len(next(pipeline.make_iterator(Numbers(3), batch_size=4, seed=0))) == 4
 
 
+@pytest.mark.slow
 def test_worker_processes_return_the_same_batches(tmp_path):
   """The source is pickled, and the workers open its files."""
   code = f"""

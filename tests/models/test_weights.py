@@ -124,6 +124,7 @@ print(json.dumps({"devices": jax.device_count(), "read": read, "held": held,
 """
 
 
+@pytest.mark.slow
 def test_each_process_reads_the_shards_of_its_devices_and_process_0_writes(tmp_path):
   """Runs two processes with one device each on this host."""
   tiny.make_hf(tmp_path, family="qwen3_vl")

@@ -468,6 +468,7 @@ def test_all_other_processes_name_the_process_that_ended(victim, what):
     assert told[0][1].endswith("is gone" if what == "killed" else "stopped: RuntimeError: a bug")
 
 
+@pytest.mark.slow
 def test_the_error_names_a_workdir_that_is_not_shared(tmp_path):
   ends = run(tmp_path / "run", 2, 1, each={1: {"workdir": str(tmp_path / "other")}})
   assert [end.code for end in ends] == [2, 2], ends
@@ -500,6 +501,7 @@ def test_errors_of_an_invalid_environment_name_the_variables(given, message, mon
     processes.join_processes()
 
 
+@pytest.mark.slow
 def test_a_single_process_joins_nothing_and_exchanges_values_with_itself(monkeypatch):
   for name in processes._ENVIRONMENT:
     monkeypatch.delenv(name, raising=False)

@@ -49,6 +49,7 @@ def test_sampled_logp_matches_the_scorer(setup):
   assert rollout.text == again.text and len(rollout.text) == 3 and len(rollout.text[0]) == 4
 
 
+@pytest.mark.slow
 def test_responses_end_at_the_end_token_and_contain_no_vision_tokens(setup):
   model, params, processor, prompt = setup
   # The head of this model favours vision tokens.
@@ -76,6 +77,7 @@ def one_device_sampler(model, params, sampling, **options):
   return Sampler(model, mesh, sampling, parallel.param_shardings(mesh, params), **options)
 
 
+@pytest.mark.slow
 def test_decoding_takes_as_many_steps_as_the_longest_response(setup, monkeypatch):
   model, params, _, prompt = setup
   steps = []
@@ -125,6 +127,7 @@ def test_tokens_follow_their_probabilities():
   np.testing.assert_allclose(logp, np.log(probs)[np.asarray(token)], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampled_indices_follow_weights_across_blocks():
   rng = np.random.default_rng(0)
   weights = rng.exponential(size=1000).astype(np.float32) ** 2
@@ -170,6 +173,7 @@ def test_sampling_without_a_key_is_an_error(setup):
     jv.generate(model, params, prompt, jv.Sampling(max_tokens=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
 def test_responses_do_not_depend_on_the_schedule(family, tmp_path):
   """Greedy and sampled responses are the same for several chunk sizes, groups and layers.
@@ -207,6 +211,7 @@ def test_responses_do_not_depend_on_the_schedule(family, tmp_path):
         np.testing.assert_array_equal(mask, plain.mask[p])
 
 
+@pytest.mark.slow
 def test_two_devices_give_the_same_tokens_and_compile_only_once(setup):
   """The first rollout compiles all layouts, so later response lengths need no compilation."""
   model, params, processor, _ = setup
@@ -232,6 +237,7 @@ def test_two_devices_give_the_same_tokens_and_compile_only_once(setup):
   assert compilations()[0] == first > 0 and len(lengths) > 1
 
 
+@pytest.mark.slow
 def test_resharding_for_the_rollout_does_not_change_responses(setup):
   """`tensor` devices share the weights during the rollout; with `tensor=1` they are replicated."""
   model, params, processor, _ = setup
@@ -257,6 +263,7 @@ def test_resharding_for_the_rollout_does_not_change_responses(setup):
     assert copied_prompt.patches.shape[1] == (inputs.patches.shape[1] if inputs is prompt else 0)
 
 
+@pytest.mark.slow
 def test_a_response_ends_at_its_own_limit(setup):
   """Up to the limit, the tokens are the same as without it."""
   model, params, _, prompt = setup
@@ -268,6 +275,7 @@ def test_a_response_ends_at_its_own_limit(setup):
   np.testing.assert_array_equal(limited.tokens[limited.mask], plain.tokens[limited.mask])
 
 
+@pytest.mark.slow
 def test_int8_prefixes_use_less_memory_and_give_nearly_the_same_distribution(setup):
   model, params, _, prompt = setup
   sampling = jv.Sampling(2, 12)

@@ -10,6 +10,8 @@ from jaxrl_vlm import evaluate, metrics, train
 from jaxrl_vlm.rollout import Sampling
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS, SAMPLES = 6, 3
 
 

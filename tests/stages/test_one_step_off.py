@@ -11,6 +11,8 @@ from jaxrl_vlm import checkpoint, metrics, train
 from jaxrl_vlm.report import read_rollouts
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow
+
 STEPS, SAVED = 7, 3  # a checkpoint is saved after every third step
 
 

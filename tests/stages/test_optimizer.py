@@ -30,6 +30,7 @@ def after(optimizer: optax.GradientTransformation, gradients: np.ndarray):
   return run(gradients)
 
 
+@pytest.mark.slow
 def test_small_changes_of_moments_in_bfloat16_add_up():
   """With b2 = 0.999, a step changes the second moment by about a thousandth of its value.
 

@@ -9,6 +9,8 @@ from jaxrl_vlm.rollout import Sampler
 from jaxrl_vlm.stages.programs import Programs
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 
 

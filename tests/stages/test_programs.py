@@ -351,6 +351,7 @@ def assert_equal_updates(split, whole) -> None:
 MASKED = {"masked_gradient": True, "mask_rate": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "settings", "splits"),
   [

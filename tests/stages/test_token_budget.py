@@ -12,6 +12,8 @@ from jaxrl_vlm import metrics, stages, train
 from jaxrl_vlm.errors import UserError
 from tests import tiny_run
 
+pytestmark = pytest.mark.slow
+
 BUDGET = 100  # a step of 4 x 2 responses of at most 8 tokens generates at most 64
 
 
