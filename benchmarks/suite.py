@@ -3,11 +3,13 @@
     python benchmarks/suite.py            # measure, then write the tables
     python benchmarks/suite.py --write    # write the tables again from benchmarks/suite.json
 
-The benchmark runs the tests three times:
+The benchmark runs these tests:
 
 - `cold`: the tests that run by default, with an empty compilation cache.
 - `warm`: the same tests, with the cache that the cold run has filled.
 - `exhaustive`: the exhaustive tests, with the same cache. CI also runs them after the other tests.
+- `objectives`, `rewards`, `not slow`: `pytest tests/objectives`, `pytest tests/rewards` and
+  `pytest tests -m "not slow"` in one process, each with an empty cache.
 
 For each test file, it records the number of tests, their seconds, and how many of these seconds the
 test process spends compiling in XLA. If a test starts other processes, its seconds include the time
@@ -34,8 +36,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "suite.json"
-COMMAND = ("-m", "pytest", "-n", "2", "--dist", "loadfile")
-RUNS = ("cold", "warm", "exhaustive")
+_TWO_PROCESSES = ("-n", "2", "--dist", "loadfile")
+# Arguments of pytest for each run.
+RUNS = {
+  "cold": _TWO_PROCESSES,
+  "warm": _TWO_PROCESSES,
+  "exhaustive": (*_TWO_PROCESSES, "-m", "exhaustive"),
+  "objectives": ("tests/objectives",),
+  "rewards": ("tests/rewards",),
+  "not slow": ("tests", "-m", "not slow"),
+}
 BEGIN, END = "<!-- suite: benchmarks/suite.py -->", "<!-- end of suite -->"
 OUT = "JAXRL_VLM_SUITE_TIMES"  # environment variable with the path of the file of the plugin
 
@@ -93,13 +103,13 @@ def measure(cache: str, *arguments: str) -> dict:
 
   Args:
     cache: Directory of the compilation cache.
-    *arguments: Further arguments of pytest.
+    *arguments: Arguments of pytest.
   """
   with tempfile.TemporaryDirectory() as folder:
     out = pathlib.Path(folder) / "times.json"
     environment = os.environ | {OUT: str(out), "JAX_COMPILATION_CACHE_DIR": cache}
     start = time.monotonic()
-    command = [sys.executable, *COMMAND, *arguments, "-p", "benchmarks.suite"]
+    command = [sys.executable, "-m", "pytest", *arguments, "-p", "benchmarks.suite"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     seconds = time.monotonic() - start
     files = json.loads(out.read_text())
@@ -127,14 +137,25 @@ def by_folder(files: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def tables(results: dict) -> tuple[str, str]:
   """Returns the table of folders and the table of files, in Markdown."""
-  runs = [results[name] for name in RUNS]
-  cold, warm, rest = runs
+  runs = [results.get(name, {"files": {}}) for name in ("cold", "warm", "exhaustive")]
+  commands = {
+    "cold": "the ordinary tests, in two processes with an empty cache",
+    "warm": "the ordinary tests again, with the cache of the first run",
+    "exhaustive": "the exhaustive tests, in two processes",
+    "objectives": "`pytest tests/objectives` with an empty cache",
+    "rewards": "`pytest tests/rewards` with an empty cache",
+    "not slow": '`pytest tests -m "not slow"` with an empty cache',
+  }
+  rows = [
+    [text, f"{results[name]['seconds'] / 60:.1f}", results[name]["date"]]
+    for name, text in commands.items()
+    if name in results
+  ]
+  machine = next(iter(results.values()))["machine"]
   about = (
-    f"Measured on {cold['date']} ({cold['machine']}) with `python benchmarks/suite.py`. Two test "
-    f"processes share the work: the ordinary tests took "
-    f"{cold['seconds'] / 60:.1f} minutes cold and "
-    f"{warm['seconds'] / 60:.1f} minutes warm, the exhaustive tests {rest['seconds'] / 60:.1f} "
-    "minutes."
+    f"{markdown(['run', 'minutes', 'measured on'], rows)}\n\n"
+    f"`python benchmarks/suite.py` measured these values ({machine}). The seconds below are sums "
+    "over tests; where two processes share the work, the run takes about half of them."
   )
   folders = [by_folder(run["files"]) for run in runs]
   short = []
@@ -150,8 +171,8 @@ def tables(results: dict) -> tuple[str, str]:
     long.append([name.removeprefix("tests/"), *row])
   head = ["folder", "tests", "seconds, cold", "seconds, warm", "exhaustive tests", "seconds"]
   files = ["file", "tests", "seconds, cold", "compiling", "seconds, warm"]
-  files += ["compiling", "exhaustive tests", "seconds", "of them compiling"]
-  return f"{markdown(head, short)}\n\n{about}", f"{about}\n\n{markdown(files, long)}"
+  files += ["compiling", "exhaustive tests", "seconds", "compiling"]
+  return f"{about}\n\n{markdown(head, short)}", f"{about}\n\n{markdown(files, long)}"
 
 
 def replace(path: pathlib.Path, text: str) -> None:
@@ -169,7 +190,7 @@ def main() -> None:
   )
   parser.add_argument("--write", action="store_true", help="write the tables without running tests")
   parser.add_argument(
-    "--only", nargs="+", choices=RUNS, default=RUNS, help="names of the runs to measure"
+    "--only", nargs="+", choices=RUNS, default=list(RUNS), help="names of the runs to measure"
   )
   parser.add_argument(
     "--cache",
@@ -179,15 +200,12 @@ def main() -> None:
   options = parser.parse_args()
   results = json.loads(RESULT.read_text()) if RESULT.exists() else {}
   if not options.write:
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as shared:
       for name in options.only:
-        arguments = ("-m", "exhaustive") if name == "exhaustive" else ()
-        results[name] = measure(options.cache or temporary, *arguments)
+        with tempfile.TemporaryDirectory() as own:
+          empty = own if name in ("objectives", "rewards", "not slow") else shared
+          results[name] = measure(options.cache or empty, *RUNS[name])
         RESULT.write_text(json.dumps(results, indent=1) + "\n")
-  if missing := set(RUNS) - set(results):
-    raise SystemExit(
-      f"{RESULT}: no results of {', '.join(sorted(missing))}; measure these runs with --only"
-    )
   short, long = tables(results)
   replace(ROOT / "CONTRIBUTING.md", short)
   replace(ROOT / "docs" / "testing.md", long)

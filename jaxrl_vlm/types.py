@@ -95,11 +95,12 @@ class Experience:
   Attributes:
     mask: bool[P, G, T]; response tokens that the loss uses.
     advantages: f32[P, G, T]; from `objective.advantages`. `objective.prepare` may change them.
-    old: TokenStats of the policy that sampled the responses, without gradient. None in supervised
-      stages, as is `rewards`.
+    old: TokenStats of the policy before the updates of the step, without gradient. This policy has
+      sampled the responses, except with `pipeline="one_step_off"`. None in supervised stages, as is
+      `rewards`.
     rewards: f32[P, G]; weighted sum of the verifiers.
     views: TokenStats without gradient, by name: `ref` (reference policy, original image), `masked`
-      (sampling policy, corrupted image).
+      (the policy of `old`, corrupted image).
     weights: f32[P, G, T] or None; set by `objective.prepare` for the whole minibatch. The policy
       loss is the sum of weight × token loss, so that the losses of microbatches and hosts add up to
       the loss of the minibatch.

@@ -50,8 +50,13 @@ def few_compiled_programs():
     jax.clear_caches()
 
 
-def _mark_exhaustive(items) -> None:
-  """Puts the marker `exhaustive` on all cases that `tests/ordinary.py` does not list."""
+def _mark_exhaustive(items, check_ids: bool) -> None:
+  """Puts the marker `exhaustive` on all cases that `tests/ordinary.py` does not list.
+
+  Args:
+    items: the collected tests.
+    check_ids: raise an error if `tests/ordinary.py` lists ids that were not collected.
+  """
   cases: dict[str, set[str]] = {name: set() for name in ORDINARY}
   files = set()
   for item in items:
@@ -64,7 +69,7 @@ def _mark_exhaustive(items) -> None:
     cases[name].add(case)
     if case not in ORDINARY[name]:
       item.add_marker(pytest.mark.exhaustive)
-  for name, ids in ORDINARY.items():
+  for name, ids in ORDINARY.items() if check_ids else ():
     if name.partition("::")[0] in files and (not cases[name] or set(ids) - cases[name]):
       raise pytest.UsageError(
         f"tests/ordinary.py: {name!r}: expected ids of its cases {sorted(cases[name])}, got {ids}"
@@ -72,13 +77,21 @@ def _mark_exhaustive(items) -> None:
 
 
 def pytest_collection_modifyitems(config, items):
-  if any("::" in argument for argument in config.args):
-    return  # tests that are named on the command line always run
-  _mark_exhaustive(items)
+  named = [argument.partition("::") for argument in config.args if "::" in argument]
+  _mark_exhaustive(items, check_ids=not named)
+
+  def is_named(item) -> bool:
+    """Whether the command line names the test, as `file.py::test` or `file.py::test[case]`."""
+    test = item.nodeid.partition("::")[2]
+    return any(
+      item.path.name == pathlib.Path(file).name and (test == name or test.startswith(f"{name}["))
+      for file, _, name in named
+    )
+
   if "exhaustive" not in config.option.markexpr:
-    left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+    left_out = [i for i in items if i.get_closest_marker("exhaustive") and not is_named(i)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+    items[:] = [item for item in items if item not in left_out]
   # Files with slow tests come first. If several processes share the files, none of these files is
   # started last.
   slow = dict.fromkeys((item.path for item in items), 0)

@@ -58,7 +58,7 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   ),
   # A rollout with another sharding than the update, and minibatches with microbatches.
   "parallel/test_collectives.py::test_devices_gather_only_weights_of_one_layer_and_small_arrays": (
-    "fsdp x tensor-axes1-4-1",
+    "slice x fsdp x tensor-axes4-0-1",
     "fsdp, minibatches-axes3-0-2",
   ),
   # The programs of PAPO and VPPO with a Qwen2.5-VL compile for TPUs in other tests of this file and
@@ -98,11 +98,8 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   # A benchmark, not a part of the package.
   "test_speed_benchmarks.py::test_update_benchmark": (),
   "test_train.py::test_every_method_trains": ("vppo",),
-  # A search compiles the plan of each mesh. Two other tests of the file compile a plan.
-  "test_plan.py::test_a_search_finds_a_mesh_for_all_stages_and_prints_its_flags": (),
-  # The tests with two processes execute the same code, and another test of the file starts four
-  # processes.
-  "parallel/test_processes.py::test_four_processes_with_dynamic_sampling_equal_one": (),
+  "parallel/test_processes.py::test_several_processes_with_dynamic_sampling_equal_one": ("2",),
+  # SFT, one step off, masks from the host and adapters are tested with one process, too.
   "parallel/test_processes.py::test_two_processes_equal_one_in_other_configs": (),
   # The next test also kills process 0, which is the coordinator, but without a training run.
   "parallel/test_processes.py::test_the_other_process_names_a_killed_process_and_the_run_resumes": (

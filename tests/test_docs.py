@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import load, memory, performance
+from benchmarks import load, memory, performance, suite
 from benchmarks import objectives as comparison
 from jaxrl_vlm import config as config_lib
 from jaxrl_vlm import objectives, stages
@@ -253,3 +253,12 @@ def test_linked_files_exist_and_the_comparison_has_its_markers():
   compared = section("Comparison").splitlines()
   assert compared.count(comparison.BEGIN) == 1 == compared.count(comparison.END)
   assert compared.index(comparison.BEGIN) < compared.index(comparison.END)
+
+
+def test_the_tables_of_test_times_are_those_of_their_benchmark():
+  results = json.loads(suite.RESULT.read_text())
+  for page, table in zip(
+    ("CONTRIBUTING.md", "docs/testing.md"), suite.tables(results), strict=True
+  ):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.partition(suite.BEGIN)[2].partition(suite.END)[0].strip() == table, page

@@ -51,7 +51,7 @@ _KINDS = (
 _TFDS_NAME = re.compile(r"([\w-]+:)?[A-Za-z]\w*(/[\w+.-]+)?(:[\d.*]+)?(/\w+=.+)?")
 # Endings that show that a name is a file of another kind, and not a TFDS name.
 _OTHER_FILES = (
-  *(".arrow", ".csv", ".feather", ".gz", ".h5", ".json", ".jsonlines", ".ndjson", ".npz"),
+  *(".arrow", ".csv", ".feather", ".gz", ".h5", ".jsonlines", ".ndjson", ".npz"),
   *(".parquet", ".pkl", ".pt", ".tar", ".tfrecord", ".tsv", ".txt", ".xlsx", ".yaml", ".zip"),
   *(".zst",),
 )
@@ -127,7 +127,7 @@ def check(spec: Mapping[str, Any] | ConfigDict) -> tuple[str, str, dict[str, Any
     raise UserError(f"data.name='': {_KINDS}")
   if name == "digit_boards":
     kind = "digit_boards"
-  elif name.endswith(".jsonl"):
+  elif name.endswith((".jsonl", ".json")):
     kind = "jsonl"
   elif _TFDS_NAME.fullmatch(name) and not name.lower().endswith(_OTHER_FILES):
     kind = "tfds"
@@ -510,7 +510,10 @@ class JsonLines:
     try:
       record = json.loads(line)
     except (ValueError, RecursionError) as error:
-      raise UserError(f"{where}not JSON: {one_line(str(error))}") from error
+      hint_lines = ""
+      if number == 1 and line.lstrip()[:1] in ("[", b"["):
+        hint_lines = "; convert the array to JSON lines, one object per line"
+      raise UserError(f"{where}not JSON: {one_line(str(error))}{hint_lines}") from error
     if not isinstance(record, dict):
       raise UserError(f"{where}expected an object {{...}}, got {type(record).__name__}")
     for field, value in record.items():

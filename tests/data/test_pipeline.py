@@ -422,6 +422,17 @@ def test_supervised_data_needs_a_target_instead_of_an_answer(tmp_path):
     sources.open_source({"name": path}, "train", need="target")
 
 
+def test_a_json_file_with_json_lines_opens_and_an_array_is_an_error(tmp_path):
+  path = tmp_path / "train.json"
+  path.write_text('{"question": "a", "answer": "b"}\n')
+  assert sources.open_source({"name": str(path)}, "train")[0].answer == "b"
+  path.write_text('[\n  {"question": "a", "answer": "b"}\n]\n')
+  with pytest.raises(
+    UserError, match="train.json:1: not JSON: .*; convert the array to JSON lines"
+  ):
+    sources.open_source({"name": str(path)}, "train")
+
+
 @pytest.mark.parametrize(
   ("spec", "message"),
   [
@@ -433,7 +444,7 @@ def test_supervised_data_needs_a_target_instead_of_an_answer(tmp_path):
         f"data.name={name!r}: expected 'digit_boards', the path of a JSON-lines file (*.jsonl), or "
         "the name of a TFDS dataset such as 'name', 'name/config' or 'name:1.0.0'; convert",
       )
-      for name in ("train.parquet", "data/a.csv", "a.tsv", "a.json", "/b/a.arrow", "a.jsonl.gz")
+      for name in ("train.parquet", "data/a.csv", "a.tsv", "/b/a.arrow", "a.jsonl.gz")
     ),
     *(
       (

@@ -2,7 +2,7 @@
 
 Starting processes and compiling their programs takes much longer than a run of the tiny model. A
 `Group` starts its processes once. Every process joins the others, compiles each program once, and
-runs each job exactly as `python -m jaxrl_vlm.train` does.
+trains the config of each job with `train.train`.
 """
 
 import contextlib
@@ -11,11 +11,13 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
+TIME_LIMIT = 400  # seconds of a run
 _ENDED = "ended with "  # what a process prints after each run, followed by the exit status
 
 
@@ -62,25 +64,44 @@ class Group:
       job = {"workdir": str(workdir), "log": log, "test": test, "read": f"{workdir}.read"}
       process.stdin.write(json.dumps(job) + "\n")
       process.stdin.flush()
+    # Processes that wait for each other forever are killed, which closes their output.
+    limit = threading.Timer(TIME_LIMIT, self.kill)
+    limit.start()
     ends = []
-    for process, log in zip(self.processes, logs, strict=True):
-      assert process.stdout
-      line = next((line for line in process.stdout if line.startswith(_ENDED)), "")
-      out, err = (pathlib.Path(f"{log}.{name}").read_text() for name in ("out", "err"))
-      assert line, (process.wait(), out, err)
-      ends.append(Ended(int(line.removeprefix(_ENDED)), out, err, time.time()))
+    try:
+      for process, log in zip(self.processes, logs, strict=True):
+        assert process.stdout
+        line = next((line for line in process.stdout if line.startswith(_ENDED)), "")
+        out, err = (pathlib.Path(f"{log}.{name}").read_text() for name in ("out", "err"))
+        assert line, (process.wait(), out, err)
+        ends.append(Ended(int(line.removeprefix(_ENDED)), out, err, time.time()))
+    except BaseException:
+      self.kill()
+      raise
+    finally:
+      limit.cancel()
     return ends
 
-  def close(self) -> None:
-    """Ends all processes together, as at the end of a command."""
+  def kill(self) -> None:
     for process in self.processes:
-      if process.stdin:
-        process.stdin.close()
-    end = time.monotonic() + 30
-    for process in self.processes:
-      with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(max(0.0, end - time.monotonic()))
       process.kill()
+
+  @property
+  def alive(self) -> bool:
+    return all(process.poll() is None for process in self.processes)
+
+  def close(self) -> None:
+    """Ends all processes together, as at the end of a command; all must end with status 0."""
+    if not self.alive:  # a test has failed and killed them
+      return self.kill()
+    for process in self.processes:
+      assert process.stdin
+      process.stdin.close()
+    try:
+      codes = [process.wait(60) for process in self.processes]
+    finally:
+      self.kill()
+    assert codes == [0] * len(codes), codes
 
 
 def run(job: dict[str, Any]) -> int:

@@ -126,7 +126,7 @@ def run_in_group(workdir: pathlib.Path, count: int, devices: int, **test: Any) -
   The processes must survive the run: it may be stopped, or fail with an error that all processes
   raise.
   """
-  if (count, devices) not in _groups:
+  if (count, devices) not in _groups or not _groups[count, devices].alive:
     port = free_port()
     _groups[count, devices] = Group(
       [environment(i, count, devices, port, {}, "") for i in range(count)]
@@ -234,7 +234,8 @@ def test_a_run_of_two_processes_equals_a_run_of_one(two, one):
 
 
 @pytest.mark.slow
-def test_four_processes_with_dynamic_sampling_equal_one(tmp_path):
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_with_dynamic_sampling_equal_one(count, tmp_path):
   # In about half of the groups, both samples have the same reward, so the group is discarded.
   (tmp_path / "odd.py").write_text("def odd(example, text):\n  return len(text) % 2\n")
   dapo = {
@@ -243,12 +244,12 @@ def test_four_processes_with_dynamic_sampling_equal_one(tmp_path):
     "stages[0].num_samples": 2,
     "stages[0].rewards": {f"{tmp_path / 'odd.py'}:odd": 1.0},
   }
-  one, four = tmp_path / "one", tmp_path / "four"
+  one, several = tmp_path / "one", tmp_path / "several"
   finish(one, 1, 4, config=dapo)
-  finish(four, 4, 1, config=dapo)
+  finish(several, count, 4 // count, config=dapo)
   # Some steps need several tries, so accepted groups move to other rows.
   assert max(r.get("train/tries", 0) for r in records(one)) > 1
-  assert_same_run(four, one)
+  assert_same_run(several, one)
 
 
 @pytest.mark.slow
@@ -330,7 +331,7 @@ def test_sigterm_to_one_process_stops_all_and_the_run_resumes_with_another_mesh(
   workdir = tmp_path / "run"
   rarely = {"checkpoint.every": 50}
   for count, devices, mesh, step, calls in (  # before a step, and in a rollout
-    (1, 4, {}, 2, 0),
+    (1, 4, {"mesh.fsdp": 2, "mesh.tensor": 2}, 2, 0),
     (2, 2, {}, 4, 1),
   ):
     ends = run_in_group(
