@@ -8,6 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 from jaxrl_vlm import metrics
+from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "colabs" / "quickstart.ipynb"
@@ -30,7 +31,7 @@ def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
   monkeypatch.setenv("JAXRL_VLM_COLAB_STEPS", "2")
   monkeypatch.setenv("JAXRL_VLM_COLAB_RUNS", str(tmp_path))
   monkeypatch.setenv("PYTHONPATH", str(ROOT))
-  monkeypatch.setenv("XLA_FLAGS", "")  # one device, as most users have
+  monkeypatch.setenv("XLA_FLAGS", tiny_run.xla_flags(1))  # one device, as most users have
   NotebookClient(
     notebook,
     timeout=300,

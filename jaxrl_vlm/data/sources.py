@@ -202,7 +202,9 @@ def _check_rewards(weights: Any, verifiers: Collection[str] | None, where: str) 
         f"{where}{key!r} is neither built in nor among the stage's own rewards; "
         "name it there (with weight 0.0 if other examples do not need it)"
       )
-    if not _is_finite(weight) or abs(weight) > np.finfo(np.float32).max:  # rewards are float32
+    if not _is_finite(weight) or abs(weight) > float(
+      np.finfo(np.float32).max
+    ):  # rewards are float32
       raise UserError(f"{where}{key!r}: expected a finite number, the weight; got {_shown(weight)}")
     name = key.rpartition(":")[2]  # the name of the verifier's metric
     if name == "total" or name in keys:
