@@ -103,7 +103,8 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   "parallel/test_processes.py::test_two_processes_equal_one_in_other_configs": (),
   # The next test also kills processes, but without a training run. Other tests of the file resume
   # runs of two processes, also from an incomplete checkpoint.
-  "parallel/test_processes.py::test_the_other_process_names_a_killed_process_and_the_run_resumes": (),
+  "parallel/test_processes.py::"
+  "test_the_other_process_names_a_killed_process_and_the_run_resumes": (),
   "parallel/test_processes.py::test_all_other_processes_name_the_process_that_ended": (
     "0-killed",
     "2-bug",

@@ -217,6 +217,51 @@ def test_a_search_finds_a_mesh_for_all_stages_and_prints_its_flags(tiny, tmp_pat
   assert [(stage["topology"], stage["mesh"]["tensor"]) for stage in found] == 2 * [("v5e:2x2", 2)]
 
 
+def test_a_search_sorts_meshes_by_time_and_stops_at_the_smallest_slice(monkeypatch):
+  """Plans are replaced by numbers. The second stage has `steps=0`, which counts as one step."""
+  stages = [types.SimpleNamespace(steps=5), types.SimpleNamespace(steps=0)]
+  said: list[str] = []
+
+  def request(tensor):
+    config = types.SimpleNamespace(stages=stages)
+    return types.SimpleNamespace(config=config, tensor=tensor, say=said.append)
+
+  def plan_stage(candidate, index, tpu_slice, all_of_it):
+    tensor, chips = candidate.tensor, tpu_slice.chips
+    return {
+      "stage": index,
+      "fits": chips * tensor >= 16,
+      # tensor=2 is faster in the first stage, tensor=4 in the second one.
+      "step_seconds": {1: 9.0, 2: 1.0 + index, 4: 1.2 - index}[tensor],
+      "mesh": {"slice": 1, "fsdp": chips // tensor, "tensor": tensor},
+      "rollout_tensor": 4 if tensor == 4 else 0,
+      "microbatches": index + 1,
+      "complete": all_of_it,
+    }
+
+  monkeypatch.setattr(plan, "plan_stage", plan_stage)
+  monkeypatch.setattr(plan, "meshes", lambda *_: ((n, request(n)) for n in (1, 2, 4)))
+  slices = {tpu_slice.chips: tpu_slice for tpu_slice in roofline.slices(roofline.CHIPS["v5e"])}
+
+  found = plan.fastest(request(0), slices[8])
+  assert [results[0]["mesh"]["tensor"] for results in found] == [4, 2]  # 5 * 1.2 + 0.2, 5 * 1 + 2
+  assert plan.flags(found[0]) == (
+    "--config.mesh.slice=1 --config.mesh.fsdp=2 --config.mesh.tensor=4 --config.rollout.tensor=4 "
+    "'--config.stages[0].microbatches=1' '--config.stages[1].microbatches=2'"
+  )
+  assert said == [f"v5e:2x4, config.mesh.tensor={n}" for n in (1, 2, 4)]
+
+  results = plan.smallest(request(0), roofline.CHIPS["v5e"])
+  assert [result["mesh"] for result in results] == [{"slice": 1, "fsdp": 1, "tensor": 4}] * 2
+  assert all(result["complete"] for result in results)
+
+  monkeypatch.setattr(plan, "meshes", lambda *_: iter(()))
+  with pytest.raises(UserError, match="^--topology=v5e:2x4: no mesh fits; .*--topology=v5e$"):
+    plan.fastest(request(0), slices[8])
+  with pytest.raises(UserError, match="^--topology=v5e: the config does not fit on any slice"):
+    plan.smallest(request(0), roofline.CHIPS["v5e"])
+
+
 # -- Errors ---------------------------------------------------------------------------------------
 
 

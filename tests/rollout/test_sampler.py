@@ -10,6 +10,7 @@ import jaxrl_vlm as jv
 from jaxrl_vlm import parallel
 from jaxrl_vlm.rollout import Sampler, sampler
 from jaxrl_vlm.rollout.sampling import pick, sample_index, truncate
+from jaxrl_vlm.rollout.schedule import Layout
 from jaxrl_vlm.stages import run
 from tests import tiny
 
@@ -75,6 +76,16 @@ def test_responses_end_at_the_end_token_and_contain_no_vision_tokens(setup):
 def one_device_sampler(model, params, sampling, **options):
   mesh = parallel.make_mesh({"fsdp": 1}, jax.devices()[:1])
   return Sampler(model, mesh, sampling, parallel.param_shardings(mesh, params), **options)
+
+
+def test_a_smaller_layout_is_filled_with_sequences_that_are_done(setup):
+  """Compacting 4 sequences of which one is left: the second place of the new layout is empty."""
+  model, params, *_ = setup
+  generate = one_device_sampler(model, params, jv.Sampling(2, 4), chunk=2)
+  state = generate._start(Layout(4, 2), 8)
+  state = dataclasses.replace(state, done=jax.numpy.zeros_like(state.done))
+  compacted = generate._compact(state, np.array([[2, 4]]), np.array([[1]]))
+  assert compacted.done.tolist() == [[False, True]]
 
 
 @pytest.mark.slow
