@@ -412,13 +412,14 @@ def test_no_process_resumes_from_a_damaged_or_incomplete_checkpoint(two, tmp_pat
 
 # Joins the other processes and exchanges values until it is killed or raises an exception.
 SMALL = """
-import sys, time
+import os, sys, time
 from jaxrl_vlm import parallel
 
 parallel.join_processes()
 print("joined", flush=True)
 try:
   with parallel.stopping_all():
+    assert parallel.gather(int(os.environ["JAX_PROCESS_ID"])) == [0, 1, 2, 3]
     for turn in range(10000):
       parallel.gather(turn)
       time.sleep(0.1)

@@ -58,6 +58,7 @@ def test_final_answer(text, expected):
     ("red", r"red \boxed{}", 0),
     ("red", r"<think>\boxed{red}</think>", 0),
     ("red", "", 0),
+    (".", r"\boxed{}", 0),  # nothing is left of this truth
   ],
 )
 def test_exact(truth, text, expected):
