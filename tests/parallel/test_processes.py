@@ -174,7 +174,7 @@ def texts(workdir: pathlib.Path) -> dict[tuple[int, str], Any]:
 # With several processes, sums over devices are computed in another order, so results are rounded
 # differently. These metrics consist of rounding errors only: they are differences of nearly equal
 # numbers, or compare a policy with itself.
-NOISE = ("objective/ref_kl", "objective/sampler_logp", "train/loss")
+NOISE = ("objective/ref_kl", "objective/approx_kl", "objective/sampler_logp", "train/loss")
 
 
 def assert_same_run(workdir: pathlib.Path, one_process: pathlib.Path) -> None:
