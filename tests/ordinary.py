@@ -94,6 +94,14 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   ),
   # A benchmark, not a part of the package.
   "test_speed_benchmarks.py::test_update_benchmark": (),
+  # One objective of each class and kind of policy loss.
+  "objectives/test_properties.py::test_jit_equals_no_jit": (
+    "clip_cov",
+    "gspo",
+    "papo_share",
+    "sft",
+    "vppo",
+  ),
   # Each plan compiles all programs of a run. One test of the file compiles and prints a plan.
   "test_plan.py::test_a_plan_that_does_not_fit_ends_with_one_line_of_advice": (),
   "test_plan.py::test_a_search_finds_a_mesh_for_all_stages_and_prints_its_flags": (),
