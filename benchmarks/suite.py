@@ -135,6 +135,24 @@ def by_folder(files: dict[str, list[float]]) -> dict[str, list[float]]:
   return folders
 
 
+def table_rows(
+  runs: list[dict[str, list[float]]], columns: tuple[tuple[int, ...], ...]
+) -> list[list[str]]:
+  """Returns a row for each file or folder. Cells of runs without results are empty.
+
+  Args:
+    runs: the results of each run, by file or folder.
+    columns: the indices of the values of each run to show.
+  """
+  rows = []
+  for name in sorted(set().union(*runs)):
+    row = [f"`{name}`"]
+    for run, shown in zip(runs, columns, strict=True):
+      row += [f"{run[name][i]:.0f}" if name in run else "" for i in shown]
+    rows.append(row)
+  return rows
+
+
 def tables(results: dict) -> tuple[str, str]:
   """Returns the table of folders and the table of files, in Markdown."""
   runs = [results.get(name, {"files": {}}) for name in ("cold", "warm", "exhaustive")]
@@ -157,18 +175,8 @@ def tables(results: dict) -> tuple[str, str]:
     f"`python benchmarks/suite.py` measured these values ({machine}). The seconds below are sums "
     "over tests; where two processes share the work, the run takes about half of them."
   )
-  folders = [by_folder(run["files"]) for run in runs]
-  short = []
-  for name in sorted(set().union(*folders)):
-    a, b, c = (one.get(name, [0, 0.0, 0.0]) for one in folders)
-    short.append([f"`{name}`", f"{a[0]:.0f}", f"{a[1]:.0f}", f"{b[1]:.0f}"])
-    short[-1] += [f"{c[0]:.0f}", f"{c[1]:.0f}"] if c[0] else ["", ""]
-  long = []
-  for name in sorted(set().union(*(run["files"] for run in runs))):
-    a, b, c = (run["files"].get(name, [0, 0.0, 0.0]) for run in runs)
-    row = [f"{a[0]:.0f}", f"{a[1]:.0f}", f"{a[2]:.0f}", f"{b[1]:.0f}", f"{b[2]:.0f}"]
-    row += [f"{c[0]:.0f}", f"{c[1]:.0f}", f"{c[2]:.0f}"] if c[0] else ["", "", ""]
-    long.append([name.removeprefix("tests/"), *row])
+  short = table_rows([by_folder(run["files"]) for run in runs], ((0, 1), (1,), (0, 1)))
+  long = table_rows([run["files"] for run in runs], ((0, 1, 2), (1, 2), (0, 1, 2)))
   head = ["folder", "tests", "seconds, cold", "seconds, warm", "exhaustive tests", "seconds"]
   files = ["file", "tests", "seconds, cold", "compiling", "seconds, warm"]
   files += ["compiling", "exhaustive tests", "seconds", "compiling"]

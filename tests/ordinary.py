@@ -1,10 +1,9 @@
 """Lists the cases of large parametrized tests that run by default.
 
 Some tests are parametrized over all combinations of families, methods, dtypes or devices. Most of
-these combinations execute the same code. By default, `pytest` therefore runs a covering set: each
-value occurs at least once, here or in another test, and every combination that has ever failed is
-included. All other cases of these tests get the marker `exhaustive`. `pytest -m exhaustive` runs
-them.
+these combinations execute the same code. By default, `pytest` therefore runs a covering set. The
+comments name the tests that cover what is left out. All other cases get the marker `exhaustive`, and
+`pytest -m exhaustive` runs them. A few long tests are exhaustive as a whole.
 
 Each key is a test, `file::function`, with the file relative to `tests/`. Each value lists the ids
 of the cases that run by default. With an empty tuple, the whole test is exhaustive. An id that does
@@ -39,10 +38,11 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   ),
   # Another test compares packed updates of two devices and one.
   "stages/test_programs.py::test_balancing_prompts_over_devices_does_not_change_an_update": (),
-  # Several microbatches and minibatches, and gradients through all views. test_packing.py tests
+  # Several microbatches and minibatches, and gradients through several views. test_packing.py tests
   # the packing itself.
   "stages/test_programs.py::test_packing_does_not_change_scores_gradients_or_metrics": (
     "vppo-fields3-split3",
+    "papo-fields6-split6",
   ),
   "stages/test_programs.py::test_minibatches_equal_consecutive_updates": ("papo",),
   "stages/test_programs.py::test_masked_views_are_equal_on_one_and_four_devices": ("noise",),
@@ -53,12 +53,12 @@ ORDINARY: dict[str, tuple[str, ...]] = {
   "parallel/test_mesh.py::test_parameters_and_optimizer_state_are_sharded": (
     "slice2-fsdp2-tensor2",
   ),
-  # A rollout with another sharding than the update, and minibatches with microbatches.
+  # All axes of the mesh, and the only ordinary check of what is gathered between slices.
   "parallel/test_collectives.py::test_devices_gather_only_weights_of_one_layer_and_small_arrays": (
     "slice x fsdp x tensor-axes4-0-1",
   ),
-  # The programs of PAPO and VPPO with a Qwen2.5-VL compile for TPUs in other tests of this file and
-  # of test_plan.py.
+  # Only the programs of PAPO and VPPO with a Qwen2.5-VL compile for TPUs in the ordinary run, in
+  # other tests of this file and of test_plan.py.
   "parallel/test_tpu.py::test_programs_of_specific_objectives_compile": (),
   "parallel/test_tpu.py::test_every_family_compiles": (),
   # Every family. Both kinds of output layer: tied to the input embedding, and a separate head.

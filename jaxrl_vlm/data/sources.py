@@ -14,7 +14,6 @@ import difflib
 import functools
 import io
 import json
-import math
 import os
 import pathlib
 import re
@@ -202,22 +201,13 @@ def _check_rewards(weights: Any, verifiers: Collection[str] | None, where: str) 
         f"{where}{key!r} is neither built in nor among the stage's own rewards; "
         "name it there (with weight 0.0 if other examples do not need it)"
       )
-    if not _is_finite(weight) or abs(weight) > float(
-      np.finfo(np.float32).max
-    ):  # rewards are float32
+    if not isinstance(weight, int | float) or not verifiers_lib.fits_float32(weight):
       raise UserError(f"{where}{key!r}: expected a finite number, the weight; got {_shown(weight)}")
     name = key.rpartition(":")[2]  # the name of the verifier's metric
     if name == "total" or name in keys:
       other = repr(keys[name]) if name in keys else "the weighted sum"
       raise UserError(f"{where}{key!r}: its metric name {name!r} is that of {other}")
     keys[name] = key
-
-
-def _is_finite(value: Any) -> bool:
-  try:
-    return isinstance(value, int | float) and math.isfinite(value)
-  except OverflowError:  # an integer that is larger than every float
-    return False
 
 
 def _with_absolute_paths(verifiers: Collection[str]) -> frozenset[str]:
@@ -512,10 +502,9 @@ class JsonLines:
     try:
       record = json.loads(line)
     except (ValueError, RecursionError) as error:
-      hint_lines = ""
-      if number == 1 and line.lstrip()[:1] in ("[", b"["):
-        hint_lines = "; convert the array to JSON lines, one object per line"
-      raise UserError(f"{where}not JSON: {one_line(str(error))}{hint_lines}") from error
+      is_array = number == 1 and line.lstrip().startswith(b"[")
+      advice = "; convert the array to JSON lines, one object per line" if is_array else ""
+      raise UserError(f"{where}not JSON: {one_line(str(error))}{advice}") from error
     if not isinstance(record, dict):
       raise UserError(f"{where}expected an object {{...}}, got {type(record).__name__}")
     for field, value in record.items():

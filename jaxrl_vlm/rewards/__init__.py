@@ -77,7 +77,7 @@ class Reward:
         error.add_note(f"in verifier {name!r}")
         raise
       total += weight * result[name]
-    if not _fits_float32(total):
+    if not fits_float32(total):
       raise ValueError(
         f"the weighted sum of the rewards is {total}, expected a number that float32 can hold"
       )
@@ -141,7 +141,7 @@ def _parts(weights: Mapping[str, float]) -> tuple[tuple[str, float, Verifier], .
   for key, weight in weights.items():
     if not isinstance(key, str):
       raise ValueError(f"rewards: {key!r}: expected the name of a verifier")
-    if not isinstance(weight, int | float) or not _fits_float32(weight):
+    if not isinstance(weight, int | float) or not fits_float32(weight):
       shown = (
         f"an integer of {weight.bit_length()} bits" if isinstance(weight, int) else repr(weight)
       )
@@ -184,12 +184,12 @@ def _finite(entry: str, value: object) -> float:
     ) from None
   if not math.isfinite(number):
     raise ValueError(f"returned {entry}={number}, expected a finite number")
-  if not _fits_float32(number):
+  if not fits_float32(number):
     raise ValueError(f"returned {entry}={number}, expected a number that float32 can hold")
   return number
 
 
-def _fits_float32(number: float) -> bool:
+def fits_float32(number: float) -> bool:
   """Returns whether the number is finite in float32, the type of the arrays of rewards."""
   return abs(number) <= _FLOAT32_MAX  # also False for NaN
 

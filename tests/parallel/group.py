@@ -27,7 +27,7 @@ class Ended(NamedTuple):
   code: int  # exit status of the command
   out: str
   err: str
-  at: float  # time.time() of the end
+  at: float  # time.time() when the end was noticed
 
 
 class Group:
