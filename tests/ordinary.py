@@ -2,8 +2,8 @@
 
 Some tests are parametrized over all combinations of families, methods, dtypes or devices. Most of
 these combinations execute the same code. By default, `pytest` therefore runs a covering set. The
-comments name the tests that cover what is left out. All other cases get the marker `exhaustive`, and
-`pytest -m exhaustive` runs them. A few long tests are exhaustive as a whole.
+comments name the tests that cover what is left out. All other cases get the marker `exhaustive`,
+and `pytest -m exhaustive` runs them. A few long tests are exhaustive as a whole.
 
 Each key is a test, `file::function`, with the file relative to `tests/`. Each value lists the ids
 of the cases that run by default. With an empty tuple, the whole test is exhaustive. An id that does
